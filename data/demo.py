@@ -1,0 +1,236 @@
+"""The demo world: short stories asked for by instruction, in English and Chinese, and the rule that judges them.
+
+    python -m data.demo            writes data/demo/ anew (the same bytes every time)
+
+An instruction names an animal and an object: "Write a story about a fox and a kite." / “写一个关于狐狸和风筝的故事。”. A grammar
+writes the answers, so nobody else's text is shipped and a rule can judge every answer. The answers are as mixed as the web:
+half end sadly, many forget what was asked, some ramble, a few are in the wrong language.
+
+What each stage sees:
+    sft.jsonl.gz           instruction and ONE answer, good or bad: the model learns to write like this
+    preferences.jsonl.gz   instruction and FOUR answers, ranked by the gold score with human-like mistakes: the reward model
+    prompts.jsonl          instructions alone: PPO, which sees only the reward model's scores
+    (held out)             pairs of things that occur together in no file: how well all of it generalises
+
+The gold score (`gold`) is the rule itself. No stage is trained on it, so it shows what real projects cannot see: whether
+the reward that PPO raises is still the thing that was meant (over-optimization, Gao et al. 2022, arXiv 2210.10760).
+"""
+
+import gzip
+import io
+import json
+import random
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+
+import sentencepiece
+
+FOLDER = Path(__file__).parent / "demo"
+LANGUAGES = ("en", "zh")
+
+ANIMALS = {
+    "en": "fox bear owl cat dog frog duck mouse rabbit horse lion tiger wolf goat pig hen bee crab deer mole swan seal crow turtle".split(),
+    "zh": "狐狸 小熊 猫头鹰 小猫 小狗 青蛙 鸭子 老鼠 兔子 小马 狮子 老虎 灰狼 山羊 小猪 母鸡 蜜蜂 螃蟹 小鹿 鼹鼠 天鹅 海豹 乌鸦 乌龟".split(),
+}
+OBJECTS = {
+    "en": "kite drum hat ball boat lamp book bell cake key cup coat flute map shell ring box broom clock apple spoon shoe rope mirror".split(),
+    "zh": "风筝 鼓 帽子 皮球 小船 灯 书 铃铛 蛋糕 钥匙 杯子 外套 笛子 地图 贝壳 戒指 盒子 扫帚 时钟 苹果 勺子 鞋子 绳子 镜子".split(),
+}
+# {a} is one thing asked for and {b} the other, in either order; articles are part of the filling.
+INSTRUCTIONS = {
+    "en": ["Write a story about {a} and {b}.", "Tell me a story with {a} and {b}.", "Please write a short story about {a} and {b}.",
+           "I would like to hear a story about {a} and {b}."],
+    "zh": ["写一个关于{a}和{b}的故事。", "请讲一个{a}和{b}的故事。", "给我写一个有{a}和{b}的小故事。", "我想听一个关于{a}和{b}的故事。"],
+}
+PLACE = {"en": "river hill forest garden lake farm village sea".split(), "zh": "河边 山上 森林 花园 湖边 农场 村子 海边".split()}
+KIND = {"en": "little brave young old shy clever kind lazy".split(), "zh": "小小的 勇敢的 年轻的 年老的 害羞的 聪明的 善良的 懒惰的".split()}
+LOOK = {"en": "red blue shiny golden tiny new strange heavy".split(), "zh": "红色的 蓝色的 闪亮的 金色的 很小的 崭新的 奇怪的 很重的".split()}
+TIME = {"en": ["One morning", "One evening", "One day", "One summer night", "One cold day"], "zh": ["一天早上", "一天晚上", "有一天", "一个夏夜", "一个冷天"]}
+OPENING = {
+    "en": ["Once upon a time, {kind_a} lived by the {place}.", "There was once {kind_a} near the {place}.", "{time}, {kind_a} walked to the {place}."],
+    "zh": ["从前，{place}住着一只{kind}{a}。", "很久以前，{place}有一只{kind}{a}。", "{time}，一只{kind}{a}来到{place}。"],
+}
+FINDING = {
+    "en": ["The {a} found {look_o} under a tree.", "{time}, the {a} saw {look_o} in the grass.", "A friend gave the {a} {look_o}.", "The {a} had always wanted {look_o}."],
+    "zh": ["{a}在树下找到了一个{look}{o}。", "{time}，{a}在草地里看见一个{look}{o}。", "朋友送给{a}一个{look}{o}。", "{a}一直想要一个{look}{o}。"],
+}
+MIDDLE = {
+    "en": ["The {a} took the {o} home at once.", "But a strong wind blew the {o} away.", "Every day the {a} played with the {o}.", "The {a} wanted to show the {o} to everyone.",
+           "Then it began to rain, and the {a} hid the {o}.", "A bird asked if it could try the {o}.", "The {a} slept beside the {o} that night."],
+    "zh": ["{a}马上把{o}带回了家。", "可是大风把{o}吹走了。", "{a}每天都玩{o}。", "{a}想让大家看看{o}。", "后来下雨了，{a}把{o}藏了起来。", "一只小鸟问能不能试试{o}。", "那天夜里{a}睡在{o}旁边。"],
+}
+HAPPY = {
+    "en": ["In the end, everyone danced and was happy.", "In the end, the {a} laughed with all its friends.", "At last the {a} smiled and thanked its friends.",
+           "From then on, they lived in joy together.", "Everyone cheered, and the {a} felt warm and happy."],
+    "zh": ["最后，大家一起跳舞，非常快乐。", "最后，{a}和朋友们开心地笑了。", "终于，{a}笑着谢谢了朋友们。", "从此，他们快乐地生活在一起。", "大家欢呼起来，{a}觉得很幸福。"],
+}
+SAD = {
+    "en": ["In the end, the {a} was sad and went away.", "In the end, the {a} cried all night.", "At last the {a} sat down and cried.",
+           "From then on, they lived in sorrow apart.", "Nobody came, and the {a} felt cold and lonely."],
+    "zh": ["最后，{a}伤心地走了。", "最后，{a}哭了一整夜。", "终于，{a}坐下来哭了。", "从此，他们难过地分开了。", "没有人来，{a}觉得又冷又孤单。"],
+}
+RAMBLE = {
+    "en": ["And then the day went on and on.", "There is more to tell about the {place}.", "Somebody else walked by, and walked back again.", "That is what people said, more or less."],
+    "zh": ["然后日子一天一天过去了。", "关于{place}还有很多可说的。", "又有人走过来，又走回去了。", "大家差不多都是这么说的。"],
+}
+HAPPY_WORDS = {"en": ("happy", "laughed", "smiled", "joy"), "zh": ("快乐", "开心", "笑着", "幸福")}
+SAD_WORDS = {"en": ("sad", "cried", "sorrow", "lonely"), "zh": ("伤心", "哭", "难过", "孤单")}
+SENTENCES = 5  # a story of more is rambling; a story of the grammar that does not ramble has 4 or 5
+
+
+def held_out(animal: int, thing: int) -> bool:
+    """Is this pair (indices into ANIMALS and OBJECTS) one that no file may contain? One in five; every thing is in some."""
+    return (animal + 2 * thing) % 5 == 0
+
+
+def with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def instruction(rng: random.Random, language: str, animal: int, thing: int) -> str:
+    names = [ANIMALS[language][animal], OBJECTS[language][thing]]
+    rng.shuffle(names)
+    if language == "en":
+        names = [with_article(name) for name in names]
+    return rng.choice(INSTRUCTIONS[language]).format(a=names[0], b=names[1])
+
+
+def story(rng: random.Random, language: str, animal: int, thing: int, happy: bool, ramble: bool) -> str:
+    """One story of the grammar about the given things."""
+    a, o = ANIMALS[language][animal], OBJECTS[language][thing]
+    kind, look = rng.choice(KIND[language]), rng.choice(LOOK[language])
+    filling = {"a": a, "o": o, "kind": kind, "look": look, "kind_a": with_article(f"{kind} {a}"), "look_o": with_article(f"{look} {o}"),
+               "place": rng.choice(PLACE[language])}
+    middle = rng.sample(MIDDLE[language], rng.choice((1, 2)))
+    parts = [rng.choice(OPENING[language]), rng.choice(FINDING[language]), *middle, rng.choice((HAPPY if happy else SAD)[language])]
+    if ramble:
+        parts += rng.sample(RAMBLE[language], rng.choice((2, 3)))
+    text = [part.format(time=rng.choice(TIME[language]), **filling) for part in parts]
+    return (" " if language == "en" else "").join(text)
+
+
+def other_things(rng: random.Random, animal: int, thing: int, keep_animal: bool, keep_thing: bool) -> tuple[int, int]:
+    """The things that a forgetful answer is about; no pairing of old and new ones is a held-out pair."""
+    while True:
+        a = animal if keep_animal else rng.randrange(len(ANIMALS["en"]))
+        o = thing if keep_thing else rng.randrange(len(OBJECTS["en"]))
+        if not (held_out(a, o) or held_out(a, thing) or held_out(animal, o)) or (held_out(animal, thing) and (a, o) == (animal, thing)):
+            return a, o
+
+
+def answer(rng: random.Random, language: str, animal: int, thing: int) -> str:
+    """An answer as mixed as the web. The odds make the gold score of the mixture about one half."""
+    if rng.random() < 0.05:
+        language = LANGUAGES[1 - LANGUAGES.index(language)]
+    a, o = other_things(rng, animal, thing, keep_animal=rng.random() < 0.6, keep_thing=rng.random() < 0.6)
+    return story(rng, language, a, o, happy=rng.random() < 0.5, ramble=rng.random() < 0.1)
+
+
+def gold(asked: str, text: str, ended: bool) -> float:
+    """How good an answer is, in [0, 1]: a quarter for each thing asked for, a half for a happy end; nothing in the wrong
+    language; halved when it rambles, halved when it never ends (no EOS).
+
+    asked: the instruction, text: the answer, ended: whether EOS came. This rule is the only definition of quality here.
+    """
+    language = "zh" if any("\u4e00" <= char <= "\u9fff" for char in asked) else "en"
+    chinese = sum("\u4e00" <= char <= "\u9fff" for char in text)
+    latin = sum(char.isascii() and char.isalpha() for char in text)
+    if (chinese if language == "en" else latin) > 0 or not (latin if language == "en" else chinese):
+        return 0.0
+    words = lambda s: set("".join(c if c.isalpha() else " " for c in s.lower()).split())
+    has = (lambda word, s: word in words(s)) if language == "en" else (lambda word, s: word in s)
+    score = 0.0
+    for things in (ANIMALS[language], OBJECTS[language]):
+        wanted = [thing for thing in things if has(thing, asked)]
+        score += 0.25 * all(has(thing, text) for thing in wanted)
+    is_happy = any(has(word, text) for word in HAPPY_WORDS[language]) and not any(has(word, text) for word in SAD_WORDS[language])
+    score += 0.5 * is_happy
+    if sum(text.count(stop) for stop in ".。") > SENTENCES:
+        score *= 0.5
+    return score if ended else 0.5 * score
+
+
+def pairs(held: bool) -> list[tuple[int, int]]:
+    return [(a, o) for a in range(len(ANIMALS["en"])) for o in range(len(OBJECTS["en"])) if held_out(a, o) == held]
+
+
+def instruction_records(seed: int, n: int) -> list[dict]:
+    """n records for SFT, both languages in turn."""
+    rng = random.Random(f"instruct {seed}")
+    known = pairs(held=False)
+    records = []
+    for i in range(n):
+        language, (a, o) = LANGUAGES[i % 2], rng.choice(known)
+        records.append({"instruction": instruction(rng, language, a, o), "input": "", "output": answer(rng, language, a, o)})
+    return records
+
+
+def preference_records(seed: int, n: int, responses: int = 4, noise: float = 0.1, held: bool = False) -> list[dict]:
+    """n rankings of answers with different gold scores, best first. A person mixes up two neighbours now and then: each pair
+    of neighbours is swapped with probability `noise`. held=True asks about held-out pairs (for measuring, never in a file)."""
+    rng = random.Random(f"preference {seed} {held}")
+    known = pairs(held)
+    records = []
+    for i in range(n):
+        language, (a, o) = LANGUAGES[i % 2], rng.choice(known)
+        asked = instruction(rng, language, a, o)
+        by_score: dict[float, str] = {}
+        while len(by_score) < responses:
+            text = answer(rng, language, a, o)
+            by_score.setdefault(gold(asked, text, ended=True), text)
+        ranked = [by_score[score] for score in sorted(by_score, reverse=True)]
+        for k in range(len(ranked) - 1):
+            if rng.random() < noise:
+                ranked[k], ranked[k + 1] = ranked[k + 1], ranked[k]
+        records.append({"prompt": asked, "responses": ranked})
+    return records
+
+
+def prompt_records(seed: int, held: bool = False) -> list[dict]:
+    """Every known pair once a language in shuffled order; held=True: every held-out pair twice a language (230 each)."""
+    rng = random.Random(f"prompt {seed} {held}")
+    asked = [(language, a, o) for language in LANGUAGES for a, o in pairs(held) for _ in range(2 if held else 1)]
+    rng.shuffle(asked)
+    return [{"instruction": instruction(rng, *what)} for what in asked]
+
+
+def files() -> dict[str, list[dict]]:
+    """Name -> records of every shipped file."""
+    return {"sft.jsonl.gz": instruction_records(0, 6000), "preferences.jsonl.gz": preference_records(0, 2400), "prompts.jsonl": prompt_records(0)}
+
+
+def as_jsonl(records: Iterable[dict]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def train_tokenizer(preamble: str, vocab_size: int = 1280) -> bytes:
+    """Sentencepiece BPE with byte fallback on the demo text. Chinese has no spaces, so without help BPE would glue a thing
+    to its neighbours ("和风筝的") and the same kite would be different ids in question and answer; a delimiter that the
+    trainer cuts at, and that is not in the text, keeps every thing a piece of its own."""
+    delimiter = "\x01"
+    corpus = [record["instruction"] + "\n" + record["output"] for record in instruction_records(1, 4000)] + [preamble] * 100
+    fixed = sorted(chain(ANIMALS["zh"], OBJECTS["zh"], PLACE["zh"], KIND["zh"], LOOK["zh"], TIME["zh"]), key=len, reverse=True)
+    for i, text in enumerate(corpus):
+        for word in fixed:
+            text = text.replace(word, delimiter + word + delimiter)
+        corpus[i] = text
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in corpus for line in text.split("\n")), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+        byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, pretokenization_delimiter=delimiter, num_threads=1, minloglevel=2)
+    return model.getvalue()
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name, records in files().items():
+        content = as_jsonl(records)
+        # mtime=0: a gzip file otherwise holds the time of day, and would differ at every writing
+        (FOLDER / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
+        print(f"{name}: {len(records)} records, {(FOLDER / name).stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

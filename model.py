@@ -1,0 +1,775 @@
+"""LLaMA in one file: config, transformer, KV cache, sampling, tokenizer, reading and writing weights.
+
+Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models" (arXiv 2302.13971). What makes it a LLaMA:
+RMSNorm before each half of a block (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020),
+grouped-query attention (Ainslie et al. 2023), no biases.
+
+    python model.py DIR "Once upon a time" [--max_new_tokens 200 --temperature 0]     prints prompts and their continuations
+
+Names are those of Meta's own files (wq, w1, tok_embeddings, ...), so a checkpoint maps name by name. The one trap is rotary
+embedding: Meta's files rotate neighbouring pairs (0,1) (2,3) ..., Hugging Face's rotate the two halves (0,D/2) (1,D/2+1) ...
+Inside we are Hugging Face's half-rotation, and the rows of wq and wk are permuted where Meta files are read, nowhere else:
+
+    row of one head in Meta's file   0  1  2  3  4  5  6  7        (D = 8; pairs are neighbours)
+    row inside                       0  2  4  6  1  3  5  7        (pairs are D/2 = 4 apart)
+
+Letters on reshaping lines: B batch, T time (tokens of this call), S slots of the cache, C channels (dim), H query heads,
+K key/value heads, G = H / K query heads that share one of them, D head dim, V vocabulary.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+          "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class LlamaConfig:
+    dim: int = 256              # C, width of the residual stream
+    n_layers: int = 6
+    n_heads: int = 8            # H
+    n_kv_heads: int = 8         # K; fewer than H is grouped-query attention
+    head_dim: int = 32          # D; H * D need not be C
+    ffn_dim: int = 704          # width inside the feed-forward
+    vocab_size: int = 2048      # V, rows of the embedding; may exceed the tokenizer's size (padded embeddings)
+    max_seq_len: int = 512
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_factor: float = 1.0    # positions are divided by it (linear interpolation, Chen et al. 2023)
+    tie_embeddings: bool = False
+    dtype: str = "float32"      # of the file that was read, and so of the file that will be written
+    bos_id: int = 1
+    eos_id: int = 2
+    extra: dict = field(default_factory=dict)  # further keys for config.json, such as a reward model's "reward_mean"
+
+    def __post_init__(self):
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"config: {name} is {value!r}, it must be a whole number of at least 1")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"config: {self.n_heads} query heads cannot be shared out over {self.n_kv_heads} key/value heads")
+        if self.head_dim % 2:
+            raise ValueError(f"config: head_dim {self.head_dim} is odd, rotary embedding needs pairs")
+
+
+# ---- transformer ----------------------------------------------------------------------------------------------------
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; the mean in fp32 whatever the dtype of x."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rope_table(config: LlamaConfig, device=None) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (max_seq_len, D/2), of position / rope_factor * theta^(-2i/D)."""
+    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-i / config.head_dim)  # (D/2,)
+    position = torch.arange(config.max_seq_len, device=device, dtype=torch.float32) / config.rope_factor
+    angle = torch.outer(position, frequency)  # (max_seq_len, D/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pair (x[i], x[i + D/2]) by its angle. x (B, H, T, D), cos and sin (1 or B, 1, T, D/2)."""
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of all layers in one preallocated block; row b of the batch owns slots 0 .. S-1 of row b.
+
+    A token at position p of its row lies in slot p, so rows of different length need no padding on the left: a row's own
+    length is all there is to know, and what lies beyond it (padding of the prefill) is overwritten before it is visible.
+    """
+
+    def __init__(self, config: LlamaConfig, batch: int, slots: int, dtype: torch.dtype, device):
+        shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_dim)  # (L, B, K, S, D)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, position: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) at position (B, T); return the first `slots` slots of the layer, (B, K, slots, D)."""
+        row = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
+        self.k[layer][row, :, position] = k.transpose(1, 2)  # indexed shape is (B, T, K, D)
+        self.v[layer][row, :, position] = v.transpose(1, 2)
+        return self.k[layer, :, :, :slots], self.v[layer, :, :, :slots]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows of the batch but these."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer, self.n_heads, self.n_kv_heads, self.head_dim = layer, config.n_heads, config.n_kv_heads, config.head_dim
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, where: "Where") -> Tensor:
+        B, T, _ = x.shape
+        q = self.wq(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)     # (B, H, T, D)
+        k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
+        if where.cache is not None:
+            k, v = where.cache.write(self.layer, k, v, where.position, where.slots)  # (B, K, S, D)
+        if T == 1 and where.cache is not None:
+            # One token: the G heads that share a key head stand as G queries of it, so keys are not copied G times.
+            q = q.view(B, self.n_kv_heads, self.n_heads // self.n_kv_heads, self.head_dim)  # (B, K, G, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=where.allowed)            # (B, K, G, D)
+            return self.wo(y.reshape(B, 1, self.n_heads * self.head_dim))                   # (B, 1, C)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=where.allowed, is_causal=where.allowed is None,
+                                           enable_gqa=self.n_heads != self.n_kv_heads)      # (B, H, T, D)
+        return self.wo(y.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim))       # (B, T, C)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, where: "Where") -> Tensor:
+        x = x + self.attention(self.attention_norm(x), where)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+@dataclass
+class Where:
+    """Where the tokens of one forward pass stand: their angles, what each may look at, and the cache they go into."""
+    cos: Tensor              # (1 or B, 1, T, D/2)
+    sin: Tensor
+    allowed: Tensor | None   # True where a query may see a key, (B, 1, T, keys); None is plain causal
+    cache: KVCache | None = None
+    position: Tensor | None = None  # (B, T), with a cache
+    slots: int = 0                  # slots of the cache in use after this call
+
+
+class Llama(nn.Module):
+    """The transformer. `Llama(config)` has random weights; with head=False it ends at the final norm (a reward model's trunk)."""
+
+    def __init__(self, config: LlamaConfig, head: bool = True, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.grad_checkpoint = False  # recompute each block in backward instead of keeping its activations
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if head else None
+        if head and config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        if self.tok_embeddings.weight.device.type != "meta":
+            self.init_weights(generator)
+            self.make_rope()
+
+    def make_rope(self) -> None:
+        cos, sin = rope_table(self.config, self.tok_embeddings.weight.device)
+        self.register_buffer("cos", cos, persistent=False)  # (max_seq_len, D/2), fp32: bf16 cannot tell position 257 from 258
+        self.register_buffer("sin", sin, persistent=False)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """GPT-2's scheme: N(0, 0.02^2), and 1/sqrt(2L) of it for the two matrices of a block (wo, w2) that write to the
+        residual stream, whose variance would otherwise grow with the 2L additions."""
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                nn.init.ones_(p)
+            else:
+                into_residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02
+                nn.init.normal_(p, std=std, generator=generator)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tok_embeddings.weight.device
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """tokens (B, T) ids, mask (B, T) True where real (padding on either side) -> logits (B, T, V)."""
+        return self.output(self.hidden(tokens, mask))
+
+    def hidden(self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None,
+               start: Tensor | None = None, slots: int = 0) -> Tensor:
+        """The last block's output after the final norm, (B, T, C).
+
+        Three ways to call it. (tokens): rows begin at position 0; padding on the right needs no mask, since nothing real
+        looks to its right. (tokens, mask): padding anywhere. (tokens, cache, start, slots): rows go on at their own position
+        start (B,), see the slots below start + T of their cache row, and `slots` bounds the slots that any row uses.
+        """
+        T = tokens.shape[1]
+        longest = slots if cache is not None else T
+        if longest > self.config.max_seq_len:
+            raise ValueError(f"{longest} tokens do not fit the model's context of {self.config.max_seq_len}: shorten the text or --max_len")
+        where = self.locate(tokens, mask, cache, start, slots)
+        x = self.tok_embeddings(tokens)  # (B, T, C)
+        for layer in self.layers:
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(layer, x, where, use_reentrant=False)  # non-reentrant: works with a frozen embedding (LoRA)
+            else:
+                x = layer(x, where)
+        return self.norm(x)
+
+    def locate(self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None, start: Tensor | None, slots: int) -> Where:
+        B, T = tokens.shape
+        dtype = self.norm.weight.dtype
+        if cache is not None:
+            position = start[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
+            key = torch.arange(slots, device=tokens.device)
+            allowed = key <= position[:, None, :, None]  # (B, 1, T, S)
+            position = position.clamp(max=cache.k.shape[3] - 1)  # padding of a prefill may stand beyond the last slot
+        elif mask is not None:
+            position = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), counted from the first real token
+            causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+            itself = torch.eye(T, dtype=torch.bool, device=tokens.device)  # padding sees itself: a row of no keys would be NaN
+            allowed = (causal & mask[:, None, None, :]) | itself  # (B, 1, T, T)
+        else:
+            cos, sin = self.cos[None, None, :T], self.sin[None, None, :T]  # (1, 1, T, D/2)
+            return Where(cos.to(dtype), sin.to(dtype), None)
+        cos, sin = self.cos[position][:, None], self.sin[position][:, None]  # (B, 1, T, D/2)
+        return Where(cos.to(dtype), sin.to(dtype), allowed, cache, position, slots)
+
+    # ---- generation ----
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
+                 top_p: float = 1.0, eos_id: int = 2, generator: torch.Generator | None = None,
+                 repetition_penalty: float = 1.0) -> list[list[int]]:
+        """Continue each prompt; returns the new ids only, with EOS where it came. eos_id=-1 never stops.
+
+        A row ends at EOS, at max_new_tokens, or where prompt and answer fill the context (a prompt that fills it alone
+        gives no new token). Raises ValueError for an empty prompt, one longer than the context, or bad sampling values.
+        """
+        answers: list[list[int]] = [[] for _ in prompts]
+        for rows, ids in self.generate_steps(prompts, max_new_tokens, temperature, top_k, top_p, eos_id, generator, repetition_penalty):
+            for row, token in zip(rows, ids):
+                answers[row].append(token)
+        return answers
+
+    @torch.no_grad()
+    def generate_steps(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=2, generator=None,
+                       repetition_penalty=1.0) -> Iterator[tuple[list[int], list[int]]]:
+        """One (rows still running, their new ids) a step: prefill all prompts at once, then one token a row and step.
+        Finished rows are dropped from the batch as soon as they are half of it, and never reported again."""
+        check_sampling(temperature, top_k, top_p, repetition_penalty)
+        context = self.config.max_seq_len
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {i} is empty: give it at least the BOS id")
+            if len(prompt) > context:
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens, the model's context is {context}: shorten the prompt")
+        limit = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+        rows = [i for i in range(len(prompts)) if limit[i] > 0]  # rows[b]: which prompt sits in row b of the batch
+        if not rows:
+            return
+        device = self.device
+        length = torch.tensor([len(prompts[i]) for i in rows], device=device)  # (B,) tokens of each row so far
+        longest = max(len(prompts[i]) for i in rows)
+        tokens = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in rows], device=device)  # (B, T)
+        cache = KVCache(self.config, len(rows), max(len(prompts[i]) + limit[i] for i in rows), self.norm.weight.dtype, device)
+        seen = None
+        if repetition_penalty != 1.0:
+            seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
+            for b, i in enumerate(rows):
+                seen[b, prompts[i]] = True
+        x = self.hidden(tokens, cache=cache, start=torch.zeros_like(length), slots=longest)
+        x = x[torch.arange(len(rows), device=device), length - 1]  # (B, C): each row's last real token
+        made, done = [0] * len(prompts), set()
+        while True:
+            logits = self.output(x).float()  # (B, V)
+            if seen is not None:
+                logits = penalize_repetition(logits, seen, repetition_penalty)
+            token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
+            ids = token.tolist()
+            live = [(b, i) for b, i in enumerate(rows) if i not in done]
+            yield [i for _, i in live], [ids[b] for b, _ in live]
+            for b, i in live:
+                made[i] += 1
+                if ids[b] == eos_id or made[i] == limit[i]:
+                    done.add(i)
+            if len(done.intersection(rows)) == len(rows):
+                return
+            if seen is not None:
+                seen[torch.arange(len(rows), device=device), token] = True
+            if 2 * len(done.intersection(rows)) >= len(rows):
+                kept = torch.tensor([b for b, i in enumerate(rows) if i not in done], device=device)
+                rows, token, length = [rows[b] for b in kept.tolist()], token[kept], length[kept]
+                cache.keep(kept)
+                seen = seen[kept] if seen is not None else None
+            # A finished row that stays for now runs on unseen; clamping keeps it inside its own cache row.
+            at = length.clamp(max=cache.k.shape[3] - 1)
+            slots = min(max(len(prompts[i]) + made[i] for i in rows), cache.k.shape[3])
+            x = self.hidden(token[:, None], cache=cache, start=at, slots=slots)[:, 0]  # (B, C)
+            length = length + 1
+
+    # ---- files ----
+
+    @staticmethod
+    def hf_name(name: str) -> str:
+        """Our name of a module or parameter -> Hugging Face's: layers.0.attention.wq -> model.layers.0.self_attn.q_proj."""
+        for ours, theirs in HF_NAMES.items():
+            name = re.sub(rf"(^|\.){re.escape(ours)}(?=\.|$)", rf"\g<1>{theirs}", name)
+        return name if name.startswith(("lm_head", "score")) else f"model.{name}"
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None, device="cpu", head: bool = True) -> "Llama":
+        """Read a Hugging Face or Meta directory; dtype None keeps the file's. Raises ValueError or FileNotFoundError with a
+        sentence when anything is missing, left over, cut short, or of another architecture."""
+        config = read_config(directory)
+        with torch.device("meta"):
+            model = cls(config, head)
+        load_weights(model, read_tensors(directory, config), dtype, device, ignore=("score.weight",) + (() if head else ("output.weight",)))
+        model.make_rope()
+        return model
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors in Hugging Face layout, in the dtype of the file that was read."""
+        tensors = {self.hf_name(name): p for name, p in self.named_parameters()}  # a tied head appears once, as the embedding
+        write_weights(tensors, self.config, Path(directory), "LlamaForCausalLM")
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0) -> None:
+    """Raises ValueError naming the value that is out of range (NaN is out of every range)."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature is {temperature}, it must be a finite number of at least 0 (0 takes the likeliest token)")
+    if not top_k >= 0:
+        raise ValueError(f"top_k is {top_k}, it must be at least 0 (0 keeps all tokens)")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, it must be above 0 and at most 1 (1 keeps all tokens)")
+    if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
+        raise ValueError(f"repetition_penalty is {repetition_penalty}, it must be above 0 (1 changes nothing)")
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens already seen less likely (CTRL, Keskar et al. 2019). logits (B, V), seen (B, V) True where it occurred."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sample(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """Draw one id a row from logits (B, V) -> (B,). temperature 0 is argmax whatever top_k and top_p say.
+
+    top_k keeps the k likeliest; top_p then keeps the smallest set of likeliest tokens whose probability reaches p
+    (Holtzman et al. 2020), the token that crosses p included. Raises ValueError on non-finite logits.
+    """
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model gave non-finite logits: its weights or its dtype are broken (try --dtype fp32)")
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1:
+        probs, order = logits.softmax(-1).sort(descending=True)  # (B, V) likeliest first
+        before = probs.cumsum(-1) - probs  # probability of all likelier tokens
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(drop, -math.inf)
+    # argmax(p / e) with e ~ Exp(1) is a draw from p (the exponential race), and needs no host synchronisation.
+    race = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(-1) / race).argmax(-1)
+
+
+# ---- tokenizer ------------------------------------------------------------------------------------------------------
+
+class Tokenizer:
+    """A sentencepiece model. BOS and EOS are added as ids, never as text; "</s>" typed by a user is ordinary pieces."""
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        file = path / "tokenizer.model" if path.is_dir() else path
+        if not file.exists() and path.is_dir() and (path.parent / "tokenizer.model").exists():
+            file = path.parent / "tokenizer.model"  # Meta puts one beside the folders 7B, 13B, ...
+        if not file.exists():
+            hint = " (it has a tokenizer.json only: get the sentencepiece tokenizer.model of the original release)" if (path / "tokenizer.json").exists() else ""
+            raise FileNotFoundError(f"{file} does not exist{hint}: put the model's sentencepiece file there")
+        self.proto = file.read_bytes()
+        self.sp = sentencepiece.SentencePieceProcessor()
+        try:
+            self.sp.LoadFromSerializedProto(self.proto)
+        except RuntimeError as error:
+            raise ValueError(f"{file} is not a sentencepiece model: copy it again ({error})") from None
+        self.vocab_size = self.sp.vocab_size()
+        self.bos_id, self.eos_id = self.sp.bos_id(), self.sp.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise ValueError(f"{file} defines no BOS or no EOS piece: it is not a LLaMA tokenizer")
+
+    @property
+    def fingerprint(self) -> str:
+        """Two tokenizers with equal fingerprints give equal ids."""
+        return hashlib.sha256(self.proto).hexdigest()
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        # Sentencepiece takes a lone surrogate (half an emoji in broken JSON) for an error, so it becomes U+FFFD first.
+        ids = self.sp.encode(text.encode("utf-8", "replace").decode("utf-8"))
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; BOS, EOS and ids beyond the vocabulary (padded embeddings) give nothing."""
+        return self.sp.decode([i for i in ids if 0 <= i < self.vocab_size and i not in (self.bos_id, self.eos_id)])
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text piece by piece as ids arrive; joined, exactly decode(ids). Bytes of an unfinished character are held back.
+
+        Each piece is the difference of two decodes that begin at the same id, because sentencepiece strips the space of
+        whatever comes first; the beginning moves up only where the text is whole, so long answers stay cheap.
+        """
+        held: list[int] = []  # ids from the current beginning
+        sent = ""             # text of them that was given out
+        for i in ids:
+            held.append(i)
+            text = self.decode(held)
+            if text.endswith("\ufffd"):
+                continue  # perhaps the first bytes of a longer character
+            if len(text) > len(sent):
+                yield text[len(sent):]
+            sent = text
+            if len(held) > 16:
+                held = held[-1:]
+                sent = self.decode(held)
+        rest = self.decode(held)[len(sent):]
+        if rest:
+            yield rest
+
+    def save(self, directory: str | Path, template: str | None = None, chat_template: str | None = None) -> None:
+        """Write tokenizer.model and tokenizer_config.json, with the prompt template's name and its Jinja text."""
+        directory = Path(directory)
+        config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
+                  "bos_token": self.sp.id_to_piece(self.bos_id), "eos_token": self.sp.id_to_piece(self.eos_id),
+                  "unk_token": self.sp.id_to_piece(self.sp.unk_id())}
+        if template is not None:
+            config |= {"template": template, "chat_template": chat_template}
+        write_file(directory / "tokenizer.model", self.proto)
+        write_file(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False).encode())
+
+
+def read_template(directory: str | Path) -> str | None:
+    """The template's name that a directory carries, or None."""
+    file = Path(directory) / "tokenizer_config.json"
+    return json.loads(file.read_text("utf-8")).get("template") if file.exists() else None
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+HF_NAMES = {"tok_embeddings": "embed_tokens", "attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
+            "feed_forward": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj", "attention_norm": "input_layernorm",
+            "ffn_norm": "post_attention_layernorm", "output": "lm_head"}
+# Buffers that old files carry and that follow from the config.
+DERIVED = re.compile(r"(rotary_emb\.inv_freq|rope\.freqs)$")
+PATTERNS = "config.json with model.safetensors, model.safetensors.index.json, pytorch_model.bin or pytorch_model.bin.index.json " \
+           "(Hugging Face), or params.json with consolidated.*.pth (Meta)"
+
+
+def read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error}): copy it again") from None
+
+
+def read_config(directory: str | Path) -> LlamaConfig:
+    """The config of a Hugging Face or Meta directory; for Meta's it takes a look into the weights (sizes not in params.json)."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory: name a weights directory, {PATTERNS}")
+    if (directory / "config.json").exists():
+        return config_from_hf(read_json(directory / "config.json"), directory)
+    if (directory / "params.json").exists():
+        return config_from_meta(read_json(directory / "params.json"), directory)
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(f"{directory} holds an adapter, not a model: merge it first with `python lora.py merge {directory} OUT`")
+    for file in directory.glob("*.bin"):
+        if not file.name.startswith("pytorch_model"):
+            raise ValueError(f"{file} is not a checkpoint that can be read here (llama2.c's own .bin?): get the same model as {PATTERNS}")
+    raise FileNotFoundError(f"{directory} has neither config.json nor params.json: looked for {PATTERNS}")
+
+
+def config_from_hf(c: dict, directory: Path) -> LlamaConfig:
+    kind = c.get("model_type")
+    if kind not in ("llama", "mistral"):
+        raise ValueError(f"{directory}: model_type {kind!r} is not a LLaMA (llama and mistral are)")
+    if c.get("quantization_config"):
+        raise ValueError(f"{directory} is quantized: open it with quantize.load, not as a plain model")
+    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+        if c.get(key, plain) != plain:
+            raise ValueError(f"{directory}: config.json has {key} = {c[key]!r}, a LLaMA has {plain!r}; this variant is not supported")
+    # transformers 5 moved rope_theta into rope_parameters; older files have the two older keys.
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "linear"):
+        raise ValueError(f"{directory}: rotary scaling {rope_type!r} is not supported (default and linear are)")
+    try:
+        dim, n_heads = c["hidden_size"], c["num_attention_heads"]
+        context = c.get("max_position_embeddings", 2048)
+        if c.get("sliding_window"):
+            context = min(context, c["sliding_window"])  # Mistral: up to its window, sliding attention is plain attention
+        known = {"float32", "bfloat16", "float16"}
+        dtype = str(c.get("dtype", c.get("torch_dtype")) or "float32").removeprefix("torch.")
+        eos = c.get("eos_token_id", 2)
+        return LlamaConfig(dim, c["num_hidden_layers"], n_heads, c.get("num_key_value_heads") or n_heads, c.get("head_dim") or dim // n_heads,
+                           c["intermediate_size"], c["vocab_size"], context, c.get("rms_norm_eps", 1e-6),
+                           float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0), float(rope.get("factor", 1.0)) if rope_type == "linear" else 1.0,
+                           bool(c.get("tie_word_embeddings", False)), dtype if dtype in known else "float32", c.get("bos_token_id", 1),
+                           eos[0] if isinstance(eos, list) else eos, {k: c[k] for k in ("reward_mean",) if k in c})
+    except KeyError as error:
+        raise ValueError(f"{directory}/config.json lacks {error}: copy it again") from None
+
+
+def config_from_meta(p: dict, directory: Path) -> LlamaConfig:
+    parts = meta_parts(directory)
+    wk, w1 = parts[0]["layers.0.attention.wk.weight"], parts[0]["layers.0.feed_forward.w1.weight"]
+    dim, n_heads = p["dim"], p["n_heads"]
+    head_dim = dim // n_heads
+    vocab = parts[0]["output.weight"].shape[0] * len(parts) if "output.weight" in parts[0] else parts[0]["tok_embeddings.weight"].shape[0]
+    return LlamaConfig(dim, p["n_layers"], n_heads, wk.shape[0] * len(parts) // head_dim, head_dim, w1.shape[0] * len(parts), vocab,
+                       p.get("max_seq_len", 2048), p.get("norm_eps", 1e-5), float(p.get("rope_theta", 10000.0)), 1.0,
+                       "output.weight" not in parts[0], str(wk.dtype).removeprefix("torch."))
+
+
+def torch_load(file: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # zip, pickle and unpickling errors share no base class
+        raise ValueError(f"{file} cannot be read, it is cut short or not a checkpoint: copy it again ({str(error).splitlines()[0][:120]})") from None
+
+
+def meta_parts(directory: Path) -> list[dict[str, Tensor]]:
+    files = sorted(directory.glob("consolidated.*.pth"))
+    if not files:
+        raise FileNotFoundError(f"{directory} has params.json but no consolidated.*.pth: copy the weights there")
+    if [file.name for file in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
+        raise FileNotFoundError(f"{directory} has {', '.join(f.name for f in files)}: a part is missing or misnamed, they are numbered from 00 without a gap")
+    return [torch_load(file) for file in files]
+
+
+def join_meta(name: str, parts: list[dict[str, Tensor]], config: LlamaConfig) -> Tensor:
+    """One tensor out of its model-parallel parts, wq and wk brought into half-rotation order."""
+    if any(name not in part for part in parts):
+        raise ValueError(f"{name} is not in every consolidated.*.pth: the parts are not of one checkpoint")
+    tensors = [part[name] for part in parts]
+    if len(parts) == 1 or tensors[0].dim() == 1:  # norms are whole in every part
+        whole = tensors[0]
+    else:
+        by_input = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))  # these are cut along their input (dim 1)
+        whole = torch.cat(tensors, dim=1 if by_input else 0)
+    if name.endswith(("wq.weight", "wk.weight")):
+        D = config.head_dim
+        # (H*D, C) -> (H, D/2 pairs, 2, C) -> (H, 2, D/2, C) -> (H*D, C)
+        whole = whole.view(-1, D // 2, 2, whole.shape[1]).transpose(1, 2).reshape(whole.shape)
+    return whole
+
+
+def read_tensors(directory: str | Path, config: LlamaConfig) -> dict[str, Callable[[], Tensor]]:
+    """Our name -> a function that reads that tensor. Nothing is read before it is called for, so two copies never exist."""
+    directory = Path(directory)
+    if not (directory / "config.json").exists():
+        parts = meta_parts(directory)
+        return {name: lambda name=name: join_meta(name, parts, config) for name in parts[0] if not DERIVED.search(name)}
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    for file in hf_files(directory):
+        if file.suffix == ".safetensors":
+            try:
+                handle = safetensors.safe_open(file, framework="pt")
+            except Exception as error:  # SafetensorError derives from Exception alone
+                raise ValueError(f"{file} cannot be read, it is cut short or not safetensors: copy it again ({error})") from None
+            found = {name: lambda name=name, handle=handle: handle.get_tensor(name) for name in handle.keys()}
+        else:
+            found = {name: lambda tensor=tensor: tensor for name, tensor in torch_load(file).items()}
+        tensors |= {our_name(name): read for name, read in found.items() if not DERIVED.search(name)}
+    return tensors
+
+
+def hf_files(directory: Path) -> list[Path]:
+    """The weight files of a Hugging Face directory, its index checked against what is there in both directions."""
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = directory / f"{stem}.{ending}.index.json", directory / f"{stem}.{ending}"
+        if index.exists():
+            weight_map = read_json(index).get("weight_map", {})
+            named = {directory / name for name in weight_map.values()}
+            missing = sorted(file.name for file in named if not file.exists())
+            if missing or not named:
+                raise FileNotFoundError(f"{index} names {', '.join(missing) or 'no files'}, which {directory} does not have: copy the missing files")
+            unlisted = sorted(file.name for file in directory.glob(f"{stem}-*-of-*.{ending}") if file not in named)
+            if unlisted:
+                raise ValueError(f"{directory} has {', '.join(unlisted)}, which {index.name} does not name: index and files are of two different savings")
+            return sorted(named)
+        if single.exists():
+            return [single]
+    loose = sorted(file.name for file in directory.iterdir() if file.suffix in (".safetensors", ".bin"))
+    raise FileNotFoundError(f"{directory} has config.json but no weights{' that can be placed (' + ', '.join(loose) + ')' if loose else ''}: looked for {PATTERNS}")
+
+
+def our_name(name: str) -> str:
+    """Hugging Face's parameter name -> ours, the inverse of Llama.hf_name."""
+    name = name.removeprefix("model.")
+    for ours, theirs in HF_NAMES.items():
+        name = re.sub(rf"(^|\.){theirs}(?=\.|$)", rf"\g<1>{ours}", name)
+    return name
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Callable[[], Tensor]], dtype: torch.dtype | None, device, ignore: tuple[str, ...] = ()) -> None:
+    """Fill a model built on the meta device, tensor by tensor; all names and shapes must agree. Tied heads stay tied."""
+    config = model.config
+    names = [name for name, _ in model.named_parameters()]
+    tied = config.tie_embeddings
+    missing = [name for name in names if name not in tensors]
+    unexpected = [name for name in tensors if name not in names and name not in ignore and not (tied and name == "output.weight")]
+    if missing or unexpected:
+        raise ValueError(f"the checkpoint does not fit the model: missing {', '.join(missing[:5]) or 'nothing'}; unexpected {', '.join(unexpected[:5]) or 'nothing'}"
+                         f"{' (and more)' if max(len(missing), len(unexpected)) > 5 else ''}")
+    dtype = dtype or DTYPES[config.dtype]
+    for name in names:
+        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        tensor = tensors[name]()
+        if tensor.shape != module._parameters[leaf].shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} in the checkpoint, the config says {tuple(module._parameters[leaf].shape)}")
+        # copy=True: parameters must not be views of the mapped file, which is read-only to us.
+        module._parameters[leaf] = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True))
+    output = getattr(model, "output", None)
+    if tied and output is not None:
+        output.weight = model.tok_embeddings.weight
+        if "output.weight" in tensors and not torch.equal(tensors["output.weight"](), tensors["tok_embeddings.weight"]()):
+            raise ValueError("config.json ties the head to the embedding, but the checkpoint has a head of its own that differs: set tie_word_embeddings to false")
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: LlamaConfig) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model's embedding {config.vocab_size} rows: they are not of one model")
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write under a temporary name and rename, so that a reader sees the old file or the new one, never a part."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)
+
+
+def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """As write_file; safetensors creates files as 0600, which would hide a model from everybody else."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    safetensors.torch.save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)
+    os.replace(temporary, file)
+
+
+def write_weights(tensors: dict[str, Tensor], config: LlamaConfig, directory: Path, architecture: str, shard_bytes: int = 5 * 10**9) -> None:
+    """config.json and safetensors under Hugging Face names, cast to config.dtype, in shards above 5 GB."""
+    if any("lora_" in name for name in tensors):
+        raise ValueError("the model still has adapters: merge and fold them, or save the adapter alone")
+    dtype = DTYPES[config.dtype]
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if size > room and shards[-1]:
+            shards, room = [*shards, {}], shard_bytes
+        shards[-1][name] = tensor
+        room -= size
+    total = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
+    files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards):
+        write_safetensors({name: t.to("cpu", dtype) for name, t in shard.items()}, directory / file)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+        write_file(directory / "model.safetensors.index.json", json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1).encode())
+    stale = {*directory.glob("model*.safetensors"), *([directory / "model.safetensors.index.json"] if len(shards) == 1 else [])}
+    for file in stale - {directory / name for name in files}:  # of an earlier saving with another number of shards
+        file.unlink(missing_ok=True)
+    write_file(directory / "config.json", json.dumps(config_to_hf(config, architecture), indent=1).encode())
+
+
+def config_to_hf(config: LlamaConfig, architecture: str) -> dict:
+    """config.json with both spellings of the keys that transformers 5 renamed."""
+    linear = config.rope_factor != 1.0
+    rope = {"rope_type": "linear" if linear else "default", "rope_theta": config.rope_theta} | ({"factor": config.rope_factor} if linear else {})
+    return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu", "hidden_size": config.dim,
+            "intermediate_size": config.ffn_dim, "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
+            "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim, "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.max_seq_len, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+            "rope_parameters": rope, "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": config.rope_factor} if linear else None,
+            "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": config.tie_embeddings, "bos_token_id": config.bos_id,
+            "eos_token_id": config.eos_id, "torch_dtype": config.dtype, "dtype": config.dtype, **config.extra}
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Continue prompts with a LLaMA.")
+    parser.add_argument("directory", help="weights directory, Hugging Face or Meta layout")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens (0 = all)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens that make up this probability (1 = all)")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes tokens already seen less likely")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto = as stored on disk")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+
+    tokenizer = Tokenizer(args.directory)
+    model = Llama.from_pretrained(args.directory, DTYPES.get(args.dtype), args.device)
+    check_tokenizer(tokenizer, model.config)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    for prompt in args.prompts:
+        ids = tokenizer.encode(prompt)
+        steps = model.generate_steps([ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.eos_id, generator, args.repetition_penalty)
+        # Decoding prompt and answer as one stream keeps the space between them.
+        for piece in tokenizer.stream(itertools.chain(ids, (token for _, new in steps for token in new))):
+            print(piece, end="", flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"model.py: {error}", file=sys.stderr)
+        sys.exit(2)
