@@ -1,0 +1,515 @@
+"""Stage 1, supervised fine-tuning: next-token prediction on answers. Also the plumbing that stages 2 and 3 reuse.
+
+    python sft.py                                                       the demo: a small LLaMA from scratch on data/demo
+    torchrun --standalone --nproc_per_node=2 sft.py                     the same on two processes, the same losses
+    python sft.py --pretrain LLAMA_DIR --dataset alpaca_data.json       fine-tune real weights
+    python sft.py --pretrain LLAMA_DIR --dataset alpaca_data.json --lora_rank 16 --batch_size 1 --accumulation_steps 8
+
+Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), section 3.5, first step. What matters and is easy to get wrong:
+
+1. Only answers are learnt, EOS included: a model that never sees EOS as a target never stops.
+2. The loss of a step is the sum over all its target tokens divided by their number, over all micro-batches and processes.
+   A mean of means would weigh a token of a short answer more, and change with --accumulation_steps.
+3. The order of the data depends on seed and epoch alone, so 1 process with batch 8 and 2 with batch 4 take the same steps.
+4. `--resume` continues bit for bit: weights, moments, schedule, position and random states are those of the interrupted run.
+
+Letters: B batch, T time, C channels, V vocabulary, N target tokens of a micro-batch.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import lora
+import zero
+from data import demo
+from model import DTYPES, Llama, LlamaConfig, Tokenizer, check_tokenizer, read_template, write_file
+
+# The demo's preset, used only when the input is the demo world; real weights get FINETUNE.
+DEMO = {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "lr": 2e-3, "batch_size": 16, "accumulation_steps": 4, "max_epochs": 2, "max_len": 160, "weight_decay": 0.1}
+# Coati: lr 5e-6, 3 epochs. 2e-5 is Alpaca's for full fine-tuning, and decay 0 too.
+FINETUNE = {"lr": 2e-5, "batch_size": 4, "accumulation_steps": 8, "max_epochs": 3, "weight_decay": 0.0}
+DEMO_MODEL = LlamaConfig(dim=192, n_layers=6, n_heads=6, n_kv_heads=3, head_dim=32, ffn_dim=512, vocab_size=1280, max_seq_len=256)
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+def whole(at_least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < at_least:
+            raise argparse.ArgumentTypeError(f"must be at least {at_least}, not {value}")
+        return value
+    parse.__name__ = "whole number"  # argparse says "invalid whole number value: 'x'"
+    return parse
+
+
+def number(at_least: float = 0.0) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not (math.isfinite(value) and value >= at_least):
+            raise argparse.ArgumentTypeError(f"must be a finite number of at least {at_least}, not {text}")
+        return value
+    parse.__name__ = "number"
+    return parse
+
+
+def make_parser(description: str, save_path: str) -> argparse.ArgumentParser:
+    """The flags that all three stages share. A default of None is filled in later: it depends on the input (`resolve`)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def refuse(message: str):
+        raise ValueError(f"{message} (see --help)")
+    parser.error = refuse  # one sentence, no usage text of forty lines before it
+    # input and output
+    parser.add_argument("--pretrain", type=Path, help="weights directory to start from: Hugging Face or Meta layout, or a LoRA adapter, which is merged first")
+    parser.add_argument("--model", choices=["llama"], default="llama", help="architecture; LLaMA is the only one here")
+    parser.add_argument("--save_path", type=Path, default=Path(save_path), help="directory to write")
+    parser.add_argument("--template", choices=sorted(data.TEMPLATES), help="prompt template (the one that --pretrain names, else alpaca)")
+    parser.add_argument("--max_datasets_size", type=whole(1), help="use only so many records (all)")
+    parser.add_argument("--skip_bad_records", action="store_true", help="count and skip broken records instead of stopping")
+    # optimization
+    parser.add_argument("--lr", type=number(), help="peak learning rate")
+    parser.add_argument("--weight_decay", type=number(), help="AdamW's decay of matrices; vectors are never decayed")
+    parser.add_argument("--warmup", type=number(), default=0.05, help="share of the updates over which the learning rate rises")
+    parser.add_argument("--clip_grad", type=number(), default=1.0, help="clip the global gradient norm to this (0 = never)")
+    parser.add_argument("--max_steps", type=whole(1), help="stop after so many updates")
+    parser.add_argument("--accumulation_steps", "--accimulation_steps", type=whole(1), help="micro-batches an update (Coati published the second spelling)")
+    parser.add_argument("--grad_checkpoint", action="store_true", help="recompute activations in backward: less memory, a third more time")
+    # LoRA
+    parser.add_argument("--lora_rank", type=whole(0), default=0, help="rank of low-rank adapters on every linear layer; 0 trains all weights")
+    parser.add_argument("--lora_alpha", type=number(), help="adapters are scaled by alpha / rank (2 * rank)")
+    parser.add_argument("--lora_dropout", type=number(), default=0.0, help="dropout on the input of the adapters")
+    # run
+    parser.add_argument("--strategy", choices=zero.STRATEGIES, default="ddp", help="naive is for one process; ddp sums gradients over all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="to compute in; the master weights are fp32 (auto: bf16 on CUDA, fp32 elsewhere)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda where there is one, else cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: slower start, faster steps")
+    parser.add_argument("--log_interval", type=whole(1), default=10, help="updates between two lines of metrics.jsonl")
+    parser.add_argument("--save_interval", type=whole(0), default=500, help="updates between two checkpoints for --resume (0 = none)")
+    parser.add_argument("--resume", action="store_true", help="continue from SAVE_PATH/resume")
+    return parser
+
+
+def resolve(args: argparse.Namespace, defaults: dict) -> None:
+    """Fill in the flags that the user left open."""
+    for key, value in defaults.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+
+
+def demo_tokenizer(directory: Path | None) -> bool:
+    """Is this a model of the demo world? Its tokenizer tells: no other model has it."""
+    return directory is not None and (directory / "tokenizer.model").exists() and (directory / "tokenizer.model").read_bytes() == (demo.FOLDER / "tokenizer.model").read_bytes()
+
+
+def check_save_path(args: argparse.Namespace) -> None:
+    """Find out before training, not after, that the result cannot be written."""
+    if args.pretrain is not None and args.save_path.resolve() == args.pretrain.resolve():
+        raise ValueError(f"--save_path {args.save_path} is --pretrain: the run would overwrite its own input, name another directory")
+    try:
+        args.save_path.mkdir(parents=True, exist_ok=True)
+        probe = args.save_path / "write.tmp"
+        probe.write_bytes(b"")
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"--save_path {args.save_path} cannot be written ({error.strerror}): name a directory that can") from None
+
+
+# ---- printing -------------------------------------------------------------------------------------------------------
+
+def say(world: zero.World, text: str) -> None:
+    if world.rank == 0:
+        print(text, flush=True)
+
+
+def say_flags(world: zero.World, args: argparse.Namespace) -> None:
+    say(world, "flags: " + " ".join(f"{key}={' '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in sorted(vars(args).items())))
+
+
+def progress(world: zero.World, step: int, total: int, started: float, text: str, log: bool, first: int = 0) -> None:
+    """One line that updates on a terminal; elsewhere a plain line where `log` says so. Rank 0 only."""
+    if world.rank:
+        return
+    left = (time.perf_counter() - started) / max(step - first, 1) * (total - step)
+    line = f"step {step}/{total} | {text} | {left / 60:.1f} min left" if left > 90 else f"step {step}/{total} | {text} | {left:.0f} s left"
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{line}", end="\n" if step == total else "", flush=True)
+    elif log or step == total:
+        print(line, flush=True)
+
+
+# ---- opening --------------------------------------------------------------------------------------------------------
+
+def open_tokenizer(args: argparse.Namespace, directory: Path | None, world: zero.World) -> Tokenizer:
+    """The tokenizer of a model directory (an adapter without one: of its base), the demo's without; settles args.template."""
+    if directory is None:
+        directory = demo.FOLDER
+    elif not directory.exists():
+        raise FileNotFoundError(f"{directory} does not exist: name a weights directory")
+    elif lora.is_adapter(directory) and not (directory / "tokenizer.model").exists():
+        directory = lora.base_path(directory)
+    tokenizer = Tokenizer(directory)
+    named = read_template(directory)
+    if args.template is None:
+        args.template = named if named in data.TEMPLATES else "alpaca"
+    elif named not in (None, args.template):
+        say(world, f"note: {directory} was trained with the template {named}, --template {args.template} replaces it")
+    return tokenizer
+
+
+def compute_dtype(args: argparse.Namespace, world: zero.World) -> torch.dtype:
+    return DTYPES["bf16" if world.device.type == "cuda" else "fp32"] if args.dtype == "auto" else DTYPES[args.dtype]
+
+
+def open_llama(directory: Path, dtype: torch.dtype | None, world: zero.World, head: bool = True) -> Llama:
+    """A model from a weights directory, or from an adapter merged into its base."""
+    if not lora.is_adapter(directory):
+        return Llama.from_pretrained(directory, dtype, world.device, head)
+    model = Llama.from_pretrained(lora.base_path(directory), dtype, world.device, head)
+    lora.load_adapter(model, directory)
+    lora.fold(model)
+    return model
+
+
+def add_adapters(model: torch.nn.Module, args: argparse.Namespace) -> None:
+    """Freeze the model and put adapters on it, the same on every process. Frozen weights go to the compute dtype."""
+    lora.attach(model, args.lora_rank, args.lora_alpha, args.lora_dropout, dtype=torch.float32, generator=torch.Generator(model.device).manual_seed(args.seed))
+
+
+def set_up(model: Llama, args: argparse.Namespace) -> None:
+    model.grad_checkpoint = args.grad_checkpoint
+    if args.compile:
+        for layer in model.layers:
+            layer.compile(dynamic=True)
+
+
+def make_optimizer(model: torch.nn.Module, args: argparse.Namespace, dtype: torch.dtype) -> zero.Optimizer:
+    return zero.Optimizer(model.named_parameters(), dtype, weight_decay=args.weight_decay, max_norm=args.clip_grad)
+
+
+def base_for_adapter(model: Llama, args: argparse.Namespace, tokenizer: Tokenizer, world: zero.World) -> str:
+    """What an adapter will name as its base: --pretrain, or, when that was an adapter itself, the merged model, written beside."""
+    if not lora.is_adapter(args.pretrain):
+        return str(args.pretrain.resolve())
+    if world.rank == 0:
+        model.save_pretrained(args.save_path / "base")
+        tokenizer.save(args.save_path / "base", args.template, data.TEMPLATES[args.template].jinja)
+    return "base"
+
+
+def save_model(model: torch.nn.Module, args: argparse.Namespace, tokenizer: Tokenizer, base: str | None, world: zero.World, extra: dict | None = None) -> None:
+    """Write the model, or its adapter, and remove what an earlier run of the other kind left, which would be read instead."""
+    if world.rank == 0:
+        adapter = base is not None
+        lora.save_adapter(model, args.save_path, base, extra) if adapter else model.save_pretrained(args.save_path)
+        for pattern in ("config.json", "model*.safetensors*") if adapter else ("adapter_*",):
+            for file in args.save_path.glob(pattern):
+                file.unlink()
+        tokenizer.save(args.save_path, args.template, data.TEMPLATES[args.template].jinja)
+    zero.barrier()
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+def random_state(world: zero.World) -> dict[str, Tensor]:
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(world.device)} if world.device.type == "cuda" else {})
+
+
+def set_random_state(state: dict[str, Tensor], world: zero.World) -> None:
+    torch.set_rng_state(state["cpu"])
+    if world.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], world.device)
+
+
+def fingerprint(model: torch.nn.Module, examples: list, seed: int) -> dict[str, str]:
+    """Tells another model, dataset or seed apart at resume. Of weights, the first 64 numbers of each tensor will do."""
+    weights, ids = hashlib.sha256(), hashlib.sha256()
+    for name, p in model.named_parameters():
+        weights.update(name.encode() + str(tuple(p.shape)).encode() + p.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    ids.update(json.dumps(examples).encode())
+    return {"model": weights.hexdigest(), "dataset": ids.hexdigest(), "seed": str(seed)}
+
+
+def save_checkpoint(save_path: Path, world: zero.World, meta: dict, state: dict, own: dict) -> None:
+    """SAVE_PATH/resume/step-N: meta.json, state.pt (the same on all processes, written by rank 0), rank-R.pt (each its own).
+    Written under another name and renamed when whole; only then the previous one goes. A kill at any moment leaves one."""
+    folder = save_path / "resume"
+    new = folder / f"step-{meta['step']:08d}"
+    temporary = new.with_suffix(".tmp")
+    if world.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        torch.save(state, temporary / "state.pt")
+        write_file(temporary / "meta.json", json.dumps(meta, indent=1).encode())
+    zero.barrier()
+    torch.save(own | {"random": random_state(world)}, temporary / f"rank-{world.rank}.pt")
+    zero.barrier()
+    if world.rank == 0:
+        shutil.rmtree(new, ignore_errors=True)
+        temporary.rename(new)
+        for old in folder.glob("step-*"):
+            if old != new:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(save_path: Path, world: zero.World, marks: dict[str, str]) -> tuple[dict, dict, dict | None]:
+    """(meta, state, this rank's own part or None if there was no such rank). Refuses another model, dataset or seed."""
+    found = sorted(path for path in (save_path / "resume").glob("step-*") if path.suffix != ".tmp")
+    if not found:
+        raise FileNotFoundError(f"--resume, but {save_path / 'resume'} holds no checkpoint: run without --resume first (a checkpoint every --save_interval updates)")
+    try:
+        meta = json.loads((found[-1] / "meta.json").read_text())
+        state = torch.load(found[-1] / "state.pt", map_location=world.device, weights_only=True)
+        own_file = found[-1] / f"rank-{world.rank}.pt"
+        own = torch.load(own_file, map_location="cpu", weights_only=True) if own_file.exists() else None
+    except Exception as error:  # zip, pickle and JSON errors share no base class
+        raise ValueError(f"the checkpoint {found[-1]} cannot be read: remove it and start again ({error})") from None
+    for what, mark in marks.items():
+        if meta["marks"].get(what) != mark:
+            raise ValueError(f"{found[-1]} is of another {what} than this run: resume with the flags of the first run, or use another --save_path")
+    if meta["world"] != world.world:
+        say(world, f"note: the checkpoint was written by {meta['world']} processes, this run has {world.world}: its state is loaded on each, the rest of the epoch is shared out anew")
+        own = None
+    return meta, state, own
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+def cosine_lr(update: int, total: int, peak: float, warmup: float, floor: float = 0.1) -> float:
+    """Learning rate of an update (1 .. total): rises over the first `warmup` share, reaches peak, falls along half a
+    cosine to floor * peak at the last update."""
+    rising = max(1, math.ceil(warmup * total))
+    if update <= rising:
+        return peak * update / rising
+    share = (update - rising) / (total - rising)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def lm_loss(model: Llama, tokens: Tensor, target: Tensor) -> Tensor:
+    """Sum of -log p over the target tokens. tokens (B, T) ids, padding on the right; target (B, T) True where a token is
+    learnt (never at column 0). Both may be on the CPU: what the head needs is picked there, so a GPU is not waited for."""
+    device = model.device
+    index = target[:, 1:].flatten().nonzero().flatten()                        # (N,) of B * (T-1) places
+    answer = tokens[:, 1:].flatten()[index].to(device)                         # (N,) the token to predict ...
+    h = model.hidden(tokens.to(device))[:, :-1].flatten(0, 1)[index.to(device)]  # (N, C) ... from the place before it
+    return F.cross_entropy(model.output(h).float(), answer, reduction="sum")   # logits (N, V): no row is spent on a prompt
+
+
+@torch.no_grad()
+def evaluate(model: Llama, held: list, args: argparse.Namespace, world: zero.World) -> float | None:
+    """Mean loss per target token of the held-out examples, shared out over the processes."""
+    if not held:
+        return None
+    model.eval()
+    lengths = [len(ids) for ids, _ in held]
+    total = torch.zeros(2, dtype=torch.float64)
+    for micro in data.micro_batches(list(range(len(held))), lengths, args.batch_size, world.rank, world.world):
+        tokens, _, target = data.collate([held[i] for i in micro])
+        total += torch.tensor([lm_loss(model, tokens, target).item(), target.sum().item()], dtype=torch.float64)
+    total = zero.all_reduce(total.float().to(world.device))
+    model.train()
+    return (total[0] / total[1]).item()
+
+
+def stop_if_broken(loss: float, step: int, lr: float, save_path: Path) -> None:
+    if not math.isfinite(loss):
+        kept = sorted((save_path / "resume").glob("step-*"))
+        raise FloatingPointError(f"the loss is {loss} at step {step} with learning rate {lr:.3g}: lower --lr, or look at the data; "
+                                 f"{f'the last good checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'}")
+
+
+def open_metrics(save_path: Path, world: zero.World, step: int) -> Callable[[dict], None]:
+    """A function that appends a row to metrics.jsonl, cut back first to what was logged up to `step`."""
+    file = save_path / "metrics.jsonl"
+    if world.rank == 0:
+        rows = file.read_text().splitlines() if step and file.exists() else []
+        kept = []
+        for row in rows:
+            with suppress(json.JSONDecodeError):  # the last line of a killed run may be half a line
+                kept += [row] if json.loads(row)["step"] <= step else []
+        write_file(file, "".join(row + "\n" for row in kept).encode())
+
+    def append(row: dict) -> None:
+        if world.rank == 0:
+            with file.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+    return append
+
+
+def write_summary(args: argparse.Namespace, world: zero.World, figures: dict) -> dict:
+    summary = figures | {"peak_memory_bytes": zero.peak_memory_bytes(world.device), "world": world.world, "torch": torch.__version__,
+                         "flags": {key: value if isinstance(value, int | float | str | None) else [str(v) for v in value] if isinstance(value, list) else str(value)
+                                   for key, value in vars(args).items()}}
+    if world.rank == 0:
+        write_file(args.save_path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False).encode())
+    return summary
+
+
+def run(main: Callable[[], dict]) -> None:
+    """A script's entry: bad input ends in one sentence and exit code 2, a broken run in one sentence and 1.
+    `python -X dev` shows the traceback instead."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+        zero.stop()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---- stage 1 --------------------------------------------------------------------------------------------------------
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser("Stage 1: supervised fine-tuning. Without flags, the demo: a small LLaMA from scratch on data/demo.", "out/sft")
+    parser.add_argument("--dataset", type=Path, nargs="+", help="records to learn: JSON list or lines, instruction, chat or text (data/__init__.py)")
+    parser.add_argument("--batch_size", type=whole(1), help="examples a process and micro-batch")
+    parser.add_argument("--max_epochs", type=whole(1), help="passes over the data")
+    parser.add_argument("--max_len", type=whole(2), help="longest example in tokens; longer ones are cut (512, or the model's context)")
+    parser.add_argument("--eval_size", type=whole(0), default=128, help="records held out for the evaluation loss, at most a tenth of all")
+    parser.add_argument("--eval_interval", type=whole(0), default=0, help="updates between two evaluations (0 = at the end only)")
+    args = parser.parse_args(argv)
+    if args.pretrain is None and args.dataset is not None:
+        raise ValueError("--dataset needs --pretrain: without weights, only the demo is trained from scratch")
+    if args.pretrain is None and args.lora_rank:
+        raise ValueError("--lora_rank needs --pretrain: an adapter changes a trained model, there is nothing to adapt from scratch")
+    if args.pretrain is not None and args.dataset is None:
+        raise ValueError("--pretrain needs --dataset: name the records to fine-tune on")
+    return args
+
+
+def open_model(args: argparse.Namespace, tokenizer: Tokenizer, world: zero.World) -> tuple[Llama, str | None]:
+    """(model, base): from scratch or from --pretrain, with adapters if asked for; base is what they will name as theirs."""
+    if args.pretrain is None:
+        # Made on the CPU whatever the device, so that it starts the same everywhere.
+        model = Llama(DEMO_MODEL, generator=torch.Generator().manual_seed(args.seed)).to(world.device)
+        return model, None
+    # All weights: in the file's dtype, from which the fp32 master is made. With LoRA they are frozen and only computed with.
+    model = open_llama(args.pretrain, compute_dtype(args, world) if args.lora_rank else None, world)
+    check_tokenizer(tokenizer, model.config)
+    if not args.lora_rank:
+        return model, None
+    base = base_for_adapter(model, args, tokenizer, world)
+    add_adapters(model, args)
+    return model, base
+
+
+def read_examples(args: argparse.Namespace, tokenizer: Tokenizer, world: zero.World) -> tuple[list, list]:
+    records = data.read_records(args.dataset, "sft", args.skip_bad_records, args.max_datasets_size, partial(say, world))
+    encode = partial(data.encode_example, tokenizer=tokenizer, template=data.TEMPLATES[args.template], max_len=args.max_len)
+    examples, dropped = data.encode_all(records, encode, "examples")
+    if dropped:
+        say(world, f"note: {dropped} of {len(records)} examples have a prompt of --max_len {args.max_len} tokens or more: left out")
+    return data.split_held_out(examples, args.eval_size, args.seed)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(argv)
+    world = zero.start(args.device, args.strategy)
+    is_demo = args.pretrain is None
+    check_save_path(args)
+    tokenizer = open_tokenizer(args, args.pretrain, world)
+    resolve(args, DEMO if is_demo else FINETUNE)
+    model, base = open_model(args, tokenizer, world)
+    resolve(args, {"max_len": min(512, model.config.max_seq_len)})
+    if args.max_len > model.config.max_seq_len:
+        raise ValueError(f"--max_len {args.max_len} is beyond the model's context of {model.config.max_seq_len} tokens")
+    examples, held = read_examples(args, tokenizer, world)
+    say_flags(world, args)
+    marks = fingerprint(model, examples, args.seed)
+    set_up(model, args)
+    torch.manual_seed(args.seed * 1000 + world.rank)  # dropout: each process its own
+    optimizer = make_optimizer(model, args, compute_dtype(args, world))
+    trained = train(model, optimizer, examples, held, marks, args, world)
+    figures = {"eval_loss": evaluate(model, held, args, world)} | trained
+    save_model(model, args, tokenizer, base, world)
+    if is_demo:
+        figures |= demo.measure(model, tokenizer, data.TEMPLATES[args.template], world.rank == 0)
+        say(world, f"held-out instructions: gold score {figures['gold']:.3f} (en {figures['gold_en']:.3f}, zh {figures['gold_zh']:.3f})")
+    summary = write_summary(args, world, figures)
+    say(world, f"wrote {args.save_path}: eval loss {summary['eval_loss'] or float('nan'):.4f} in {summary['seconds']:.0f} s, {summary['peak_memory_bytes'] / 1e9:.2f} GB")
+    return summary
+
+
+def train(model: Llama, optimizer: zero.Optimizer, examples: list, held: list, marks: dict, args: argparse.Namespace, world: zero.World) -> dict:
+    """The loop: returns seconds, tokens_per_second and the last training loss."""
+    lengths = [len(ids) for ids, _ in examples]
+    batch = args.batch_size * args.accumulation_steps * world.world
+    epoch, step, seen, old_batch = 0, 0, 0, batch  # seen: samples of this epoch that are done; old_batch: what its order was made with
+    if args.resume:
+        meta, state, own = load_checkpoint(args.save_path, world, marks)
+        optimizer.load_state_dict(state)
+        if own is not None:
+            set_random_state(own["random"], world)
+        epoch, step, seen, old_batch = meta["epoch"], meta["step"], meta["seen"], meta["batch"]
+    append = open_metrics(args.save_path, world, step)
+    updates = [data.global_batches(lengths, batch, args.seed, epoch, seen, old_batch)] if epoch < args.max_epochs else []
+    total = step + sum(map(len, updates)) + max(0, args.max_epochs - epoch - 1) * math.ceil(len(examples) / batch)
+    total = min(total, args.max_steps or total)
+    share = data.padding_share(lengths, [data.micro_batches(b, lengths, args.batch_size, 0, 1) for b in data.global_batches(lengths, batch, args.seed, 0)])
+    trainable, everything = lora.trainable_report(model)
+    say(world, f"{len(examples)} examples, {len(held)} held out | {total} updates of {args.batch_size} x {args.accumulation_steps} accumulated x {world.world} processes "
+               f"= {batch} examples | padding {100 * share:.1f} % | {trainable:,} of {everything:,} parameters trained")
+    first, started, tokens_done = step, time.perf_counter(), 0
+    model.train()
+    loss = lr = float("nan")
+    while step < total:
+        for indices in updates.pop() if updates else data.global_batches(lengths, batch, args.seed, epoch):
+            # ---- one update ----
+            began, step = time.perf_counter(), step + 1
+            lr = cosine_lr(step, total, args.lr, args.warmup)
+            targets = sum(sum(examples[i][1]) for i in indices)  # over all micro-batches and processes: everybody knows the batch
+            summed = torch.zeros((), device=world.device)
+            mine = data.micro_batches(indices, lengths, args.batch_size, world.rank, world.world)
+            for k, micro in enumerate(mine):
+                tokens, _, target = data.collate([examples[i] for i in micro])
+                nll = lm_loss(model, tokens, target)
+                optimizer.backward(nll / targets, last=k == len(mine) - 1)
+                summed += nll.detach()
+            loss = zero.all_reduce(summed).item() / targets
+            stop_if_broken(loss, step, lr, args.save_path)
+            stats = optimizer.step(lr)
+            # ---- log, evaluate, save ----
+            seen += len(indices)
+            done = sum(lengths[i] for i in indices)
+            tokens_done += done
+            rate = done / (time.perf_counter() - began)
+            log = step % args.log_interval == 0 or step == total
+            row = {"step": step, "loss": loss, "lr": lr, "seconds": time.perf_counter() - started, "tokens_per_second": rate,
+                   "grad_norm": stats.grad_norm, "skipped": optimizer.skipped}
+            if args.eval_interval and step % args.eval_interval == 0:
+                row["eval_loss"] = evaluate(model, held, args, world)
+            if log or "eval_loss" in row:
+                append(row)
+            progress(world, step, total, started, f"loss {loss:.4f} | lr {lr:.2e} | {rate:,.0f} tokens/s" + (f" | skipped {optimizer.skipped}" if optimizer.skipped else ""), log, first)
+            if args.save_interval and step % args.save_interval == 0 or step == args.max_steps:
+                meta = {"step": step, "epoch": epoch, "seen": seen, "batch": old_batch, "world": world.world, "marks": marks}
+                save_checkpoint(args.save_path, world, meta, optimizer.state_dict(), {})
+            if step == total:
+                break
+        epoch, seen, old_batch = epoch + 1, 0, batch
+    seconds = time.perf_counter() - started
+    return {"loss": loss, "steps": step, "seconds": seconds, "tokens_per_second": tokens_done / seconds, "skipped": optimizer.skipped, "padding": share}
+
+
+if __name__ == "__main__":
+    run(main)

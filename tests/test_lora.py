@@ -1,0 +1,318 @@
+"""lora.py: equalities, each with the published bug that it would have caught."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import lora
+from lora import adapters, attach, disabled, fold, load_adapter, merge, save_adapter, unmerge
+from model import Llama, LlamaConfig
+
+TOKENS = torch.arange(20).view(2, 10) * 3 % 64
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes) -> Llama:
+    """Grouped-query attention, and a feed-forward width that 8 does not divide."""
+    sizes = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=44, vocab_size=64, max_seq_len=32) | sizes
+    model = Llama(LlamaConfig(**sizes), generator=seeded(seed)).eval()
+    for p in model.parameters():
+        p.data = p.data.to(dtype) * (10 if p.dim() == 2 else 1)  # as large as a trained model's, so that differences show
+    return model
+
+
+def trained(model: nn.Module | None = None, rank: int = 4, seed: int = 1, **kwargs) -> nn.Module:
+    """With adapters that say something: B is not zero."""
+    model = model or small()
+    attach(model, rank, generator=seeded(seed), **kwargs)
+    for layer in adapters(model).values():
+        layer.lora_B.data.normal_(std=0.1, generator=seeded(seed + 1))
+    return model
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(TOKENS)
+
+
+def differ(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+class Reward(nn.Module):
+    """What lora.py needs to know of rm.RewardModel."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        self.trunk, self.score = small(seed), nn.Linear(32, 1, bias=False)
+        self.trunk.output = None
+        nn.init.normal_(self.score.weight, generator=seeded(seed))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.score(self.trunk.hidden(tokens)[:, -1])[:, 0]
+
+
+def test_every_matrix_of_a_block_is_adapted_and_the_start_is_the_base():
+    """minimind adapts square matrices only, so grouped-query k and v and the feed-forward stay untouched."""
+    model = small()
+    assert {name.rpartition(".")[2] for name in attach(model, 4)} == set(lora.LINEARS) and len(adapters(model)) == 2 * 7
+    assert {(32, 16), (32, 44), (44, 32)} <= {(m.lora_A.shape[1], m.lora_B.shape[0]) for m in adapters(model).values()}
+    assert torch.equal(logits(model), logits(small()))
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+    trains = 2 * 4 * sum(sides for sides in (64, 48, 48, 64, 76, 76, 76))  # layers x rank x (in + out)
+    assert lora.trainable_report(model) == (trains, trains + sum(p.numel() for p in small().parameters()))
+
+
+def test_layer_is_the_formula_and_A_is_drawn_as_published():
+    base = nn.Linear(8, 6, bias=False)
+    layer = lora.LoRALinear(base, 2, alpha=5.0, generator=seeded(3))
+    assert torch.equal(layer.lora_A, nn.init.kaiming_uniform_(torch.empty(2, 8), a=math.sqrt(5), generator=seeded(3)))
+    layer.lora_B.data.normal_()
+    x, (W, A, B) = torch.randn(3, 8), (t.detach().double() for t in (base.weight, layer.lora_A, layer.lora_B))
+    assert differ(layer(x).double(), x.double() @ (W + 5.0 / 2 * B @ A).T) < 1e-5
+    fp32, bf16 = (trained(small(dtype=dtype)).layers[0].attention.wk for dtype in (torch.float32, torch.bfloat16))
+    assert fp32.scaling == 2.0 and torch.equal(fp32.lora_A.bfloat16(), bf16.lora_A)  # alpha is 2 r; drawn in fp32
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(rank=17), "rank 17 does not fit layers.0.attention.wk, which is 16 x 32"), (dict(rank=0), "rank 0"),
+    (dict(rank=4, targets=("wq", "q_proj")), "called q_proj: choose targets among output, w1"),
+    (dict(rank=4, dropout=1.0), "dropout is 1.0"), (dict(rank=4, targets=("output",)), "output shares its weight")])
+def test_attach_refuses_and_leaves_the_model_alone(arguments, words):
+    model = small(tie_embeddings=True)
+    with pytest.raises(ValueError, match=words):
+        attach(model, **arguments)
+    assert not adapters(model) and all(p.requires_grad for p in model.parameters())
+    for act in (merge, unmerge, fold, lambda model: disabled(model).__enter__()):
+        with pytest.raises(ValueError, match="no adapters"):
+            act(model)
+    with pytest.raises(ValueError, match="already has adapters"):
+        attach(trained(), 4)
+
+
+def test_two_steps_move_every_B_and_no_base_weight():
+    """L01: an adapter that looked trained and was empty."""
+    model = small()
+    attach(model, 4, generator=seeded(0))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        model(TOKENS).logsumexp(-1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == ("lora_" not in name), name
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    """L10: with a frozen embedding, reentrant checkpointing returns None for every adapter."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = trained().train()
+        model.grad_checkpoint = checkpointed
+        model(TOKENS).square().mean().backward()
+        gradients.append([layer.lora_B.grad for layer in adapters(model).values()])
+    assert all(a.abs().max() > 0 and differ(a, b) <= 1e-5 * a.abs().max() for a, b in zip(*gradients))
+
+
+def test_dropout_follows_eval_and_train():
+    """P09. ColossalChat's LoraBase.train does not recurse; and a new layer in a model in eval mode must not start to drop."""
+    model = trained(dropout=0.3)
+    assert torch.equal(logits(model), logits(trained()))
+    assert not torch.equal(logits(model.train()), logits(model))
+    assert torch.equal(logits(model.eval()), logits(trained()))
+
+
+@pytest.mark.parametrize("make", [small, Reward])
+def test_disabled_is_the_base_and_comes_back(make):
+    """P24: a reference that is the policy itself, so that the KL is always 0."""
+    model, base = trained(make()), logits(make())
+    on = logits(model)
+    with pytest.raises(KeyError), disabled(model):
+        assert torch.equal(logits(model), base)
+        with disabled(model):
+            pass
+        assert torch.equal(logits(model), base)  # the inner one must not switch on again
+        raise KeyError
+    assert torch.equal(logits(model), on) and differ(on, base) > 0.1
+
+
+def test_merged_is_the_adapter_and_unmerged_is_the_base_to_the_bit():
+    """L05: merging without effect, or the adapter applied twice; loralib drifts when train() and eval() alternate."""
+    model, base = trained(), small().state_dict()
+    on = logits(model)
+    for _ in range(5):
+        merge(model)
+        merge(model)
+        model.train().eval()
+        assert 0 < differ(logits(model), on) < 1e-5 * on.abs().max()
+        with pytest.raises(ValueError, match="call unmerge"), disabled(model):
+            pass
+        unmerge(model)
+        unmerge(model)
+        assert torch.equal(logits(model), on)
+    for name, layer in adapters(model).items():
+        assert torch.equal(layer.base.weight, base[f"{name}.weight"])
+    for prepare in (unmerge, merge):
+        model = trained()
+        prepare(model)
+        fold(model)
+        assert differ(logits(model), on) < 1e-5 * on.abs().max()
+        assert model.state_dict().keys() == base.keys() and all(p.requires_grad for p in model.parameters())
+
+
+def test_bf16_merges_in_fp32():
+    """L07: B A summed in bf16 costs quality. One rounding of the exact sum is what may be lost."""
+    model = trained(small(dtype=torch.bfloat16))
+    exact = [m.base.weight.double() + m.scaling * m.lora_B.double() @ m.lora_A.double() for m in adapters(model).values()]
+    merge(model)
+    for layer, weight in zip(adapters(model).values(), exact):
+        assert layer.base.weight.dtype == torch.bfloat16
+        assert (layer.base.weight != weight.bfloat16()).float().mean() < 1e-3  # a near tie may fall either way
+
+
+class Int8(nn.Module):
+    """A quantized linear, as far as lora.py sees one."""
+    in_features = out_features = 32
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_quantized_base_runs_and_refuses_to_merge():
+    model = small()
+    model.layers[0].attention.wq = Int8()
+    base = logits(model)
+    assert differ(logits(trained(model)), base) > 0.1
+    with disabled(model):
+        assert torch.equal(logits(model), base)
+    with pytest.raises(ValueError, match="quantized"):
+        merge(model)
+
+
+def test_save_and_load_give_the_same_model(tmp_path):
+    """L01: an adapter file of 443 bytes."""
+    model = trained(dropout=0.1)
+    save_adapter(model, tmp_path, base="../base", extra={"note": 1})
+    shapes = {name: tuple(t.shape) for name, t in safetensors.torch.load_file(tmp_path / lora.WEIGHTS).items()}
+    assert len(shapes) == 2 * 14 and shapes["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"] == (16, 4)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert [file.stat().st_mode & 0o777 for file in tmp_path.iterdir()] == 2 * [0o666 & ~umask]
+    again, state = small(), torch.get_rng_state()
+    config = load_adapter(again, tmp_path)
+    assert torch.equal(state, torch.get_rng_state())
+    assert differ(logits(again), logits(model)) < 1e-6
+    assert [config[key] for key in ("note", "r", "lora_alpha", "lora_dropout", "rank_pattern")] == [1, 4, 8, 0.1, {}]
+    again.layers[1].attention.wq = again.layers[1].attention.wq.base  # one q_proj without: the names must become full ones
+    save_adapter(again, tmp_path / "part", base="x")
+    assert len(load_adapter(small(), tmp_path / "part")["target_modules"]) == 13
+    assert config["target_modules"] == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    with pytest.raises(ValueError, match="no adapters"):
+        save_adapter(small(), tmp_path / "empty", base="x")
+    assert lora.is_adapter(tmp_path) and not lora.is_adapter(tmp_path / "empty")
+
+
+def test_reward_adapter_keeps_its_head(tmp_path):
+    """L09: the head is trained in full and must travel with the adapter."""
+    model = trained(Reward(seed=1))
+    model.trunk.load_state_dict(trained(Reward()).trunk.state_dict())
+    save_adapter(model, tmp_path, base="base", extra={"reward_mean": 0.5})
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in lora.adapter_state(model)
+    again = Reward()
+    config = load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model)) and differ(logits(again), logits(trained(Reward()))) > 0.1
+    assert (config["task_type"], config["modules_to_save"], config["reward_mean"]) == ("SEQ_CLS", ["score"], 0.5)
+    (tmp_path / lora.CONFIG).write_text(json.dumps(config | {"target_modules": "all-linear"}))
+    load_adapter(Reward(), tmp_path)  # "all" leaves out the head
+    with pytest.raises(ValueError, match="1 unexpected .score.weight"):
+        load_adapter(small(), tmp_path)
+
+
+def peft_file(path: Path, wide: bool = False, **config) -> Path:
+    """A folder as PEFT writes it: q and k of both layers in rank 2. wide: q of layer 1 in rank 4, old names, a pickle."""
+    tensors = {}
+    for i, (name, out) in [(i, side) for i in range(2) for side in (("q", 32), ("k", 16))]:
+        prefix = f"base_model.model.model.layers.{i}.self_attn.{name}_proj.lora"
+        rank = 4 if wide and i == 1 and name == "q" else 2
+        for half, shape in ("A", (rank, 32)), ("B", (out, rank)):
+            tensors[f"{prefix}_{half}{'.default' if wide else ''}.weight"] = torch.randn(shape, generator=seeded(i))
+    torch.save(tensors, path / lora.PICKLE) if wide else safetensors.torch.save_file(tensors, path / lora.WEIGHTS)
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=2, lora_alpha=8, target_modules=["q_proj", "k_proj"], bias="none",
+                  base_model_name_or_path="base") | config
+    (path / lora.CONFIG).write_text(json.dumps(config))
+    return path
+
+
+WIDE = dict(wide=True, rank_pattern={"1.self_attn.q_proj": 4})
+
+@pytest.mark.parametrize("config, first, last", [  # scaling of layer 0's wq and layer 1's wq
+    ({}, 4, 4), ({"use_rslora": True}, 8 / 2**0.5, 8 / 2**0.5), ({"target_modules": r".*\.self_attn\.[qk]_proj"}, 4, 4),
+    ({"alpha_pattern": {"layers.0.self_attn.q_proj": 3}}, 1.5, 4), ({"alpha_pattern": {"k_proj": 3, "layers.1.*": 5}}, 4, 2.5),
+    (WIDE, 4, 2), (WIDE | {"use_rslora": True}, 8 / 2**0.5, 4), (WIDE | {"alpha_pattern": {"q_proj": 3}}, 1.5, 0.75)])
+def test_files_of_others_compute_what_they_say(tmp_path, config, first, last):
+    model = small()
+    load_adapter(model, peft_file(tmp_path, **config))
+    assert len(adapters(model)) == 4
+    for layer, scaling in (model.layers[0].attention.wq, first), (model.layers[1].attention.wq, last):
+        assert layer.scaling == pytest.approx(scaling)
+    assert torch.equal(layer.lora_A, torch.randn(4 if "wide" in config else 2, 32, generator=seeded(1)))
+    save_adapter(model, tmp_path / "resaved", base="base")  # what the patterns said survives our own config
+    again = small()
+    load_adapter(again, tmp_path / "resaved")
+    assert torch.equal(logits(again), logits(model)) and differ(logits(again), logits(small())) > 0.1
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"use_dora": True}, "use_dora = True"), ({"bias": "all"}, "bias = 'all'"), ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
+    ({"modules_to_save": ["embed_tokens"]}, "embed_tokens saved in full"), ({"init_lora_weights": "pissa"}, "altered the base"),
+    ({"r": 4}, "shape .*q_proj.lora_A.weight .2, 32. instead of .4, 32."), ({"target_modules": ["q_proj"]}, "4 unexpected"),
+    ({"target_modules": "all-linear"}, "20 missing .*, ...."), ({"r": None}, "does not say r")])
+def test_what_is_not_plain_lora_or_not_this_base_is_refused(tmp_path, config, words):
+    model = small()
+    with pytest.raises(ValueError, match=words):
+        load_adapter(model, peft_file(tmp_path, **config))
+    assert not adapters(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_wrong_base_and_damaged_files_are_refused(tmp_path):
+    save_adapter(trained(), tmp_path, base="base")
+    for sizes, words in (dict(n_layers=3), "14 missing"), (dict(n_layers=1), "14 unexp"), (dict(ffn_dim=48), "6 of another"):
+        with pytest.raises(ValueError, match=words):
+            load_adapter(small(**sizes), tmp_path)
+    (tmp_path / lora.WEIGHTS).write_bytes(b"version https://git-lfs")
+    with pytest.raises(ValueError, match="damaged"):
+        load_adapter(small(), tmp_path)
+    (tmp_path / lora.WEIGHTS).unlink()
+    with pytest.raises(OSError, match="neither"):
+        load_adapter(small(), tmp_path)
+
+
+def test_merge_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small().save_pretrained("base")
+    model = trained()
+    save_adapter(model, "adapter", base="../base")
+    summary = lora.main(["merge", "adapter", "out"])
+    assert summary["logit_difference"] < summary["bound"] < 1e-4 and "|logit difference|" in capsys.readouterr().out
+    assert differ(logits(Llama.from_pretrained("out")), logits(model)) < 1e-5 * logits(model).abs().max()
+    assert lora.main(["merge", "adapter", "half", "--dtype", "bf16"])["dtype"] == "bfloat16"
+    merge(model)
+    wq, exact = (m.layers[0].attention.wq for m in (Llama.from_pretrained("half"), model))
+    assert torch.equal(wq.weight, exact.base.weight.bfloat16())
+    with pytest.raises(ValueError, match="a folder of its own"):
+        lora.main(["merge", "adapter", "base"])
+    save_adapter(model, "lost", base="meta-llama/Llama-2-7b")
+    with pytest.raises(OSError, match="names its base as 'meta-llama/Llama-2-7b'"):
+        lora.main(["merge", "lost", "out2"])
+    Path("meta-llama/Llama-2-7b").mkdir(parents=True)
+    assert lora.base_path("lost") == Path("meta-llama/Llama-2-7b") and lora.base_path("adapter").samefile("base")
