@@ -27,6 +27,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +40,11 @@ from data import demo
 from model import DTYPES, Llama, LlamaConfig, Tokenizer, check_tokenizer, read_template, write_file
 
 # The demo's preset, used only when the input is the demo world; real weights get FINETUNE.
-DEMO = {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "lr": 2e-3, "batch_size": 16, "accumulation_steps": 4, "max_epochs": 2, "max_len": 160, "weight_decay": 0.1}
+DEMO = {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "lr": 3e-3, "batch_size": 16, "accumulation_steps": 2, "max_epochs": 2, "max_len": 160, "weight_decay": 0.1}
 # Coati: lr 5e-6, 3 epochs. 2e-5 is Alpaca's for full fine-tuning, and decay 0 too.
 FINETUNE = {"lr": 2e-5, "batch_size": 4, "accumulation_steps": 8, "max_epochs": 3, "weight_decay": 0.0}
-DEMO_MODEL = LlamaConfig(dim=192, n_layers=6, n_heads=6, n_kv_heads=3, head_dim=32, ffn_dim=512, vocab_size=1280, max_seq_len=256)
+# Tied embeddings: most of the task is copying words from the instruction, which then needs no second table to be learnt.
+DEMO_MODEL = LlamaConfig(dim=192, n_layers=4, n_heads=6, n_kv_heads=3, head_dim=32, ffn_dim=512, vocab_size=1280, max_seq_len=256, tie_embeddings=True)
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
@@ -191,6 +193,12 @@ def add_adapters(model: torch.nn.Module, args: argparse.Namespace) -> None:
     lora.attach(model, args.lora_rank, args.lora_alpha, args.lora_dropout, dtype=torch.float32, generator=torch.Generator(model.device).manual_seed(args.seed))
 
 
+def resolve_max_len(args: argparse.Namespace, config: LlamaConfig) -> None:
+    resolve(args, {"max_len": min(512, config.max_seq_len)})
+    if args.max_len > config.max_seq_len:
+        raise ValueError(f"--max_len {args.max_len} is beyond the model's context of {config.max_seq_len} tokens")
+
+
 def set_up(model: Llama, args: argparse.Namespace) -> None:
     model.grad_checkpoint = args.grad_checkpoint
     if args.compile:
@@ -310,22 +318,6 @@ def lm_loss(model: Llama, tokens: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(model.output(h).float(), answer, reduction="sum")   # logits (N, V): no row is spent on a prompt
 
 
-@torch.no_grad()
-def evaluate(model: Llama, held: list, args: argparse.Namespace, world: zero.World) -> float | None:
-    """Mean loss per target token of the held-out examples, shared out over the processes."""
-    if not held:
-        return None
-    model.eval()
-    lengths = [len(ids) for ids, _ in held]
-    total = torch.zeros(2, dtype=torch.float64)
-    for micro in data.micro_batches(list(range(len(held))), lengths, args.batch_size, world.rank, world.world):
-        tokens, _, target = data.collate([held[i] for i in micro])
-        total += torch.tensor([lm_loss(model, tokens, target).item(), target.sum().item()], dtype=torch.float64)
-    total = zero.all_reduce(total.float().to(world.device))
-    model.train()
-    return (total[0] / total[1]).item()
-
-
 def stop_if_broken(loss: float, step: int, lr: float, save_path: Path) -> None:
     if not math.isfinite(loss):
         kept = sorted((save_path / "resume").glob("step-*"))
@@ -377,7 +369,101 @@ def run(main: Callable[[], dict]) -> None:
         sys.exit(130)
 
 
+class Task(NamedTuple):
+    """What the loop of stages 1 and 2 must know of a stage."""
+    lengths: list[int]                                        # tokens of each example
+    units: Callable[[list[int]], int]                         # examples -> what a step's loss is divided by: target tokens, rankings
+    loss_of: Callable[[list[int]], tuple[Tensor, Tensor]]     # micro-batch -> summed loss (), further sums (S,)
+    sums: int                                                 # S
+    figures: Callable[[list[float]], dict]                    # further sums of a whole step -> the stage's own metrics
+    evaluate: Callable[[], dict]
+
+
+def train(model: torch.nn.Module, optimizer: zero.Optimizer, task: Task, marks: dict, args: argparse.Namespace, world: zero.World) -> dict:
+    """The loop of stages 1 and 2. Returns what summary.json takes: last loss, steps, seconds, tokens_per_second, ..."""
+    batch = args.batch_size * args.accumulation_steps * world.world
+    epoch, step, seen, old_batch = 0, 0, 0, batch  # seen: samples of this epoch that are done; old_batch: what its order was made with
+    if args.resume:
+        meta, state, own = load_checkpoint(args.save_path, world, marks)
+        optimizer.load_state_dict(state)
+        if own is not None:
+            set_random_state(own["random"], world)
+        epoch, step, seen, old_batch = meta["epoch"], meta["step"], meta["seen"], meta["batch"]
+    before = meta["before"] if args.resume else {f"{key}_before": value for key, value in task.evaluate().items()}
+    append = open_metrics(args.save_path, world, step)
+    updates = data.global_batches(task.lengths, batch, args.seed, epoch, seen, old_batch) if epoch < args.max_epochs else []
+    total = step + len(updates) + max(0, args.max_epochs - epoch - 1) * math.ceil(len(task.lengths) / batch)
+    total = min(total, args.max_steps or total)
+    say_plan(model, task, batch, total, args, world)
+    first, started, tokens_done, row = step, time.perf_counter(), 0, {}
+    model.train()
+    while step < total:
+        for indices in updates[:total - step]:
+            # ---- one update: every process knows the whole batch, so the divisor needs no communication ----
+            began, step = time.perf_counter(), step + 1
+            lr = cosine_lr(step, total, args.lr, args.warmup)
+            divisor, sums = task.units(indices), torch.zeros(1 + task.sums, device=world.device)
+            mine = data.micro_batches(indices, task.lengths, args.batch_size, world.rank, world.world)
+            for micro in mine:
+                summed, further = task.loss_of(micro)
+                optimizer.backward(summed / divisor, last=micro is mine[-1])
+                sums += torch.cat((summed.detach().float().view(1), further.to(world.device)))
+            loss, *further = zero.all_reduce(sums).tolist()
+            loss /= divisor
+            stop_if_broken(loss, step, lr, args.save_path)
+            stats = optimizer.step(lr)
+            # ---- log, evaluate, save ----
+            seen += len(indices)
+            tokens = sum(task.lengths[i] for i in indices)
+            tokens_done += tokens
+            now = time.perf_counter()
+            row = {"step": step, "loss": loss, "lr": lr, "seconds": now - started, "tokens_per_second": tokens / (now - began),
+                   "grad_norm": stats.grad_norm, "skipped": optimizer.skipped} | task.figures(further)
+            log = step % args.log_interval == 0 or step == total
+            progress(world, step, total, started, describe(row), log, first)
+            if args.eval_interval and step % args.eval_interval == 0 and step < total:
+                row |= task.evaluate()
+            if log or "eval_loss" in row:
+                append(row)
+            if args.save_interval and (step % args.save_interval == 0 or step == args.max_steps):
+                meta = {"step": step, "epoch": epoch, "seen": seen, "batch": old_batch, "world": world.world, "marks": marks, "before": before}
+                save_checkpoint(args.save_path, world, meta, optimizer.state_dict(), {})
+        epoch, seen, old_batch = epoch + 1, 0, batch
+        updates = data.global_batches(task.lengths, batch, args.seed, epoch)
+    seconds = time.perf_counter() - started
+    return {"loss": row.get("loss"), "steps": step, "seconds": seconds, "tokens_per_second": tokens_done / seconds, "skipped": optimizer.skipped} | before | task.evaluate()
+
+
+def describe(row: dict) -> str:
+    """A row of metrics as the progress line has it."""
+    own = "".join(f" | {key} {row[key]:.3f}" for key in row if key not in ("step", "loss", "lr", "seconds", "tokens_per_second", "grad_norm", "skipped"))
+    return f"loss {row['loss']:.4f}{own} | lr {row['lr']:.1e} | {row['tokens_per_second']:,.0f} tokens/s" + (f" | skipped {row['skipped']}" if row["skipped"] else "")
+
+
+def say_plan(model: torch.nn.Module, task: Task, batch: int, total: int, args: argparse.Namespace, world: zero.World) -> None:
+    lengths = task.lengths
+    padding = data.padding_share(lengths, [data.micro_batches(b, lengths, args.batch_size, 0, 1) for b in data.global_batches(lengths, batch, args.seed, 0)])
+    trainable, everything = lora.trainable_report(model)
+    say(world, f"{len(lengths)} examples, {sum(lengths):,} tokens, padding {100 * padding:.1f} % | {total} updates of {args.batch_size} x {args.accumulation_steps} accumulated "
+               f"x {world.world} processes = {batch} examples | {trainable:,} of {everything:,} parameters trained")
+
+
 # ---- stage 1 --------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model: Llama, held: list, args: argparse.Namespace, world: zero.World) -> dict:
+    """eval_loss: mean loss per target token of the held-out examples, shared out over the processes; None without any."""
+    if not held:
+        return {"eval_loss": None}
+    model.eval()
+    total = torch.zeros(2, device=world.device)
+    for micro in data.micro_batches(list(range(len(held))), [len(ids) for ids, _ in held], args.batch_size, world.rank, world.world):
+        tokens, _, target = data.collate([held[i] for i in micro])
+        total += torch.stack((lm_loss(model, tokens, target).float(), target.sum().to(world.device)))
+    nll, targets = zero.all_reduce(total).tolist()
+    model.train()
+    return {"eval_loss": nll / targets}
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("Stage 1: supervised fine-tuning. Without flags, the demo: a small LLaMA from scratch on data/demo.", "out/sft")
@@ -430,85 +516,29 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer = open_tokenizer(args, args.pretrain, world)
     resolve(args, DEMO if is_demo else FINETUNE)
     model, base = open_model(args, tokenizer, world)
-    resolve(args, {"max_len": min(512, model.config.max_seq_len)})
-    if args.max_len > model.config.max_seq_len:
-        raise ValueError(f"--max_len {args.max_len} is beyond the model's context of {model.config.max_seq_len} tokens")
+    resolve_max_len(args, model.config)
     examples, held = read_examples(args, tokenizer, world)
     say_flags(world, args)
     marks = fingerprint(model, examples, args.seed)
     set_up(model, args)
     torch.manual_seed(args.seed * 1000 + world.rank)  # dropout: each process its own
     optimizer = make_optimizer(model, args, compute_dtype(args, world))
-    trained = train(model, optimizer, examples, held, marks, args, world)
-    figures = {"eval_loss": evaluate(model, held, args, world)} | trained
+
+    def loss_of(micro: list[int]) -> tuple[Tensor, Tensor]:
+        tokens, _, target = data.collate([examples[i] for i in micro])
+        return lm_loss(model, tokens, target), torch.zeros(0)
+
+    task = Task([len(ids) for ids, _ in examples], lambda indices: sum(sum(examples[i][1]) for i in indices), loss_of, 0, lambda sums: {},
+                partial(evaluate, model, held, args, world))
+    figures = train(model, optimizer, task, marks, args, world)
     save_model(model, args, tokenizer, base, world)
     if is_demo:
-        figures |= demo.measure(model, tokenizer, data.TEMPLATES[args.template], world.rank == 0)
+        figures |= zero.broadcast_object(demo.measure(model, tokenizer, data.TEMPLATES[args.template]) if world.rank == 0 else None)
         say(world, f"held-out instructions: gold score {figures['gold']:.3f} (en {figures['gold_en']:.3f}, zh {figures['gold_zh']:.3f})")
     summary = write_summary(args, world, figures)
-    say(world, f"wrote {args.save_path}: eval loss {summary['eval_loss'] or float('nan'):.4f} in {summary['seconds']:.0f} s, {summary['peak_memory_bytes'] / 1e9:.2f} GB")
+    evaluated = "" if summary["eval_loss"] is None else f"eval loss {summary['eval_loss']:.4f}, "
+    say(world, f"wrote {args.save_path}: {evaluated}{summary['seconds']:.0f} s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
     return summary
-
-
-def train(model: Llama, optimizer: zero.Optimizer, examples: list, held: list, marks: dict, args: argparse.Namespace, world: zero.World) -> dict:
-    """The loop: returns seconds, tokens_per_second and the last training loss."""
-    lengths = [len(ids) for ids, _ in examples]
-    batch = args.batch_size * args.accumulation_steps * world.world
-    epoch, step, seen, old_batch = 0, 0, 0, batch  # seen: samples of this epoch that are done; old_batch: what its order was made with
-    if args.resume:
-        meta, state, own = load_checkpoint(args.save_path, world, marks)
-        optimizer.load_state_dict(state)
-        if own is not None:
-            set_random_state(own["random"], world)
-        epoch, step, seen, old_batch = meta["epoch"], meta["step"], meta["seen"], meta["batch"]
-    append = open_metrics(args.save_path, world, step)
-    updates = [data.global_batches(lengths, batch, args.seed, epoch, seen, old_batch)] if epoch < args.max_epochs else []
-    total = step + sum(map(len, updates)) + max(0, args.max_epochs - epoch - 1) * math.ceil(len(examples) / batch)
-    total = min(total, args.max_steps or total)
-    share = data.padding_share(lengths, [data.micro_batches(b, lengths, args.batch_size, 0, 1) for b in data.global_batches(lengths, batch, args.seed, 0)])
-    trainable, everything = lora.trainable_report(model)
-    say(world, f"{len(examples)} examples, {len(held)} held out | {total} updates of {args.batch_size} x {args.accumulation_steps} accumulated x {world.world} processes "
-               f"= {batch} examples | padding {100 * share:.1f} % | {trainable:,} of {everything:,} parameters trained")
-    first, started, tokens_done = step, time.perf_counter(), 0
-    model.train()
-    loss = lr = float("nan")
-    while step < total:
-        for indices in updates.pop() if updates else data.global_batches(lengths, batch, args.seed, epoch):
-            # ---- one update ----
-            began, step = time.perf_counter(), step + 1
-            lr = cosine_lr(step, total, args.lr, args.warmup)
-            targets = sum(sum(examples[i][1]) for i in indices)  # over all micro-batches and processes: everybody knows the batch
-            summed = torch.zeros((), device=world.device)
-            mine = data.micro_batches(indices, lengths, args.batch_size, world.rank, world.world)
-            for k, micro in enumerate(mine):
-                tokens, _, target = data.collate([examples[i] for i in micro])
-                nll = lm_loss(model, tokens, target)
-                optimizer.backward(nll / targets, last=k == len(mine) - 1)
-                summed += nll.detach()
-            loss = zero.all_reduce(summed).item() / targets
-            stop_if_broken(loss, step, lr, args.save_path)
-            stats = optimizer.step(lr)
-            # ---- log, evaluate, save ----
-            seen += len(indices)
-            done = sum(lengths[i] for i in indices)
-            tokens_done += done
-            rate = done / (time.perf_counter() - began)
-            log = step % args.log_interval == 0 or step == total
-            row = {"step": step, "loss": loss, "lr": lr, "seconds": time.perf_counter() - started, "tokens_per_second": rate,
-                   "grad_norm": stats.grad_norm, "skipped": optimizer.skipped}
-            if args.eval_interval and step % args.eval_interval == 0:
-                row["eval_loss"] = evaluate(model, held, args, world)
-            if log or "eval_loss" in row:
-                append(row)
-            progress(world, step, total, started, f"loss {loss:.4f} | lr {lr:.2e} | {rate:,.0f} tokens/s" + (f" | skipped {optimizer.skipped}" if optimizer.skipped else ""), log, first)
-            if args.save_interval and step % args.save_interval == 0 or step == args.max_steps:
-                meta = {"step": step, "epoch": epoch, "seen": seen, "batch": old_batch, "world": world.world, "marks": marks}
-                save_checkpoint(args.save_path, world, meta, optimizer.state_dict(), {})
-            if step == total:
-                break
-        epoch, seen, old_batch = epoch + 1, 0, batch
-    seconds = time.perf_counter() - started
-    return {"loss": loss, "steps": step, "seconds": seconds, "tokens_per_second": tokens_done / seconds, "skipped": optimizer.skipped, "padding": share}
 
 
 if __name__ == "__main__":

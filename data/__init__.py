@@ -225,7 +225,7 @@ KINDS = {
 }
 
 
-def _normalise(record: object, kind: str) -> dict:
+def normalise(record: object, kind: str) -> dict:
     """A JSON value -> a record of this kind; ValueError with the reason, the keys expected and the keys found."""
     keys = set(record) if isinstance(record, dict) else set()
     fitting = [name for name in KINDS if any(keys.issuperset(form) for form in KINDS[name].forms)]
@@ -258,7 +258,7 @@ def read_records(paths: list[str | Path], kind: str, skip_bad: bool = False, lim
             try:
                 if fault:
                     raise ValueError(fault)
-                records.append(_normalise(value, kind))
+                records.append(normalise(value, kind))
             except ValueError as error:
                 if not skip_bad:
                     raise ValueError(f"{path}, line {line}: {error} (mend it or pass --skip_bad_records)") from None

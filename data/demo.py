@@ -155,12 +155,10 @@ def gold(asked: str, text: str, ended: bool) -> float:
     return score if ended else 0.5 * score
 
 
-def measure(model, tokenizer, template, mine: bool = True, seed: int = 0) -> dict:
+def measure(model, tokenizer, template, seed: int = 0) -> dict:
     """The gold score of a model: mean over all held-out instructions (230 a language) of one answer each, sampled at
     temperature 1 with a fixed seed. Returns gold, gold_en, gold_zh, distinct_2 (share of different word pairs among all, so
-    1 when no two answers share one) and three samples; {} where `mine` is False (the other processes)."""
-    if not mine:
-        return {}
+    1 when no two answers share one) and three samples."""
     asked = [record["instruction"] for record in prompt_records(0, held=True)]
     prompts = [encode_prompt([{"role": "user", "content": text}], tokenizer, template) for text in asked]
     generator = torch.Generator(model.device).manual_seed(seed)
