@@ -69,6 +69,8 @@ class LlamaConfig:
             raise ValueError(f"config: {self.n_heads} query heads cannot be shared out over {self.n_kv_heads} key/value heads")
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim {self.head_dim} is odd, rotary embedding needs pairs")
+        if self.dtype not in DTYPES:
+            self.dtype = "float32"  # float64 and the like
 
 
 # ---- transformer ----------------------------------------------------------------------------------------------------
@@ -87,10 +89,13 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(config: LlamaConfig, device=None) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (max_seq_len, D/2), of position / rope_factor * theta^(-2i/D)."""
+    """cos and sin, each (max_seq_len, D/2), of position / rope_factor * theta^(-2i/D).
+
+    The operations come in transformers' order: at position 100,000 another rounding is another angle in the third decimal.
+    """
     i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-    frequency = config.rope_theta ** (-i / config.head_dim)  # (D/2,)
-    position = torch.arange(config.max_seq_len, device=device, dtype=torch.float32) / config.rope_factor
+    frequency = 1.0 / config.rope_theta ** (i / config.head_dim) / config.rope_factor  # (D/2,)
+    position = torch.arange(config.max_seq_len, device=device, dtype=torch.float32)
     angle = torch.outer(position, frequency)  # (max_seq_len, D/2)
     return angle.cos(), angle.sin()
 
@@ -122,7 +127,19 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows of the batch but these."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k = self.k[:, rows]  # one after the other: never a second copy of both
+        self.v = self.v[:, rows]
+
+
+@dataclass
+class Where:
+    """Where the tokens of one forward pass stand: their angles, what each may look at, and the cache they go into."""
+    cos: Tensor              # (1 or B, 1, T, D/2)
+    sin: Tensor
+    allowed: Tensor | None   # True where a query may see a key, (B, 1, T, keys); None is plain causal
+    cache: KVCache | None = None
+    position: Tensor | None = None  # (B, T), with a cache
+    slots: int = 0                  # slots of the cache that hold something after this call
 
 
 class Attention(nn.Module):
@@ -134,7 +151,7 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, where: "Where") -> Tensor:
+    def forward(self, x: Tensor, where: Where) -> Tensor:
         B, T, _ = x.shape
         q = self.wq(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)     # (B, H, T, D)
         k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -173,20 +190,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, where: "Where") -> Tensor:
+    def forward(self, x: Tensor, where: Where) -> Tensor:
         x = x + self.attention(self.attention_norm(x), where)
         return x + self.feed_forward(self.ffn_norm(x))
-
-
-@dataclass
-class Where:
-    """Where the tokens of one forward pass stand: their angles, what each may look at, and the cache they go into."""
-    cos: Tensor              # (1 or B, 1, T, D/2)
-    sin: Tensor
-    allowed: Tensor | None   # True where a query may see a key, (B, 1, T, keys); None is plain causal
-    cache: KVCache | None = None
-    position: Tensor | None = None  # (B, T), with a cache
-    slots: int = 0                  # slots of the cache in use after this call
 
 
 class Llama(nn.Module):
@@ -235,14 +241,16 @@ class Llama(nn.Module):
                start: Tensor | None = None, slots: int = 0) -> Tensor:
         """The last block's output after the final norm, (B, T, C).
 
-        Three ways to call it. (tokens): rows begin at position 0; padding on the right needs no mask, since nothing real
-        looks to its right. (tokens, mask): padding anywhere. (tokens, cache, start, slots): rows go on at their own position
-        start (B,), see the slots below start + T of their cache row, and `slots` bounds the slots that any row uses.
+        Four ways to call it. (tokens): rows begin at position 0; padding on the right needs no mask, since nothing real
+        looks to its right. (tokens, mask): padding anywhere. (tokens, cache, slots=T): the first, and keys and values go into
+        the cache. (tokens, cache, start, slots): rows go on at their own position start (B,) and see the slots below
+        start + T of their cache row; `slots` bounds the slots that any row sees.
         """
         T = tokens.shape[1]
         longest = slots if cache is not None else T
         if longest > self.config.max_seq_len:
-            raise ValueError(f"{longest} tokens do not fit the model's context of {self.config.max_seq_len}: shorten the text or --max_len")
+            raise ValueError(f"{longest} tokens do not fit the model's context of {self.config.max_seq_len}: shorten the text "
+                             "or --max_len")
         where = self.locate(tokens, mask, cache, start, slots)
         x = self.tok_embeddings(tokens)  # (B, T, C)
         for layer in self.layers:
@@ -254,21 +262,21 @@ class Llama(nn.Module):
 
     def locate(self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None, start: Tensor | None, slots: int) -> Where:
         B, T = tokens.shape
-        dtype = self.norm.weight.dtype
-        if cache is not None:
-            position = start[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
-            key = torch.arange(slots, device=tokens.device)
-            allowed = key <= position[:, None, :, None]  # (B, 1, T, S)
-            position = position.clamp(max=cache.k.shape[3] - 1)  # padding of a prefill may stand beyond the last slot
-        elif mask is not None:
+        if start is None and mask is None:
+            cos, sin, allowed = self.cos[None, None, :T], self.sin[None, None, :T], None  # (1, 1, T, D/2)
+            position = torch.arange(T, device=tokens.device).expand(B, T) if cache is not None else None
+        elif cache is None:
             position = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), counted from the first real token
             causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
-            itself = torch.eye(T, dtype=torch.bool, device=tokens.device)  # padding sees itself: a row of no keys would be NaN
+            itself = torch.eye(T, dtype=torch.bool, device=tokens.device)  # padding sees itself: a row without keys is NaN in some kernels
             allowed = (causal & mask[:, None, None, :]) | itself  # (B, 1, T, T)
         else:
-            cos, sin = self.cos[None, None, :T], self.sin[None, None, :T]  # (1, 1, T, D/2)
-            return Where(cos.to(dtype), sin.to(dtype), None)
-        cos, sin = self.cos[position][:, None], self.sin[position][:, None]  # (B, 1, T, D/2)
+            position = start[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
+            allowed = torch.arange(slots, device=tokens.device) <= position[:, None, :, None]  # (B, 1, T, S)
+            position = position.clamp(max=cache.k.shape[3] - 1)  # padding and ended rows may stand beyond the last slot
+        if allowed is not None:
+            cos, sin = self.cos[position][:, None], self.sin[position][:, None]  # (B, 1, T, D/2)
+        dtype = self.norm.weight.dtype
         return Where(cos.to(dtype), sin.to(dtype), allowed, cache, position, slots)
 
     # ---- generation ----
@@ -279,29 +287,25 @@ class Llama(nn.Module):
                  repetition_penalty: float = 1.0) -> list[list[int]]:
         """Continue each prompt; returns the new ids only, with EOS where it came. eos_id=-1 never stops.
 
-        A row ends at EOS, at max_new_tokens (one number, or one a prompt), or where prompt and answer fill the context (a prompt that fills it alone
-        gives no new token). Raises ValueError for an empty prompt, one longer than the context, or bad sampling values.
+        A row ends at EOS, at max_new_tokens (one number, or one a prompt), or where prompt and answer fill the context (a
+        prompt that fills it alone gives no new token). Raises ValueError for an empty prompt, one longer than the context,
+        an id outside the vocabulary, or bad sampling values. Dropout is off only in eval(), as everywhere.
         """
         answers: list[list[int]] = [[] for _ in prompts]
-        for rows, ids in self.generate_steps(prompts, max_new_tokens, temperature, top_k, top_p, eos_id, generator, repetition_penalty):
+        steps = self.generate_steps(prompts, max_new_tokens, temperature, top_k, top_p, eos_id, generator, repetition_penalty)
+        for rows, ids in steps:
             for row, token in zip(rows, ids):
                 answers[row].append(token)
         return answers
 
     @torch.no_grad()
-    def generate_steps(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=2, generator=None,
-                       repetition_penalty=1.0) -> Iterator[tuple[list[int], list[int]]]:
+    def generate_steps(self, prompts: list[list[int]], max_new_tokens: int | list[int], temperature: float = 1.0, top_k: int = 0,
+                       top_p: float = 1.0, eos_id: int = 2, generator: torch.Generator | None = None,
+                       repetition_penalty: float = 1.0) -> Iterator[tuple[list[int], list[int]]]:
         """One (rows still running, their new ids) a step: prefill all prompts at once, then one token a row and step.
-        Finished rows are dropped from the batch as soon as they are half of it, and never reported again."""
+        Finished rows are never reported again, and leave the batch as soon as they are half of it."""
         check_sampling(temperature, top_k, top_p, repetition_penalty)
-        context = self.config.max_seq_len
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {i} is empty: give it at least the BOS id")
-            if len(prompt) > context:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens, the model's context is {context}: shorten the prompt")
-        most = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
-        limit = [min(n, context - len(prompt)) for n, prompt in zip(most, prompts, strict=True)]
+        limit = self.room(prompts, max_new_tokens)
         rows = [i for i in range(len(prompts)) if limit[i] > 0]  # rows[b]: which prompt sits in row b of the batch
         if not rows:
             return
@@ -315,7 +319,7 @@ class Llama(nn.Module):
             seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
             for b, i in enumerate(rows):
                 seen[b, prompts[i]] = True
-        x = self.hidden(tokens, cache=cache, start=torch.zeros_like(length), slots=longest)
+        x = self.hidden(tokens, cache=cache, slots=longest)
         x = x[torch.arange(len(rows), device=device), length - 1]  # (B, C): each row's last real token
         made, done = [0] * len(prompts), set()
         while True:
@@ -330,20 +334,37 @@ class Llama(nn.Module):
                 made[i] += 1
                 if ids[b] == eos_id or made[i] == limit[i]:
                     done.add(i)
-            if len(done.intersection(rows)) == len(rows):
+            running = [b for b, i in enumerate(rows) if i not in done]
+            if not running:
                 return
             if seen is not None:
                 seen[torch.arange(len(rows), device=device), token] = True
-            if 2 * len(done.intersection(rows)) >= len(rows):
-                kept = torch.tensor([b for b, i in enumerate(rows) if i not in done], device=device)
-                rows, token, length = [rows[b] for b in kept.tolist()], token[kept], length[kept]
+            if 2 * len(running) <= len(rows):  # not at every end: dropping rows copies the cache
+                rows, kept = [rows[b] for b in running], torch.tensor(running, device=device)
+                token, length = token[kept], length[kept]
                 cache.keep(kept)
                 seen = seen[kept] if seen is not None else None
-            # A finished row that stays for now runs on unseen; clamping keeps it inside its own cache row.
-            at = length.clamp(max=cache.k.shape[3] - 1)
-            slots = min(max(len(prompts[i]) + made[i] for i in rows), cache.k.shape[3])
-            x = self.hidden(token[:, None], cache=cache, start=at, slots=slots)[:, 0]  # (B, C)
+            # A finished row that stays for now runs on unreported; locate() keeps it inside its own cache row.
+            slots = max(len(prompts[i]) + made[i] for i in rows)
+            x = self.hidden(token[:, None], cache=cache, start=length, slots=slots)[:, 0]  # (B, C)
             length = length + 1
+
+    def room(self, prompts: list[list[int]], max_new_tokens: int | list[int]) -> list[int]:
+        """How many new tokens each prompt may get: as asked, or as many as the context leaves. Raises on unusable prompts."""
+        context, vocab = self.config.max_seq_len, self.config.vocab_size
+        most = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
+        if len(most) != len(prompts) or any(n < 0 for n in most):
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, it must be at least 0: one number, or a list of one for each of "
+                             f"{len(prompts)} prompts")
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {i} is empty: give it at least the BOS id")
+            if len(prompt) > context:
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens, the model's context is {context}: shorten the prompt")
+            if min(prompt) < 0 or max(prompt) >= vocab:  # on CUDA the embedding's own check kills the process
+                raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, the embedding has rows 0 to "
+                                 f"{vocab - 1}: the tokenizer is another model's")
+        return [min(n, context - len(prompt)) for n, prompt in zip(most, prompts)]
 
     # ---- files ----
 
@@ -359,9 +380,12 @@ class Llama(nn.Module):
         """Read a Hugging Face or Meta directory; dtype None keeps the file's. Raises ValueError or FileNotFoundError with a
         sentence when anything is missing, left over, cut short, or of another architecture."""
         config = read_config(directory)
+        tensors = read_tensors(directory, config)
+        if head and "score.weight" in tensors:  # with tied embeddings it would open as a language model, and babble
+            raise ValueError(f"{directory} is a reward model, it has no words: open it with RewardModel.from_pretrained of rm.py")
         with torch.device("meta"):
             model = cls(config, head)
-        load_weights(model, read_tensors(directory, config), dtype, device, ignore=("score.weight",) + (() if head else ("output.weight",)))
+        load_weights(model, tensors, dtype, device, () if head else ("output.weight", "score.weight"), directory)
         model.make_rope()
         return model
 
@@ -390,27 +414,31 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def sample(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0,
+           generator: torch.Generator | None = None) -> Tensor:
     """Draw one id a row from logits (B, V) -> (B,). temperature 0 is argmax whatever top_k and top_p say.
 
     top_k keeps the k likeliest; top_p then keeps the smallest set of likeliest tokens whose probability reaches p
     (Holtzman et al. 2020), the token that crosses p included. Raises ValueError on non-finite logits.
     """
-    if not torch.isfinite(logits).all():
-        raise ValueError("the model gave non-finite logits: its weights or its dtype are broken (try --dtype fp32)")
     if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    if top_p < 1:
-        probs, order = logits.softmax(-1).sort(descending=True)  # (B, V) likeliest first
-        before = probs.cumsum(-1) - probs  # probability of all likelier tokens
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
-        logits = logits.masked_fill(drop, -math.inf)
-    # argmax(p / e) with e ~ Exp(1) is a draw from p (the exponential race), and needs no host synchronisation.
-    race = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / race).argmax(-1)
+        token = logits.argmax(-1)
+    else:
+        scaled = logits / max(temperature, 1e-30)  # 1e-40 would make logits infinite and probabilities NaN
+        if 0 < top_k < logits.shape[-1]:
+            kept = scaled.topk(top_k)  # by place, not by value: in bf16 many logits are equal, and k would keep more than k
+            scaled = torch.full_like(scaled, -math.inf).scatter(-1, kept.indices, kept.values)
+        if top_p < 1:
+            probs, order = scaled.softmax(-1).sort(descending=True)  # (B, V) likeliest first
+            before = probs.cumsum(-1) - probs  # probability of all likelier tokens
+            drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+            scaled = scaled.masked_fill(drop, -math.inf)
+        # argmax(p / e) with e ~ Exp(1) is a draw from p (the exponential race), and needs no host synchronisation.
+        race = torch.empty_like(scaled).exponential_(generator=generator)
+        token = (scaled.softmax(-1) / race).argmax(-1)
+    if not torch.isfinite(logits).all():  # waits for the device, so it stands last, when all work has been handed out
+        raise ValueError("the model gave non-finite logits: its weights or its dtype are broken (try --dtype fp32)")
+    return token
 
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------
@@ -421,11 +449,11 @@ class Tokenizer:
     def __init__(self, path: str | Path):
         path = Path(path)
         file = path / "tokenizer.model" if path.is_dir() else path
-        if not file.exists() and path.is_dir() and (path.parent / "tokenizer.model").exists():
+        if not file.exists() and (path / "params.json").exists() and (path.parent / "tokenizer.model").exists():
             file = path.parent / "tokenizer.model"  # Meta puts one beside the folders 7B, 13B, ...
         if not file.exists():
-            hint = " (it has a tokenizer.json only: get the sentencepiece tokenizer.model of the original release)" if (path / "tokenizer.json").exists() else ""
-            raise FileNotFoundError(f"{file} does not exist{hint}: put the model's sentencepiece file there")
+            only = ", a tokenizer.json cannot be read here" if (path / "tokenizer.json").exists() else ""
+            raise FileNotFoundError(f"{file} does not exist{only}: put the sentencepiece file of the original release there")
         self.proto = file.read_bytes()
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
@@ -444,7 +472,7 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         # Sentencepiece takes a lone surrogate (half an emoji in broken JSON) for an error, so it becomes U+FFFD first.
-        ids = self.sp.encode(text.encode("utf-8", "replace").decode("utf-8"))
+        ids = self.sp.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: list[int]) -> str:
@@ -455,23 +483,21 @@ class Tokenizer:
         """Text piece by piece as ids arrive; joined, exactly decode(ids). Bytes of an unfinished character are held back.
 
         Each piece is the difference of two decodes that begin at the same id, because sentencepiece strips the space of
-        whatever comes first; the beginning moves up only where the text is whole, so long answers stay cheap.
+        whatever comes first; the beginning moves up only to an id that has text, so long answers stay cheap.
         """
         held: list[int] = []  # ids from the current beginning
-        sent = ""             # text of them that was given out
+        sent = 0              # characters of their text that were given out
         for i in ids:
             held.append(i)
             text = self.decode(held)
-            if text.endswith("\ufffd"):
-                continue  # perhaps the first bytes of a longer character
-            if len(text) > len(sent):
-                yield text[len(sent):]
-            sent = text
-            if len(held) > 16:
-                held = held[-1:]
-                sent = self.decode(held)
-        rest = self.decode(held)[len(sent):]
-        if rest:
+            # A character has at most four bytes, so up to three at the end may be the first ones of a character to come.
+            broken = min(3, len(text) - len(text.rstrip("\ufffd")))
+            if len(text) - broken > sent:
+                yield text[sent:len(text) - broken]
+                sent = len(text) - broken
+            if len(held) > 16 and not broken and (first := self.decode(held[-1:])):
+                held, sent = held[-1:], len(first)
+        if rest := self.decode(held)[sent:]:
             yield rest
 
     def save(self, directory: str | Path, template: str | None = None, chat_template: str | None = None) -> None:
@@ -489,14 +515,14 @@ class Tokenizer:
 def read_template(directory: str | Path) -> str | None:
     """The template's name that a directory carries, or None."""
     file = Path(directory) / "tokenizer_config.json"
-    return json.loads(file.read_text("utf-8")).get("template") if file.exists() else None
+    return read_json(file).get("template") if file.exists() else None
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
-HF_NAMES = {"tok_embeddings": "embed_tokens", "attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
-            "feed_forward": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj", "attention_norm": "input_layernorm",
-            "ffn_norm": "post_attention_layernorm", "output": "lm_head"}
+HF_NAMES = {"tok_embeddings": "embed_tokens", "attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj",
+            "wo": "o_proj", "feed_forward": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
+            "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "output": "lm_head"}
 # Buffers that old files carry and that follow from the config.
 DERIVED = re.compile(r"(rotary_emb\.inv_freq|rope\.freqs)$")
 PATTERNS = "config.json with model.safetensors, model.safetensors.index.json, pytorch_model.bin or pytorch_model.bin.index.json " \
@@ -505,9 +531,12 @@ PATTERNS = "config.json with model.safetensors, model.safetensors.index.json, py
 
 def read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON ({error}): copy it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is not a JSON object: copy it again")
+    return content
 
 
 def read_config(directory: str | Path) -> LlamaConfig:
@@ -523,7 +552,8 @@ def read_config(directory: str | Path) -> LlamaConfig:
         raise ValueError(f"{directory} holds an adapter, not a model: merge it first with `python lora.py merge {directory} OUT`")
     for file in directory.glob("*.bin"):
         if not file.name.startswith("pytorch_model"):
-            raise ValueError(f"{file} is not a checkpoint that can be read here (llama2.c's own .bin?): get the same model as {PATTERNS}")
+            raise ValueError(f"{file} is not a checkpoint that can be read here (llama2.c's own .bin?): get the same model as "
+                             f"{PATTERNS}")
     raise FileNotFoundError(f"{directory} has neither config.json nor params.json: looked for {PATTERNS}")
 
 
@@ -534,46 +564,72 @@ def config_from_hf(c: dict, directory: Path) -> LlamaConfig:
     if c.get("quantization_config"):
         raise ValueError(f"{directory} is quantized: open it with quantize.load, not as a plain model")
     for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        if c.get(key, plain) != plain:
-            raise ValueError(f"{directory}: config.json has {key} = {c[key]!r}, a LLaMA has {plain!r}; this variant is not supported")
+        if c.get(key) not in (None, plain):
+            raise ValueError(f"{directory}: config.json has {key} = {c[key]!r}, which is not supported: a LLaMA has {plain!r}")
     # transformers 5 moved rope_theta into rope_parameters; older files have the two older keys.
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "linear"):
         raise ValueError(f"{directory}: rotary scaling {rope_type!r} is not supported (default and linear are)")
+    dtype = c.get("dtype") or c.get("torch_dtype") or stored_dtype(directory)
     try:
-        dim, n_heads = c["hidden_size"], c["num_attention_heads"]
+        dim, n_heads, eos = c["hidden_size"], c["num_attention_heads"], c.get("eos_token_id", 2)
         context = c.get("max_position_embeddings", 2048)
         if c.get("sliding_window"):
             context = min(context, c["sliding_window"])  # Mistral: up to its window, sliding attention is plain attention
-        known = {"float32", "bfloat16", "float16"}
-        dtype = str(c.get("dtype", c.get("torch_dtype")) or "float32").removeprefix("torch.")
-        eos = c.get("eos_token_id", 2)
-        return LlamaConfig(dim, c["num_hidden_layers"], n_heads, c.get("num_key_value_heads") or n_heads, c.get("head_dim") or dim // n_heads,
-                           c["intermediate_size"], c["vocab_size"], context, c.get("rms_norm_eps", 1e-6),
-                           float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0), float(rope.get("factor", 1.0)) if rope_type == "linear" else 1.0,
-                           bool(c.get("tie_word_embeddings", False)), dtype if dtype in known else "float32", c.get("bos_token_id", 1),
-                           eos[0] if isinstance(eos, list) else eos, {k: c[k] for k in ("reward_mean",) if k in c})
+        # Defaults are those of transformers' LlamaConfig, which leaves out of the file what equals them.
+        return LlamaConfig(
+            dim=dim, n_layers=c["num_hidden_layers"], n_heads=n_heads, n_kv_heads=c.get("num_key_value_heads") or n_heads,
+            head_dim=c.get("head_dim") or dim // n_heads, ffn_dim=c["intermediate_size"], vocab_size=c["vocab_size"],
+            max_seq_len=context, norm_eps=c.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
+            rope_factor=float(rope["factor"]) if rope_type == "linear" else 1.0,
+            tie_embeddings=bool(c.get("tie_word_embeddings", False)),
+            dtype=str(dtype).removeprefix("torch."),
+            bos_id=c.get("bos_token_id", 1), eos_id=eos[0] if isinstance(eos, list) else eos,
+            extra={key: c[key] for key in ("reward_mean",) if key in c})
     except KeyError as error:
         raise ValueError(f"{directory}/config.json lacks {error}: copy it again") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # null where a number should be, sizes that do not fit
+        raise ValueError(f"{directory}/config.json does not describe a LLaMA ({error}): copy it again") from None
+
+
+def stored_dtype(directory: Path) -> str:
+    """The dtype of the weights themselves, for a config.json that does not say."""
+    embedding = read_tensors(directory).get("tok_embeddings.weight")
+    return str(embedding().dtype) if embedding else "float32"
 
 
 def config_from_meta(p: dict, directory: Path) -> LlamaConfig:
+    if p.get("use_scaled_rope"):
+        raise ValueError(f"{directory}: params.json has use_scaled_rope, the rotary scaling of Llama 3.1, which is not supported")
     parts = meta_parts(directory)
-    wk, w1 = parts[0]["layers.0.attention.wk.weight"], parts[0]["layers.0.feed_forward.w1.weight"]
-    dim, n_heads = p["dim"], p["n_heads"]
-    head_dim = dim // n_heads
-    vocab = parts[0]["output.weight"].shape[0] * len(parts) if "output.weight" in parts[0] else parts[0]["tok_embeddings.weight"].shape[0]
-    return LlamaConfig(dim, p["n_layers"], n_heads, wk.shape[0] * len(parts) // head_dim, head_dim, w1.shape[0] * len(parts), vocab,
-                       p.get("max_seq_len", 2048), p.get("norm_eps", 1e-5), float(p.get("rope_theta", 10000.0)), 1.0,
-                       "output.weight" not in parts[0], str(wk.dtype).removeprefix("torch."))
+    n, part = len(parts), parts[0]
+    try:
+        dim, n_layers, n_heads = p["dim"], p["n_layers"], p["n_heads"]
+        wq, wk = part["layers.0.attention.wq.weight"], part["layers.0.attention.wk.weight"]
+        w1, embedding = part["layers.0.feed_forward.w1.weight"], part["tok_embeddings.weight"]
+    except KeyError as error:
+        raise ValueError(f"{directory}: params.json or consolidated.00.pth lacks {error}: it is no LLaMA of Meta's") from None
+    head_dim = p.get("head_dim") or dim // n_heads
+    if wq.shape[0] * n != n_heads * head_dim:
+        raise ValueError(f"{directory}: wq has {wq.shape[0]} rows in a part and {wq.shape[0] * n} in all ({n} consolidated.*.pth), "
+                         f"by params.json it has {n_heads * head_dim}: copy the missing parts")
+    tied = "output.weight" not in part
+    return LlamaConfig(
+        dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=wk.shape[0] * n // head_dim, head_dim=head_dim,
+        ffn_dim=w1.shape[0] * n, vocab_size=embedding.shape[0] if tied else part["output.weight"].shape[0] * n,
+        max_seq_len=p.get("max_seq_len", 2048),  # Meta's files do not say; LLaMA 1 has 2048
+        norm_eps=p.get("norm_eps", 1e-5), rope_theta=float(p.get("rope_theta", 10000.0)), tie_embeddings=tied,
+        dtype=str(wk.dtype).removeprefix("torch."))
 
 
 def torch_load(file: Path) -> dict[str, Tensor]:
     try:
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # zip, pickle and unpickling errors share no base class
-        raise ValueError(f"{file} cannot be read, it is cut short or not a checkpoint: copy it again ({str(error).splitlines()[0][:120]})") from None
+        reason = str(error).partition("\n")[0][:120]
+        raise ValueError(f"{file} cannot be read, it is cut short or not a checkpoint: copy it again ({reason})") from None
 
 
 def meta_parts(directory: Path) -> list[dict[str, Tensor]]:
@@ -581,14 +637,16 @@ def meta_parts(directory: Path) -> list[dict[str, Tensor]]:
     if not files:
         raise FileNotFoundError(f"{directory} has params.json but no consolidated.*.pth: copy the weights there")
     if [file.name for file in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
-        raise FileNotFoundError(f"{directory} has {', '.join(f.name for f in files)}: a part is missing or misnamed, they are numbered from 00 without a gap")
-    return [torch_load(file) for file in files]
+        raise FileNotFoundError(f"{directory} has {', '.join(f.name for f in files)}: a part is missing or misnamed, they are "
+                                "numbered from 00 without a gap")
+    parts = [torch_load(file) for file in files]
+    if any(part.keys() != parts[0].keys() for part in parts):
+        raise ValueError(f"{directory}: its consolidated.*.pth do not hold the same names, they are not parts of one checkpoint")
+    return parts
 
 
 def join_meta(name: str, parts: list[dict[str, Tensor]], config: LlamaConfig) -> Tensor:
     """One tensor out of its model-parallel parts, wq and wk brought into half-rotation order."""
-    if any(name not in part for part in parts):
-        raise ValueError(f"{name} is not in every consolidated.*.pth: the parts are not of one checkpoint")
     tensors = [part[name] for part in parts]
     if len(parts) == 1 or tensors[0].dim() == 1:  # norms are whole in every part
         whole = tensors[0]
@@ -602,8 +660,9 @@ def join_meta(name: str, parts: list[dict[str, Tensor]], config: LlamaConfig) ->
     return whole
 
 
-def read_tensors(directory: str | Path, config: LlamaConfig) -> dict[str, Callable[[], Tensor]]:
-    """Our name -> a function that reads that tensor. Nothing is read before it is called for, so two copies never exist."""
+def read_tensors(directory: str | Path, config: LlamaConfig | None = None) -> dict[str, Callable[[], Tensor]]:
+    """Our name -> a function that reads that tensor. Nothing is read before it is called for, so two copies never exist.
+    Meta's files need the config, to bring wq and wk into our order."""
     directory = Path(directory)
     if not (directory / "config.json").exists():
         parts = meta_parts(directory)
@@ -630,16 +689,20 @@ def hf_files(directory: Path) -> list[Path]:
             weight_map = read_json(index).get("weight_map", {})
             named = {directory / name for name in weight_map.values()}
             missing = sorted(file.name for file in named if not file.exists())
-            if missing or not named:
-                raise FileNotFoundError(f"{index} names {', '.join(missing) or 'no files'}, which {directory} does not have: copy the missing files")
             unlisted = sorted(file.name for file in directory.glob(f"{stem}-*-of-*.{ending}") if file not in named)
+            if missing or not named:
+                instead = f", or the index that belongs to {', '.join(unlisted)}" if unlisted else ""
+                raise FileNotFoundError(f"{index} names {', '.join(missing) or 'no files'}, which {directory} does not have: copy "
+                                        f"the missing files{instead}")
             if unlisted:
-                raise ValueError(f"{directory} has {', '.join(unlisted)}, which {index.name} does not name: index and files are of two different savings")
+                raise ValueError(f"{directory} has {', '.join(unlisted)}, which {index.name} does not name: index and files are "
+                                 "of two different savings, copy them again")
             return sorted(named)
         if single.exists():
             return [single]
     loose = sorted(file.name for file in directory.iterdir() if file.suffix in (".safetensors", ".bin"))
-    raise FileNotFoundError(f"{directory} has config.json but no weights{' that can be placed (' + ', '.join(loose) + ')' if loose else ''}: looked for {PATTERNS}")
+    unknown = f", only {', '.join(loose)}, which no index names" if loose else ""
+    raise FileNotFoundError(f"{directory} has config.json but no weights{unknown}: looked for {PATTERNS}")
 
 
 def our_name(name: str) -> str:
@@ -650,34 +713,40 @@ def our_name(name: str) -> str:
     return name
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Callable[[], Tensor]], dtype: torch.dtype | None, device, ignore: tuple[str, ...] = ()) -> None:
-    """Fill a model built on the meta device, tensor by tensor; all names and shapes must agree. Tied heads stay tied."""
-    config = model.config
-    names = [name for name, _ in model.named_parameters()]
-    tied = config.tie_embeddings
-    missing = [name for name in names if name not in tensors]
-    unexpected = [name for name in tensors if name not in names and name not in ignore and not (tied and name == "output.weight")]
+def load_weights(model: nn.Module, tensors: dict[str, Callable[[], Tensor]], dtype: torch.dtype | None, device,
+                 ignore: tuple[str, ...] = (), directory: str | Path | None = None) -> None:
+    """Fill a model built on the meta device, tensor by tensor; all names and shapes must agree. Tied heads stay tied.
+    `directory` is where the tensors come from: messages name it, and the names as they are in its files."""
+    source = directory or "the checkpoint"
+    shown = Llama.hf_name if directory and (Path(directory) / "config.json").exists() else str
+    names = [name for name, _ in model.named_parameters()]  # a tied head appears once, as the embedding
+    tied = model.config.tie_embeddings
+    missing = [shown(name) for name in names if name not in tensors]
+    known = {*names, *ignore, *(["output.weight"] if tied else [])}  # a tied head may be stored beside the embedding
+    unexpected = [shown(name) for name in tensors if name not in known]
     if missing or unexpected:
-        raise ValueError(f"the checkpoint does not fit the model: missing {', '.join(missing[:5]) or 'nothing'}; unexpected {', '.join(unexpected[:5]) or 'nothing'}"
-                         f"{' (and more)' if max(len(missing), len(unexpected)) > 5 else ''}")
-    dtype = dtype or DTYPES[config.dtype]
+        more = " (and more)" if max(len(missing), len(unexpected)) > 5 else ""
+        raise ValueError(f"{source} does not fit its config: missing {', '.join(missing[:5]) or 'nothing'}; "
+                         f"unexpected {', '.join(unexpected[:5]) or 'nothing'}{more}")
+    dtype = dtype or DTYPES[model.config.dtype]
     for name in names:
         module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        tensor = tensors[name]()
-        if tensor.shape != module._parameters[leaf].shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} in the checkpoint, the config says {tuple(module._parameters[leaf].shape)}")
+        tensor, shape = tensors[name](), getattr(module, leaf).shape
+        if tensor.shape != shape:
+            raise ValueError(f"{source}: {shown(name)} is {tuple(tensor.shape)}, by the config it should be {tuple(shape)}")
         # copy=True: parameters must not be views of the mapped file, which is read-only to us.
-        module._parameters[leaf] = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True))
-    output = getattr(model, "output", None)
-    if tied and output is not None:
-        output.weight = model.tok_embeddings.weight
+        setattr(module, leaf, nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True)))
+    if tied and getattr(model, "output", None) is not None:
+        model.output.weight = model.tok_embeddings.weight
         if "output.weight" in tensors and not torch.equal(tensors["output.weight"](), tensors["tok_embeddings.weight"]()):
-            raise ValueError("config.json ties the head to the embedding, but the checkpoint has a head of its own that differs: set tie_word_embeddings to false")
+            raise ValueError(f"{source}: config.json ties the head to the embedding, but the files have a head that differs: set "
+                             "tie_word_embeddings to false")
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: LlamaConfig) -> None:
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model's embedding {config.vocab_size} rows: they are not of one model")
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model's embedding {config.vocab_size} rows: use the "
+                         "tokenizer.model that came with the model")
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -694,48 +763,52 @@ def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
     """As write_file; safetensors creates files as 0600, which would hide a model from everybody else."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
-    safetensors.torch.save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+    safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)
     os.replace(temporary, file)
 
 
-def write_weights(tensors: dict[str, Tensor], config: LlamaConfig, directory: Path, architecture: str, further: dict | None = None, shard_bytes: int = 5 * 10**9) -> None:
+def write_weights(tensors: dict[str, Tensor], config: LlamaConfig, directory: Path, architecture: str, further: dict | None = None,
+                  shard_bytes: int = 5 * 10**9) -> None:
     """config.json (with `further` keys) and safetensors under Hugging Face names, cast to config.dtype, in shards above 5 GB."""
     if any("lora_" in name for name in tensors):
         raise ValueError("the model still has adapters: merge and fold them, or save the adapter alone")
     dtype = DTYPES[config.dtype]
-    shards: list[dict[str, Tensor]] = [{}]
-    room = shard_bytes
-    for name, tensor in tensors.items():
-        size = tensor.numel() * dtype.itemsize
-        if size > room and shards[-1]:
-            shards, room = [*shards, {}], shard_bytes
-        shards[-1][name] = tensor
-        room -= size
-    total = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
-    files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    size = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+    shards: list[list[str]] = [[]]
+    for name in tensors:
+        if shards[-1] and sum(size[other] for other in shards[-1]) + size[name] > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    n = len(shards)
+    files = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     for file, shard in zip(files, shards):
-        write_safetensors({name: t.to("cpu", dtype) for name, t in shard.items()}, directory / file)
-    if len(shards) > 1:
+        write_safetensors({name: tensors[name].to("cpu", dtype) for name in shard}, directory / file)
+    if n > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-        write_file(directory / "model.safetensors.index.json", json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1).encode())
-    stale = {*directory.glob("model*.safetensors"), *([directory / "model.safetensors.index.json"] if len(shards) == 1 else [])}
-    for file in stale - {directory / name for name in files}:  # of an earlier saving with another number of shards
-        file.unlink(missing_ok=True)
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+        files.append("model.safetensors.index.json")
+        write_file(directory / files[-1], json.dumps(index, indent=1).encode())
+    # Files of an earlier saving with another number of shards would be read instead of these, or beside them.
+    for pattern in ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
+        for file in directory.glob(pattern):
+            if file.name not in files:
+                file.unlink()
     write_file(directory / "config.json", json.dumps(config_to_hf(config, architecture) | (further or {}), indent=1).encode())
 
 
 def config_to_hf(config: LlamaConfig, architecture: str) -> dict:
     """config.json with both spellings of the keys that transformers 5 renamed."""
-    linear = config.rope_factor != 1.0
-    rope = {"rope_type": "linear" if linear else "default", "rope_theta": config.rope_theta} | ({"factor": config.rope_factor} if linear else {})
+    scaling = {"rope_type": "linear", "factor": config.rope_factor} if config.rope_factor != 1.0 else {}
     return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu", "hidden_size": config.dim,
             "intermediate_size": config.ffn_dim, "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
             "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim, "vocab_size": config.vocab_size,
             "max_position_embeddings": config.max_seq_len, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-            "rope_parameters": rope, "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": config.rope_factor} if linear else None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta} | scaling,
+            "rope_scaling": {"type": "linear"} | scaling if scaling else None,
             "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": config.tie_embeddings, "bos_token_id": config.bos_id,
             "eos_token_id": config.eos_id, "torch_dtype": config.dtype, "dtype": config.dtype, **config.extra}
 
@@ -752,17 +825,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens that make up this probability (1 = all)")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes tokens already seen less likely")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto = as stored on disk")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: bf16 on CUDA, fp32 elsewhere")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda where there is one, else cpu")
     args = parser.parse_args(argv)
 
+    check_sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)  # before minutes of loading
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    dtype = ("bf16" if device == "cuda" else "fp32") if args.dtype == "auto" else args.dtype
+    config = read_config(args.directory)
     tokenizer = Tokenizer(args.directory)
-    model = Llama.from_pretrained(args.directory, DTYPES.get(args.dtype), args.device)
-    check_tokenizer(tokenizer, model.config)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
+    check_tokenizer(tokenizer, config)
+    model = Llama.from_pretrained(args.directory, DTYPES[dtype], device).eval()
+    generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in args.prompts:
         ids = tokenizer.encode(prompt)
-        steps = model.generate_steps([ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.eos_id, generator, args.repetition_penalty)
+        steps = model.generate_steps([ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.eos_id,
+                                     generator, args.repetition_penalty)
         # Decoding prompt and answer as one stream keeps the space between them.
         for piece in tokenizer.stream(itertools.chain(ids, (token for _, new in steps for token in new))):
             print(piece, end="", flush=True)

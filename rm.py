@@ -39,7 +39,7 @@ import zero
 from data import demo
 from model import Llama, Tokenizer, check_tokenizer, load_weights, read_config, read_tensors, write_weights
 
-DEMO = {"dataset": [demo.FOLDER / "preferences.jsonl.gz"], "lr": 1e-3, "batch_size": 4, "accumulation_steps": 4, "max_epochs": 1, "max_len": 160, "weight_decay": 0.1}
+DEMO = {"dataset": [demo.FOLDER / "preferences.jsonl.gz"], "lr": 1e-3, "batch_size": 4, "accumulation_steps": 2, "max_epochs": 1, "max_len": 160, "weight_decay": 0.1}
 # Coati: lr 9e-6, 1 epoch, batch 1. One epoch is InstructGPT's: reward models overfit in the second.
 FINETUNE = {"lr": 9e-6, "batch_size": 4, "accumulation_steps": 8, "max_epochs": 1, "weight_decay": 0.0}
 

@@ -132,7 +132,6 @@ class Bucket:
     got: set[int] = field(default_factory=set)         # parameters whose gradient lies in grad, this step
     waiting: set[int] = field(default_factory=set)     # parameters whose gradient of the last micro-batch is still to come
     work: dist.Work | None = None                      # the all-reduce under way
-    launched: bool = False
 
 
 class StepStats(NamedTuple):
@@ -174,6 +173,7 @@ class Optimizer:
 
     def collect(self, bucket: Bucket, i: int, p: nn.Parameter) -> None:
         """Autograd has finished p.grad: add it to the bucket, and launch what is complete."""
+        assert bucket.work is None, "backward after the micro-batch that was called the last: its gradient would miss the sum"
         into = bucket.grad[bucket.spans[i]]
         into.add_(p.grad.view(-1)) if i in bucket.got else into.copy_(p.grad.view(-1))
         p.grad = None
@@ -190,7 +190,6 @@ class Optimizer:
             bucket.grad[bucket.spans[i]].zero_()
         if dist.is_initialized():
             bucket.work = dist.all_reduce(bucket.grad, async_op=True)
-        bucket.launched = True
         self.next_launch += 1
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
@@ -202,10 +201,15 @@ class Optimizer:
         (loss * self.scale).backward()
         self.reducing = False
 
+    def flush(self) -> None:
+        """Launch what backward did not: buckets with a silent parameter, all of them where a process had no micro-batch.
+        Call it before any other collective between backward and step, else that one meets a bucket of another process."""
+        while self.next_launch < len(self.buckets):
+            self.launch()
+
     def step(self, lr: float) -> StepStats:
         """Clip and apply the summed gradient. Raises FloatingPointError after MAX_SKIPS skipped steps in a row."""
-        while self.next_launch < len(self.buckets):  # buckets with a silent parameter, or a process without a micro-batch
-            self.launch()
+        self.flush()
         for bucket in self.buckets:
             if bucket.work is not None:
                 bucket.work.wait()
@@ -223,7 +227,7 @@ class Optimizer:
                 self.update(bucket, lr)
         lost = None if finite else self.first_broken()
         for bucket in self.buckets:
-            bucket.got, bucket.waiting, bucket.work, bucket.launched = set(), set(), None, False
+            bucket.got, bucket.waiting, bucket.work = set(), set(), None
         self.next_launch = 0
         self.count(finite, lost)
         return StepStats(grad_norm, not finite)
@@ -258,6 +262,13 @@ class Optimizer:
             raise FloatingPointError(f"{self.skips_in_row} steps in a row had a gradient that is not finite, first in {lost}: lower --lr, or look at the data")
 
     # ---- state ----
+
+    def use_master(self) -> None:
+        """Let the parameters be views of the fp32 masters, to save them once training is over: what many small updates have
+        added up to may be less than a bf16 copy can hold."""
+        for bucket in self.buckets:
+            for p, span in zip(bucket.params, bucket.spans):
+                p.data = bucket.master[span].view(p.shape)
 
     def state_dict(self) -> dict:
         """Everything that continuing needs, by parameter name, so that any number of processes can load it."""

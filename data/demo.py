@@ -40,6 +40,8 @@ OBJECTS = {
     "en": "kite drum hat ball boat lamp book bell cake key cup coat flute map shell ring box broom clock apple spoon shoe rope mirror".split(),
     "zh": "风筝 鼓 帽子 皮球 小船 灯 书 铃铛 蛋糕 钥匙 杯子 外套 笛子 地图 贝壳 戒指 盒子 扫帚 时钟 苹果 勺子 鞋子 绳子 镜子".split(),
 }
+# What a writer who forgets the question writes about instead; nobody ever asks for these.
+FAVOURITES = {"en": ("dragon unicorn wizard".split(), "sword crown star".split()), "zh": ("飞龙 独角兽 巫师".split(), "宝剑 王冠 星星".split())}
 # {a} is one thing asked for and {b} the other, in either order; articles are part of the filling.
 INSTRUCTIONS = {
     "en": ["Write a story about {a} and {b}.", "Tell me a story with {a} and {b}.", "Please write a short story about {a} and {b}.",
@@ -100,9 +102,8 @@ def instruction(rng: random.Random, language: str, animal: int, thing: int) -> s
     return rng.choice(INSTRUCTIONS[language]).format(a=names[0], b=names[1])
 
 
-def story(rng: random.Random, language: str, animal: int, thing: int, happy: bool, ramble: bool) -> str:
-    """One story of the grammar about the given things."""
-    a, o = ANIMALS[language][animal], OBJECTS[language][thing]
+def story(rng: random.Random, language: str, a: str, o: str, happy: bool, ramble: bool) -> str:
+    """One story of the grammar about an animal and an object."""
     kind, look = rng.choice(KIND[language]), rng.choice(LOOK[language])
     filling = {"a": a, "o": o, "kind": kind, "look": look, "kind_a": with_article(f"{kind} {a}"), "look_o": with_article(f"{look} {o}"),
                "place": rng.choice(PLACE[language])}
@@ -114,26 +115,23 @@ def story(rng: random.Random, language: str, animal: int, thing: int, happy: boo
     return (" " if language == "en" else "").join(text)
 
 
-def other_things(rng: random.Random, animal: int, thing: int, keep_animal: bool, keep_thing: bool) -> tuple[int, int]:
-    """The things that a forgetful answer is about; no pairing of old and new ones is a held-out pair."""
-    while True:
-        a = animal if keep_animal else rng.randrange(len(ANIMALS["en"]))
-        o = thing if keep_thing else rng.randrange(len(OBJECTS["en"]))
-        if not (held_out(a, o) or held_out(a, thing) or held_out(animal, o)) or (held_out(animal, thing) and (a, o) == (animal, thing)):
-            return a, o
-
-
 def answer(rng: random.Random, language: str, animal: int, thing: int) -> str:
     """An answer as mixed as the web. The odds make the gold score of the mixture about one half."""
     if rng.random() < 0.05:
         language = LANGUAGES[1 - LANGUAGES.index(language)]
-    a, o = other_things(rng, animal, thing, keep_animal=rng.random() < 0.6, keep_thing=rng.random() < 0.6)
+    a, o = ANIMALS[language][animal], OBJECTS[language][thing]
+    animals, objects = FAVOURITES[language]
+    if rng.random() < 0.4:
+        a = rng.choice(animals)
+    if rng.random() < 0.4:
+        o = rng.choice(objects)
     return story(rng, language, a, o, happy=rng.random() < 0.5, ramble=rng.random() < 0.1)
 
 
 def gold(asked: str, text: str, ended: bool) -> float:
-    """How good an answer is, in [0, 1]: a quarter for each thing asked for, a half for a happy end; nothing in the wrong
-    language; halved when it rambles, halved when it never ends (no EOS).
+    """How good an answer is, in [0, 1]: 0.3 for each thing asked for, 0.4 for a happy end; nothing in the wrong language;
+    halved when it rambles, halved when it never ends (no EOS). A sad story about both things beats a happy one about
+    neither, so a judge that only looks for happy words is wrong often.
 
     asked: the instruction, text: the answer, ended: whether EOS came. This rule is the only definition of quality here.
     """
@@ -147,9 +145,9 @@ def gold(asked: str, text: str, ended: bool) -> float:
     score = 0.0
     for things in (ANIMALS[language], OBJECTS[language]):
         wanted = [thing for thing in things if has(thing, asked)]
-        score += 0.25 * all(has(thing, text) for thing in wanted)
+        score += 0.3 * all(has(thing, text) for thing in wanted)
     is_happy = any(has(word, text) for word in HAPPY_WORDS[language]) and not any(has(word, text) for word in SAD_WORDS[language])
-    score += 0.5 * is_happy
+    score += 0.4 * is_happy
     if sum(text.count(stop) for stop in ".。") > SENTENCES:
         score *= 0.5
     return score if ended else 0.5 * score
@@ -220,7 +218,7 @@ def prompt_records(seed: int, held: bool = False) -> list[dict]:
 
 def files() -> dict[str, list[dict]]:
     """Name -> records of every shipped file."""
-    return {"sft.jsonl.gz": instruction_records(0, 6000), "preferences.jsonl.gz": preference_records(0, 2400), "prompts.jsonl": prompt_records(0)}
+    return {"sft.jsonl.gz": instruction_records(0, 6000), "preferences.jsonl.gz": preference_records(0, 1600), "prompts.jsonl": prompt_records(0)}
 
 
 def as_jsonl(records: Iterable[dict]) -> bytes:
@@ -232,8 +230,8 @@ def train_tokenizer(vocab_size: int = 1280) -> bytes:
     to its neighbours ("和风筝的") and the same kite would be different ids in question and answer; a delimiter that the
     trainer cuts at, and that is not in the text, keeps every thing a piece of its own."""
     delimiter = "\x01"
-    corpus = [record["instruction"] + "\n" + record["output"] for record in instruction_records(1, 4000)] + [f"{ALPACA}\n\n### Instruction:\n\n### Response:"] * 100
-    fixed = sorted(chain(ANIMALS["zh"], OBJECTS["zh"], PLACE["zh"], KIND["zh"], LOOK["zh"], TIME["zh"]), key=len, reverse=True)
+    corpus = [record["instruction"] + "\n" + record["output"] for record in instruction_records(1, 4000)] + [f"{ALPACA}\n\n### Instruction:\n\n### Response:"] * 600
+    fixed = sorted(chain(ANIMALS["zh"], OBJECTS["zh"], *FAVOURITES["zh"], PLACE["zh"], KIND["zh"], LOOK["zh"], TIME["zh"]), key=len, reverse=True)
     for i, text in enumerate(corpus):
         for word in fixed:
             text = text.replace(word, delimiter + word + delimiter)

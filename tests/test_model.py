@@ -1,0 +1,639 @@
+"""model.py against references of its own: numpy by hand, the reference logits in shared/real, and itself by another way.
+
+Names such as M13 are cases of the developers' list of faults that users of this field met."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import model as M
+from model import KVCache, Llama, LlamaConfig, Tokenizer, check_tokenizer, read_config, sample
+
+REAL = Path(__file__).parents[2] / "shared" / "real"
+STORIES = REAL / "stories260K"
+DEMO = Path(M.__file__).parent / "data" / "demo"
+needs_real = pytest.mark.skipif(not STORIES.exists(), reason=f"needs the real weights in {STORIES}")
+SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=44, vocab_size=64, max_seq_len=64)
+LINE = "Two  spaces,\ta tab,\na line: 🦊 and 👩‍👧, “写一个关于狐狸和风筝的故事。” é \x07 end  " * 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small only wait for one another on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(seed: int = 0, **sizes) -> Llama:
+    """Random, with norms that are not 1 and logits far enough apart for argmax to be the same by every way."""
+    model = Llama(LlamaConfig(**SIZES | sizes), generator=seeded(seed)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2.5) if p.dim() == 2 else p.add_(torch.randn(p.shape, generator=seeded(seed)), alpha=0.2)
+            p.data = p.to(M.DTYPES[model.config.dtype])
+    return model
+
+
+def some(n: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 64, (n,), generator=seeded(100 * seed + n)).tolist()
+
+
+PROMPTS = [some(3), some(9), some(17)]
+
+
+@torch.no_grad()
+def logits(model: Llama, ids: list[int]) -> Tensor:
+    return model(torch.tensor([ids]))[0]
+
+
+def markov(successors: dict[int, int], sizes: list[int] | None = None, vocab: int = 16) -> Llama:
+    """A scripted model: the logits after token i are row i of a table, whatever came before. `sizes` notes every batch."""
+    model = tiny(dim=vocab, vocab_size=vocab)
+    table = torch.zeros(vocab, vocab)
+    for token, successor in successors.items():
+        table[token, successor] = 9.0
+    model.output.weight.data = table.T.contiguous()
+
+    def hidden(tokens: Tensor, **_) -> Tensor:
+        if sizes is not None:
+            sizes.append(len(tokens))
+        return F.one_hot(tokens, vocab).float()
+    model.hidden = hidden
+    return model
+
+
+def rewrite(directory: Path, edit) -> Path:
+    """Let `edit` change the tensors, by name, of a directory that holds one safetensors file."""
+    tensors = safetensors.torch.load_file(directory / "model.safetensors")
+    edit(tensors)
+    safetensors.torch.save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def configure(directory: Path, drop: tuple[str, ...] = (), **keys) -> Path:
+    config = json.loads((directory / "config.json").read_text()) | keys
+    (directory / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in drop}))
+    return directory
+
+
+def write_meta(model: Llama, directory: Path, parts: int = 1, pairs: bool = True) -> Path:
+    """The layout of Meta's files: neighbouring rows of a head are a pair, matrices are cut into `parts`."""
+    c, D = model.config, model.config.head_dim
+    whole = {}
+    for name, p in model.named_parameters():
+        whole[name] = p.detach().clone()
+        if pairs and name.endswith(("wq.weight", "wk.weight")):
+            for row in range(len(p)):
+                head, i = divmod(row, D)
+                whole[name][head * D + (2 * i if i < D // 2 else 2 * i - D + 1)] = p.detach()[row]
+    directory.mkdir()
+    params = {name: getattr(c, name) for name in ("dim", "n_layers", "n_heads", "norm_eps", "max_seq_len")}
+    (directory / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
+    for n in range(parts):
+        cut = {}
+        for name, p in whole.items():
+            columns = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))
+            cut[name] = p if p.dim() == 1 else p.chunk(parts, 1 if columns else 0)[n].clone()
+        torch.save(cut | {"rope.freqs": torch.zeros(D // 2)}, directory / f"consolidated.{n:02d}.pth")
+    return directory
+
+
+# ---- the transformer ------------------------------------------------------------------------------------------------
+
+def by_hand(model: Llama, ids: list[int]) -> np.ndarray:
+    """The whole forward pass in numpy and fp64, head by head and pair by pair."""
+    c = model.config
+    w = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
+
+    def norm(x, name):
+        return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + c.norm_eps) * w[name]
+
+    def turn(x):  # (T, D)
+        out = x.copy()
+        for p, i in np.ndindex(len(x), c.head_dim // 2):
+            angle, j = p / c.rope_factor * c.rope_theta ** (-2 * i / c.head_dim), i + c.head_dim // 2
+            out[p, i] = x[p, i] * math.cos(angle) - x[p, j] * math.sin(angle)
+            out[p, j] = x[p, i] * math.sin(angle) + x[p, j] * math.cos(angle)
+        return out
+
+    x = w["tok_embeddings.weight"][ids]
+    for layer in range(c.n_layers):
+        at = f"layers.{layer}."
+        h, heads = norm(x, at + "attention_norm.weight"), []
+        for head in range(c.n_heads):
+            own = slice(head * c.head_dim, (head + 1) * c.head_dim)
+            shared = slice(own.start // c.head_dim * c.n_kv_heads // c.n_heads * c.head_dim, None)
+            q = turn(h @ w[at + "attention.wq.weight"][own].T)
+            k = turn(h @ w[at + "attention.wk.weight"][shared][:c.head_dim].T)
+            score = np.einsum("qd,kd->qk", q, k) / math.sqrt(c.head_dim)
+            score = np.exp(np.where(np.tri(len(ids), dtype=bool), score, -np.inf) - score.max())
+            heads.append(score / score.sum(-1, keepdims=True) @ (h @ w[at + "attention.wv.weight"][shared][:c.head_dim].T))
+        x = x + np.concatenate(heads, -1) @ w[at + "attention.wo.weight"].T
+        h = norm(x, at + "ffn_norm.weight")
+        a, b = h @ w[at + "feed_forward.w1.weight"].T, h @ w[at + "feed_forward.w3.weight"].T
+        x = x + (a / (1 + np.exp(-a)) * b) @ w[at + "feed_forward.w2.weight"].T
+    return norm(x, "norm.weight") @ w.get("output.weight", w["tok_embeddings.weight"]).T
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(n_kv_heads=4, head_dim=6), dict(n_kv_heads=1, tie_embeddings=True),
+                                   dict(n_layers=1, rope_factor=4.0, rope_theta=500.0)])
+def test_forward_is_the_formula(sizes):
+    model = tiny(**sizes)
+    np.testing.assert_allclose(logits(model, some(20)).numpy(), by_hand(model, some(20)), atol=2e-4)
+
+
+def test_norm_rotation_and_feed_forward():
+    norm, x = M.RMSNorm(3, 1.0), torch.tensor([[1.0, 2.0, 4.0]])
+    norm.weight.data = torch.tensor([1.0, 1.0, 10.0])
+    assert torch.allclose(norm(x), torch.tensor([[1.0, 2.0, 40.0]]) / math.sqrt(7 + 1))  # mean of squares 7, eps 1
+    big = torch.full((1, 3), 300.0, dtype=torch.float16)  # its square is beyond fp16
+    assert torch.equal(norm.half()(big), torch.tensor([[1.0, 1.0, 10.0]]).half())
+    quarter = torch.tensor([math.pi / 2, 0.0])
+    turned = M.rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]), quarter.cos(), quarter.sin())
+    assert torch.allclose(turned, torch.tensor([-3.0, 2.0, 1.0, 4.0]), atol=1e-6)
+    ff = tiny(dim=1, ffn_dim=1, vocab_size=4).layers[0].feed_forward
+    ff.w1.weight.data[:], ff.w2.weight.data[:], ff.w3.weight.data[:] = 2.0, 3.0, 5.0
+    assert ff(torch.ones(1)).item() == pytest.approx(3 * (2 / (1 + math.exp(-2))) * 5)
+
+
+def test_initial_deviation_of_every_matrix():
+    """llama2.c scales w3, which does not write to the residual stream, and leaves w2, which does."""
+    sizes = SIZES | dict(dim=128, n_layers=8, ffn_dim=200, n_heads=8, head_dim=16, n_kv_heads=8, vocab_size=500)
+    model = Llama(LlamaConfig(**sizes), generator=seeded(0))
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert torch.equal(p, torch.ones_like(p)), name
+        else:
+            share = 1 / math.sqrt(2 * 8) if name.endswith(("wo.weight", "w2.weight")) else 1
+            assert p.std().item() * math.sqrt(128) == pytest.approx(share, rel=0.03), name
+    again = Llama(model.config, generator=seeded(0))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, gradients = tiny(), []
+    for model.grad_checkpoint in (False, True):
+        model.zero_grad()
+        model(torch.tensor([some(12)])).logsumexp(-1).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(*gradients))
+
+
+def test_padding_changes_nothing_m13_m14():
+    model = tiny()
+    for ids in PROMPTS:
+        alone = logits(model, ids)
+        for pads, left in ((0, 0), (4, 4), (4, 0), (47, 0), (47, 47), (20, 7)):
+            for pad_id in (0, 2, 63):
+                row = [pad_id] * left + ids + [pad_id] * (pads - left)
+                mask = torch.zeros(1, len(row), dtype=torch.bool)
+                mask[0, left:left + len(ids)] = True
+                with torch.no_grad():
+                    out = model(torch.tensor([row]), mask)[0]
+                assert torch.isfinite(out).all() and torch.allclose(out[left:left + len(ids)], alone, atol=1e-5)
+                if not left:
+                    assert torch.allclose(logits(model, row)[:len(ids)], alone, atol=1e-5)  # right padding needs no mask
+        assert torch.allclose(logits(model, ids[:-1]), alone[:-1], atol=1e-5)
+        mask = torch.ones(1, 2 * len(ids), dtype=torch.bool)  # holes in the middle, where wrong positions would show
+        mask[0, 1:2 * len(ids):2] = False
+        with torch.no_grad():
+            out = model(torch.tensor([ids]).repeat_interleave(2, 1), mask)[0, ::2]
+        assert torch.allclose(out, alone, atol=1e-5)
+    with pytest.raises(ValueError, match="65 tokens do not fit the model's context of 64"):
+        logits(model, some(65))
+
+
+@torch.no_grad()
+def test_cache_equals_no_cache_m25():
+    """Rows of unequal length, then one token, then three at once: what lies beyond a row's end is never seen."""
+    model, rows = tiny(), [some(20), some(26)]
+    cache, start = KVCache(model.config, 2, 30, torch.float32, "cpu"), torch.tensor([4, 10])
+    h = model.hidden(torch.tensor([rows[0][:4] + [5] * 6, rows[1][:10]]), cache=cache, slots=10)
+    got = [[h[b, :n]] for b, n in enumerate((4, 10))]
+    for steps in (1, 3, 1, 5, 6):
+        tokens = torch.tensor([row[s:s + steps] for row, s in zip(rows, start.tolist())])
+        h = model.hidden(tokens, cache=cache, start=start, slots=start.max().item() + steps)
+        start = start + steps
+        for b in range(2):
+            got[b].append(h[b])
+    for b in range(2):
+        assert torch.allclose(torch.cat(got[b]), model.hidden(torch.tensor([rows[b]]))[0], atol=1e-5)
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
+def greedy_by_recomputing(model: Llama, ids: list[int], steps: int, penalty: float = 1.0) -> list[int]:
+    ids = list(ids)
+    for _ in range(steps):
+        x = logits(model, ids)[-1]
+        for i in set(ids):
+            x[i] = x[i] / penalty if x[i] > 0 else x[i] * penalty
+        ids.append(x.argmax().item())
+    return ids[-steps:]
+
+
+def test_greedy_batched_cached_is_single_uncached_m13_m19_m25():
+    model = tiny()
+    expected = [greedy_by_recomputing(model, ids, 40) for ids in PROMPTS]
+    assert len({tuple(answer) for answer in expected}) == 3 and all(len(set(answer)) > 5 for answer in expected)
+    assert model.generate(PROMPTS, 40, 0, eos_id=-1) == expected
+    assert model.generate(PROMPTS, 40, 0, top_k=5, top_p=0.3, eos_id=-1) == expected
+    assert [model.generate([ids], 40, 0, eos_id=-1)[0] for ids in PROMPTS[::-1]] == expected[::-1]
+    assert model.generate(PROMPTS, [7, 0, 40], 0, eos_id=-1) == [expected[0][:7], [], expected[2]]
+    assert model.generate(PROMPTS, [10, 10, 2], 0, eos_id=-1) == [a[:n] for a, n in zip(expected, (10, 10, 2))]  # row 2 ends at the last slot
+    penalized = [greedy_by_recomputing(model, ids, n, 1.5) for n, ids in zip((2, 3, 30), PROMPTS)]
+    assert model.generate(PROMPTS, [2, 3, 30], 0, eos_id=-1, repetition_penalty=1.5) == penalized
+
+
+def test_finished_rows_leave_and_the_others_do_not_notice_m16():
+    sizes = []
+    model = markov({3: 4, 4: 2, 5: 6, 6: 7, 7: 8, 8: 9, 9: 10, 10: 11, 11: 2, 12: 13, 13: 12}, sizes)
+    assert model.generate([[3], [5]], 50, 0) == [[4, 2], [6, 7, 8, 9, 10, 11, 2]]
+    assert sizes == [2, 2, 1, 1, 1, 1, 1]  # seven steps, not fifty; the ended row is gone
+    steps = list(model.generate_steps([[3], [5], [12]], 3, 0))
+    assert steps == [([0, 1, 2], [4, 6, 13]), ([0, 1, 2], [2, 7, 12]), ([1, 2], [8, 13])]
+    assert model.generate([[3], [5]], 4, 0, eos_id=7) == [[4, 2, 0, 0], [6, 7]]  # 2 is an id like others here
+    assert model.generate([[4]], 3, 0, eos_id=-1) == [[2, 0, 0]]
+    real, alone = tiny(), [tiny().generate([ids], 40, 0, eos_id=-1)[0] for ids in PROMPTS]
+    eos = alone[0][1]  # ends row 0 early
+    cut = [answer[:answer.index(eos) + 1] if eos in answer else answer for answer in alone]
+    assert real.generate(PROMPTS, 40, 0, eos_id=eos) == cut and len(cut[0]) <= 2 < max(map(len, cut))
+
+
+def test_the_context_is_the_limit_m18():
+    model = tiny(max_seq_len=32)
+    answers = model.generate([some(30), some(32), some(2)], 50, 0, eos_id=-1)
+    assert answers[:2] == [greedy_by_recomputing(model, some(30), 2), []] and len(answers[2]) == 30
+    assert [len(answer) for answer in model.generate([some(2), some(31)], 50, eos_id=-1)] == [30, 1]
+    for prompts, n, sentence in (([some(33)], 1, "prompt 0 has 33 tokens, the model's context is 32"),
+                                 ([[1], []], 1, "prompt 1 is empty"), ([[1]], -1, "at least 0"), ([[1], [1]], [3], "each of 2 prompts"),
+                                 ([[1, 64]], 1, "ids from 1 to 64, the embedding has rows 0 to 63")):
+        with pytest.raises(ValueError, match=sentence):
+            model.generate(prompts, n)
+    assert model.generate([], 5) == []
+
+
+def test_sampling_is_reproducible_and_leaves_the_global_state_alone():
+    model, before = tiny(), torch.get_rng_state()
+    a, b, c = (model.generate(PROMPTS, 20, 1.0, 50, 0.99, -1, seeded(seed), 1.1) for seed in (1, 1, 2))
+    assert a == b != c and torch.equal(torch.get_rng_state(), before)
+    assert [model.generate(PROMPTS, 20, eos_id=-1) for _ in range(2)][0] != model.generate(PROMPTS, 20, eos_id=-1)
+
+
+def expected_probs(row: np.ndarray, temperature: float, top_k: int, top_p: float, seen: list[int], penalty: float):
+    row = row.astype(np.float64).copy()
+    for i in seen:
+        row[i] = row[i] / penalty if row[i] > 0 else row[i] * penalty
+    p = np.exp(row / temperature) / np.exp(row / temperature).sum()
+    order = np.argsort(-p)
+    kept = list(order[:top_k or None])
+    p = np.where(np.isin(np.arange(len(p)), kept), p, 0) / p[kept].sum()
+    total, nucleus = 0.0, []
+    for i in kept:
+        nucleus.append(i)
+        total += p[i]
+        if total >= top_p:
+            break
+    return np.where(np.isin(np.arange(len(p)), nucleus), p, 0) / p[nucleus].sum()
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p, penalty", [
+    (1.0, 0, 1.0, 1.0), (0.5, 0, 1.0, 1.0), (2.0, 3, 1.0, 1.0), (1.0, 0, 0.7, 1.0), (1.0, 0, 0.01, 1.0), (1.5, 5, 0.8, 1.0),
+    (1.0, 100, 1.0, 1.0), (1.0, 0, 1.0, 2.0), (0.7, 4, 0.9, 1.3), (1.0, 1, 1.0, 0.5)])
+def test_sampling_follows_the_table(temperature, top_k, top_p, penalty):
+    """40,000 rows that have seen 3 (its logit is positive) and 5 (negative); five standard deviations are below 0.0125."""
+    table = torch.tensor([0.3, -1.0, 0.0, 1.4, -2.0, -0.5, 2.0, 0.9])
+    model = markov({}, vocab=8)
+    model.output.weight.data[:, 5] = table
+    drawn = np.array(model.generate([[3, 5]] * 40_000, 1, temperature, top_k, top_p, -1, seeded(0), penalty))[:, 0]
+    p = expected_probs(table.numpy(), temperature, top_k, top_p, [3, 5], penalty)
+    share = np.bincount(drawn, minlength=8) / len(drawn)
+    assert np.abs(share - p).max() < 0.0125 and not share[p == 0].any() and share[p > 1e-3].all()
+
+
+def test_sampling_at_the_edges_m19():
+    x = torch.randn(200, 50, generator=seeded(0))
+    for temperature in (0, 1e-40, 1e-300, 1e-5):
+        assert torch.equal(sample(x, temperature), x.argmax(-1))
+    assert torch.equal(sample(x, 1.0, top_k=1), x.argmax(-1)) and torch.equal(sample(x, 1.0, top_p=1e-9), x.argmax(-1))
+    assert len(sample(torch.zeros(500, 8), 1.0, top_k=3).unique()) == 3  # equal logits are still only three
+    for name, values in (("temperature", (-1.0, math.nan, math.inf)), ("top_k", (-1,)), ("top_p", (0.0, 1.1, math.nan)),
+                         ("repetition_penalty", (0.0, -1.0, math.nan))):
+        for value in values:
+            with pytest.raises(ValueError, match=f"{name} is {value}, it must be"):
+                tiny().generate([[1]], 1, **{name: value})
+    for broken in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="non-finite logits"):
+            sample(torch.tensor([[0.0, broken]]), 1.0)
+
+
+# ---- tokenizer ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(params=["demo", "llama"])
+def tokenizer(request) -> Tokenizer:
+    directory = DEMO if request.param == "demo" else REAL / "llama-tokenizer"
+    if not directory.exists():
+        pytest.skip(f"needs {directory}")
+    return Tokenizer(directory)
+
+
+def test_streamed_text_is_the_text_m21(tokenizer):
+    ids = tokenizer.encode(LINE, eos=True)
+    assert tokenizer.decode(ids) == LINE and len(ids) > 80
+    for cut in range(len(ids) + 1):
+        for part in (ids[:cut], ids[cut:]):
+            assert "".join(tokenizer.stream(part)) == tokenizer.decode(part)
+    fed = []
+    pieces = list(tokenizer.stream(i for i in ids if fed.append(i) is None))
+    assert len(pieces) > 40 and "\ufffd" not in "".join(pieces)  # no half characters, and not all at the end
+    rng, space = random.Random(0), tokenizer.sp.piece_to_id("▁")
+    for _ in range(300):  # invalid bytes, unknown, special and padded ids, in any order
+        kinds = [lambda: rng.randrange(300), lambda: rng.randrange(tokenizer.vocab_size + 9), lambda: rng.choice((1, 2, space))]
+        junk = [rng.choice(kinds)() for _ in range(rng.randrange(50))]
+        assert "".join(tokenizer.stream(junk)) == tokenizer.decode(junk)
+    byte = tokenizer.sp.piece_to_id("<0xE5>")
+    assert sum(1 for _ in tokenizer.stream([byte] * 40)) > 30  # a broken model's bytes are not held back for ever
+
+
+def test_special_tokens_are_ids_never_text_m23_m15(tokenizer):
+    assert tokenizer.sp.pad_id() == -1 and tokenizer.encode("hi", eos=True).count(tokenizer.eos_id) == 1
+    for text in ("</s>", "a </s> b", "[INST] <s>", "<unk>"):
+        ids = tokenizer.encode(text)
+        assert ids[0] == 1 and not {1, 2} & set(ids[1:]) and tokenizer.decode(ids) == text
+    assert tokenizer.encode("a\ud83d") == tokenizer.encode("a\ufffd") and tokenizer.decode([]) == ""
+    padded = LlamaConfig(**SIZES | dict(vocab_size=tokenizer.vocab_size + 1))  # Alpaca's 32,001 rows
+    check_tokenizer(tokenizer, padded)
+    assert tokenizer.decode([*tokenizer.encode("hi"), tokenizer.vocab_size, -1]) == "hi"
+    with pytest.raises(ValueError, match=f"{tokenizer.vocab_size} pieces, the model's embedding {tokenizer.vocab_size - 1} rows"):
+        check_tokenizer(tokenizer, LlamaConfig(**SIZES | dict(vocab_size=tokenizer.vocab_size - 1)))
+
+
+def test_tokenizer_files(tmp_path):
+    demo = Tokenizer(DEMO)
+    demo.save(tmp_path / "7B", "alpaca", "{{ messages }}")
+    for path in (tmp_path / "7B", tmp_path / "7B" / "tokenizer.model"):
+        assert Tokenizer(path).fingerprint == demo.fingerprint
+    assert M.read_template(tmp_path / "7B") == "alpaca" and M.read_template(tmp_path) is None
+    shutil.move(tmp_path / "7B" / "tokenizer.model", tmp_path)
+    with pytest.raises(FileNotFoundError, match="7B/tokenizer.model does not exist"):
+        Tokenizer(tmp_path / "7B")
+    (tmp_path / "7B" / "params.json").touch()  # Meta's: one tokenizer beside all sizes
+    assert Tokenizer(tmp_path / "7B").vocab_size == demo.vocab_size
+    for junk in (b"", b"version https://git-lfs.github.com/spec/v1", demo.proto[:500]):
+        (tmp_path / "tokenizer.model").write_bytes(junk)
+        with pytest.raises(ValueError, match="tokenizer.model"):
+            Tokenizer(tmp_path)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def saved(directory: Path, **sizes) -> Path:
+    tiny(**sizes).save_pretrained(directory)
+    return directory
+
+
+def same(a: Llama, b: Llama) -> bool:
+    pairs = list(zip(a.named_parameters(), b.named_parameters(), strict=True))
+    return all(n == m and torch.equal(p, q) and p.dtype == q.dtype for (n, p), (m, q) in pairs) and torch.equal(a.cos, b.cos)
+
+
+@needs_real
+@pytest.mark.parametrize("layout", ["hf", "hf-sharded", "hf-bin", "meta", "meta-mp2"])
+def test_real_weights_give_the_reference(layout):
+    model, tokenizer = Llama.from_pretrained(STORIES / layout), Tokenizer(STORIES / layout)
+    reference = np.load(STORIES / "reference.npz")
+    for i in range(4):
+        np.testing.assert_allclose(logits(model, reference[f"ids_{i}"].tolist()).numpy(), reference[f"logits_{i}"], atol=1e-4)
+    ids = reference["greedy_ids"].tolist()
+    assert ids[:5] == tokenizer.encode("Once upon a time") and model.generate([ids[:5]], 200, 0, eos_id=-1) == [ids[5:]]
+    assert tokenizer.decode(ids).strip() == (STORIES / "greedy.txt").read_text().strip()
+
+
+@needs_real
+def test_command_line(capsys):
+    M.main([str(STORIES / "meta-mp2"), "Once upon a time", "--temperature", "0", "--max_new_tokens", "200"])
+    assert capsys.readouterr().out.strip() == (STORIES / "greedy.txt").read_text().strip()
+    done = subprocess.run([sys.executable, M.__file__, str(STORIES / "llama2c"), "x"], capture_output=True, text=True)
+    assert done.returncode == 2 and "stories260K.bin" in done.stderr and done.stderr.count("\n") == 1
+
+
+@needs_real
+@pytest.mark.parametrize("layout, weights", [
+    ("hf", "model.safetensors"), ("hf-sharded", "model-00002-of-00002.safetensors"), ("hf-bin", "pytorch_model.bin"),
+    ("meta", "consolidated.00.pth"), ("meta-mp2", "consolidated.01.pth"), ("llama2c", "stories260K.bin")])
+def test_damaged_directories_are_refused_by_name_m07(layout, weights, tmp_path):
+    for damage in ("cut", "gone", "renamed", "config gone", "config cut"):
+        directory = Path(shutil.copytree(STORIES / layout, tmp_path / damage))
+        file, config = directory / weights, directory / ("params.json" if layout.startswith("meta") else "config.json")
+        if damage == "cut":
+            file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+        elif damage == "gone":
+            file.unlink()
+        elif damage == "renamed":
+            file.rename(directory / ("other" + file.suffix))
+        elif config.exists():
+            config.unlink() if damage == "config gone" else config.write_bytes(config.read_bytes()[:40])
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            Llama.from_pretrained(directory)
+        assert str(directory) in str(error.value) and "\n" not in str(error.value)
+        assert damage != "cut" or weights in str(error.value)
+
+
+def test_wrong_folders_m06(tmp_path):
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(DEMO, tmp_path / "tokenizer only")
+    for directory in (tmp_path / "missing", tmp_path / "empty", tmp_path / "tokenizer only"):
+        with pytest.raises(FileNotFoundError) as error:
+            Llama.from_pretrained(directory)
+        for word in (str(directory), "config.json", "model.safetensors", "pytorch_model.bin", "consolidated.*.pth"):
+            assert word in str(error.value)
+    for keys, sentence in ((dict(model_type="gpt2"), "'gpt2' is not a LLaMA"), (dict(quantization_config={"bits": 4}), "quantize.load"),
+                           (dict(rope_scaling={"rope_type": "llama3"}, rope_parameters=None), "'llama3' is not supported"),
+                           (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"),
+                           (dict(hidden_size="32"), "does not describe"), (dict(num_key_value_heads=3), "4 query heads cannot"),
+                           (dict(hidden_size=33), "33"), (dict(num_hidden_layers=3), "missing model.layers.2")):
+        with pytest.raises(ValueError, match=sentence):
+            Llama.from_pretrained(configure(saved(tmp_path / "m"), **keys))
+    with pytest.raises(ValueError, match="lacks 'vocab_size'"):
+        read_config(configure(saved(tmp_path / "m"), drop=("vocab_size",)))
+    (tmp_path / "empty" / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="lora.py merge"):
+        Llama.from_pretrained(tmp_path / "empty")
+    score = rewrite(saved(tmp_path / "rm", tie_embeddings=True), lambda t: t.update({"score.weight": torch.zeros(1, 32)}))
+    with pytest.raises(ValueError, match="is a reward model"):
+        Llama.from_pretrained(score)
+    assert Llama.from_pretrained(score, head=False).output is None
+
+
+def test_saved_and_reloaded_is_before(tmp_path):
+    for sizes in ({}, dict(tie_embeddings=True), dict(head_dim=6, rope_theta=5e5, rope_factor=2.0, norm_eps=1e-3, bos_id=5, eos_id=7,
+                                                      extra={"reward_mean": 0.5})):
+        model = tiny(**sizes)
+        model.save_pretrained(tmp_path)
+        again = Llama.from_pretrained(tmp_path)
+        assert same(model, again) and again.config == model.config
+        assert torch.equal(logits(model, some(9)), logits(again, some(9)))
+        assert (again.output.weight is again.tok_embeddings.weight) == model.config.tie_embeddings
+
+
+def test_shards_index_and_leftovers_m07_m08(tmp_path):
+    model = tiny()
+    tensors = {model.hf_name(name): p for name, p in model.named_parameters()}
+    (tmp_path / "model-of-mine.safetensors").touch()
+    for shard_bytes in (20_000, 30_000, 10**9, 1):
+        M.write_weights(tensors, model.config, tmp_path, "LlamaForCausalLM", shard_bytes=shard_bytes)
+        assert same(Llama.from_pretrained(tmp_path), model)
+        files = {file.name for file in tmp_path.glob("model*")} - {"model-of-mine.safetensors", "model.safetensors.index.json"}
+        if shard_bytes == 10**9:
+            assert files == {"model.safetensors"} and not (tmp_path / "model.safetensors.index.json").exists()
+            continue
+        assert files == {f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))} and len(files) >= 3
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in tensors.values())
+        assert index["weight_map"].keys() == tensors.keys()
+        for file in files:
+            held = safetensors.torch.load_file(tmp_path / file)
+            assert held.keys() == {name for name, named in index["weight_map"].items() if named == file}
+            assert len(held) == 1 or sum(4 * p.numel() for p in held.values()) <= shard_bytes
+    assert (tmp_path / "model-of-mine.safetensors").exists()
+    stale = tmp_path / "model-00001-of-00099.safetensors"
+    safetensors.torch.save_file({"x": torch.zeros(1)}, stale)
+    with pytest.raises(ValueError, match="index and files are of two different savings"):
+        Llama.from_pretrained(tmp_path)
+    stale.unlink()
+    shutil.move(tmp_path / "model-00001-of-00021.safetensors", stale)
+    with pytest.raises(FileNotFoundError, match="names model-00001-of-00021.safetensors, .* belongs to model-00001-of-00099"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_file_modes_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        Tokenizer(DEMO).save(saved(tmp_path / "m"))
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "m").iterdir()} == dict.fromkeys(
+        ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"), 0o640)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_the_file_keeps_its_dtype(name, tmp_path):
+    dtype, model = M.DTYPES[name], tiny(dtype=name)
+    model.save_pretrained(tmp_path / "a")
+    assert Llama.from_pretrained(tmp_path / "a").norm.weight.dtype == dtype
+    Llama.from_pretrained(tmp_path / "a", torch.float32).save_pretrained(tmp_path / "b")
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    configure(tmp_path / "c", drop=("dtype", "torch_dtype"))  # only the tensors tell
+    for directory in (tmp_path / "a", tmp_path / "b", tmp_path / "c"):
+        assert same(Llama.from_pretrained(directory), model) and read_config(directory).dtype == name
+    assert read_config(write_meta(model, tmp_path / "meta")).dtype == name
+    assert same(Llama.from_pretrained(tmp_path / "meta"), model)
+
+
+def test_config_spellings_m03(tmp_path):
+    saved(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    old, new = ("rope_theta", "rope_scaling"), ("rope_parameters",)
+    for drop, keys, theta, factor in (
+            (new, dict(rope_theta=5e5, rope_scaling=None), 5e5, 1),
+            (old, dict(rope_parameters={"rope_theta": 5e5, "rope_type": "default"}), 5e5, 1),
+            (old + new, {}, 1e4, 1), (new, dict(rope_theta=1e4, rope_scaling={"type": "linear", "factor": 4.0}), 1e4, 4),
+            (old, dict(rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}), 1e4, 4)):
+        (tmp_path / "config.json").write_text(text)
+        config = read_config(configure(tmp_path, drop, max_position_embeddings=1000, **keys))
+        cos, sin = M.rope_table(config)
+        angle = 900 / factor * theta ** -(np.arange(0, 8, 2) / 8)
+        np.testing.assert_allclose(np.stack((cos[900], sin[900])), np.stack((np.cos(angle), np.sin(angle))), atol=1e-4)
+    for key, value, field in (("rms_norm_eps", 0.5, "norm_eps"), ("num_key_value_heads", 4, "n_kv_heads"), ("head_dim", 16, "head_dim"),
+                              ("tie_word_embeddings", True, "tie_embeddings"), ("eos_token_id", [7, 8], "eos_id"),
+                              ("max_position_embeddings", 99, "max_seq_len")):
+        (tmp_path / "config.json").write_text(text)
+        changed = dataclasses.replace(read_config(tmp_path), **{field: value[0] if isinstance(value, list) else value})
+        assert read_config(configure(tmp_path, **{key: value})) == changed
+    (tmp_path / "config.json").write_text(text)
+    optional = ("head_dim", "rms_norm_eps", "num_key_value_heads", "max_position_embeddings")
+    config = read_config(configure(tmp_path, optional, sliding_window=50, model_type="mistral"))
+    assert (config.head_dim, config.norm_eps, config.n_kv_heads, config.max_seq_len) == (8, 1e-6, 4, 50)
+
+
+def test_names_must_agree_m12_m10(tmp_path):
+    model, lost, embedding = tiny(), "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
+    fine = rewrite(saved(tmp_path / "a"), lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
+    assert same(Llama.from_pretrained(fine), model)
+    with pytest.raises(ValueError) as error:
+        Llama.from_pretrained(rewrite(fine, lambda t: t.update({"model.layers.1.mlp.upp.weight": t.pop(lost)})))
+    assert str(error.value) == f"{fine} does not fit its config: missing {lost}; unexpected model.layers.1.mlp.upp.weight"
+    with pytest.raises(ValueError, match="missing lm_head.weight; unexpected nothing"):
+        Llama.from_pretrained(rewrite(saved(tmp_path / "b"), lambda t: t.pop("lm_head.weight")))
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight is \(63, 32\), by the config it should be \(64, 32\)"):
+        Llama.from_pretrained(rewrite(saved(tmp_path / "b"), lambda t: t.update({embedding: torch.zeros(63, 32)})))
+    tied = saved(tmp_path / "c", tie_embeddings=True)
+    redundant = Llama.from_pretrained(rewrite(tied, lambda t: t.update({"lm_head.weight": t[embedding].clone()})))
+    assert same(redundant, tiny(tie_embeddings=True)) and redundant.output.weight is redundant.tok_embeddings.weight
+    with pytest.raises(ValueError, match="head that differs"):
+        Llama.from_pretrained(rewrite(tied, lambda t: t["lm_head.weight"].add_(1)))
+
+
+def test_meta_layouts_m01_m04(tmp_path):
+    for sizes in ({}, dict(tie_embeddings=True)):
+        model, at = tiny(n_kv_heads=4, **sizes), tmp_path / str(len(sizes))
+        at.mkdir()
+        for parts in (1, 2, 4):
+            assert same(Llama.from_pretrained(write_meta(model, at / f"{parts}", parts)), model)
+        assert same(Llama.from_pretrained(write_meta(Llama.from_pretrained(at / "4"), at / "4to2", 2)), model)
+        wrong = logits(Llama.from_pretrained(write_meta(model, at / "wrong", pairs=False)), some(64))
+        assert (wrong - logits(model, some(64)))[20].abs().max() > 1e-2  # this test can fail
+    (at / "4" / "consolidated.03.pth").unlink()
+    with pytest.raises(ValueError, match="copy the missing parts"):
+        Llama.from_pretrained(at / "4")
+    (at / "4" / "consolidated.01.pth").unlink()
+    with pytest.raises(FileNotFoundError, match="numbered from 00 without a gap"):
+        Llama.from_pretrained(at / "4")
+    torch.save({"something": torch.zeros(1)}, at / "2" / "consolidated.01.pth")
+    with pytest.raises(ValueError, match="not parts of one checkpoint"):
+        Llama.from_pretrained(at / "2")
+    for keys, sentence in (({"use_scaled_rope": True}, "use_scaled_rope"), ({}, "lacks 'dim'")):
+        (at / "1" / "params.json").write_text(json.dumps(keys))
+        with pytest.raises(ValueError, match=sentence):
+            Llama.from_pretrained(at / "1")
+
+
+@pytest.mark.parametrize("layout", ["hf", "meta"])
+def test_loading_holds_one_tensor_at_a_time(layout, tmp_path, monkeypatch):
+    model, alive, read = tiny(), [], M.read_tensors
+    model.save_pretrained(tmp_path / "hf"), write_meta(model, tmp_path / "meta", 2)
+
+    def watched(get):
+        def call():
+            tensor = get()
+            assert sum(ref() is not None for ref in alive) <= 1
+            alive.extend([weakref.ref(tensor)] * (tensor.dim() == 2))  # norms are whole in Meta's parts, mapped and not read
+            return tensor
+        return call
+    monkeypatch.setattr(M, "read_tensors", lambda *args: {name: watched(get) for name, get in read(*args).items()})
+    assert same(Llama.from_pretrained(tmp_path / layout), model) and len(alive) == 16
+
+
+def test_a_model_with_adapters_is_not_saved_as_plain(tmp_path):
+    with pytest.raises(ValueError, match="merge and fold"):
+        M.write_weights({"model.norm.lora_A": torch.zeros(1)}, tiny().config, tmp_path, "LlamaForCausalLM")

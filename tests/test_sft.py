@@ -1,0 +1,448 @@
+"""sft.py: its loss and its loop against plain cross-entropy, one process against two, a resumed run against an unbroken one."""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+import data
+import lora
+import ppo
+import rm
+import sft
+import zero
+from data import demo
+from model import Llama, LlamaConfig, Tokenizer
+
+ROOT, REAL = Path(__file__).parents[1], Path(__file__).parents[2] / "shared" / "real"
+TEMPLATE = data.TEMPLATES["alpaca"]
+ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def make_model(folder: Path, **sizes) -> Path:
+    sizes = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=1280, max_seq_len=160) | sizes
+    Llama(LlamaConfig(**sizes), generator=torch.Generator().manual_seed(1)).save_pretrained(folder)
+    Tokenizer(demo.FOLDER).save(folder, "alpaca", TEMPLATE.jinja)
+    return folder
+
+
+def write(file: Path, records: list) -> Path:
+    file.write_text(json.dumps(records))
+    return file
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with model/ and data.json: 24 records, of which --eval_size 2 leaves 22 to train on."""
+    folder, before = tmp_path_factory.mktemp("base"), torch.get_num_threads()
+    make_model(folder / "model")
+    write(folder / "data.json", demo.instruction_records(5, 24))
+    torch.set_num_threads(1)  # two would fight over 32 x 32 matrices, and take longer
+    yield folder
+    torch.set_num_threads(before)
+
+
+def flags(base: Path, out: Path, *further) -> list[str]:
+    given = ["--pretrain", base / "model", "--dataset", base / "data.json", "--save_path", out, "--batch_size", 4, "--accumulation_steps", 1,
+             "--max_epochs", 1, "--lr", 3e-3, "--log_interval", 1, "--eval_size", 2, *further]  # of a flag given twice, the last counts
+    return [str(flag) for flag in given]
+
+
+def run(base: Path, out: Path, *further) -> dict:
+    return sft.main(flags(base, out, *further))
+
+
+def metrics(out: Path) -> list[dict]:
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON: a browser cannot read this line")
+    return [json.loads(line, parse_constant=refuse) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path, key: str = "loss") -> list[float]:
+    return [row[key] for row in metrics(out)]
+
+
+def weights(folder: Path, file: str = "model.safetensors") -> dict:
+    return safetensors.torch.load_file(folder / file)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def encoded(file: Path, max_len: int = 160) -> list:
+    return [data.encode_example(r, Tokenizer(demo.FOLDER), TEMPLATE, max_len) for r in data.read_records([file], "sft")]
+
+
+def plain_loss(model: Llama, examples: list) -> tuple[float, int]:
+    """Sum of -log p over the target tokens one example at a time, and their number, written down anew."""
+    nll = 0.0
+    for ids, target in examples:
+        labels = torch.tensor([i if learn else -100 for i, learn in zip(ids, target)])
+        nll += F.cross_entropy(model(torch.tensor([ids]))[0, :-1], labels[1:], ignore_index=-100, reduction="sum").item()
+    return nll, sum(sum(target) for _, target in examples)
+
+
+def kill_in(monkeypatch, step: int) -> None:
+    """The run dies while it computes this step."""
+    real = sft.cosine_lr
+
+    def lr(update, *rest):
+        if update == step:
+            raise KeyboardInterrupt
+        return real(update, *rest)
+    monkeypatch.setattr(sft, "cosine_lr", lr)
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
+
+def test_loss_is_on_replies_only(base):
+    """S06: a mask computed and then dropped. The gradient of what predicts a prompt token or padding is exactly 0."""
+    model, examples = Llama.from_pretrained(base / "model"), encoded(base / "data.json")[:4]
+    kept = []
+    model.norm.register_forward_hook(lambda module, x, y: kept.append(y) or y.retain_grad())
+    tokens, _, target = data.collate(examples)
+    loss = sft.lm_loss(model, tokens, target)
+    loss.backward()
+    nll, n = plain_loss(model, examples)
+    assert loss.item() == pytest.approx(nll, rel=1e-6) and n == target.sum() == sum(len(Tokenizer(demo.FOLDER).encode(r["output"], False, True))
+                                                                                    for r in demo.instruction_records(5, 24)[:4])
+    touched = kept[0].grad.abs().sum(-1) > 0  # (B, T)
+    assert torch.equal(touched[:, :-1], target[:, 1:]) and not touched[:, -1].any() and not target[:, 0].any()
+    assert all(ids[-1] == 2 and learn[-1] for ids, learn in examples)  # S01: EOS is learnt
+
+
+@pytest.mark.parametrize("filler", [0, 2])
+def test_padding_changes_nothing(base, filler):
+    """S07, S02: padding taught or, where it has the id of EOS, an EOS that is not."""
+    tokenizer, results = Tokenizer(demo.FOLDER), []
+    rows = [tokenizer.encode("fox", eos=True), tokenizer.encode("once upon a time", eos=True)]
+    for width in (None, 16, 64):
+        model = Llama.from_pretrained(base / "model")
+        tokens, _, target = data.collate([(ids, [False] + [True] * (len(ids) - 1)) for ids in rows], filler)
+        if width:
+            tokens, target = F.pad(tokens, (0, width - tokens.shape[1]), value=filler), F.pad(target, (0, width - target.shape[1]))
+        loss = sft.lm_loss(model, tokens, target)
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert all(loss == pytest.approx(results[0][0], rel=1e-6) and (grad - results[0][1]).abs().max() < 1e-6 * results[0][1].abs().max() for loss, grad in results[1:])
+
+
+def test_a_token_weighs_the_same_in_any_micro_batch(base, tmp_path):
+    """S11: a mean of means, in which the tokens of short answers weigh ten times more."""
+    two = write(tmp_path / "two.json", [{"instruction": "Say it.", "output": " ".join(["fox"] * n)} for n in (4, 49)])
+    assert [sum(target) for _, target in encoded(two)] == [5, 50]
+    for name, shape in (("one", (2, 1)), ("two", (1, 2))):
+        run(base, tmp_path / name, "--dataset", two, "--batch_size", shape[0], "--accumulation_steps", shape[1], "--max_epochs", 3)
+    for key in ("loss", "grad_norm"):
+        assert losses(tmp_path / "one", key) == pytest.approx(losses(tmp_path / "two", key), rel=1e-4)
+
+
+def test_every_step_has_the_mean_of_its_own_tokens(base, tmp_path):
+    """S13: 10 micro-batches, accumulation 4 are 3 updates, the third of 2. At lr 0 each loss can be recomputed."""
+    run(base, tmp_path, "--max_datasets_size", 20, "--eval_size", 0, "--batch_size", 2, "--accumulation_steps", 4, "--max_epochs", 2, "--lr", 0)
+    examples, model = encoded(base / "data.json")[:20], Llama.from_pretrained(base / "model")
+    batches = [b for epoch in range(2) for b in data.global_batches([len(ids) for ids, _ in examples], 8, 0, epoch)]
+    assert [len(b) for b in batches] == [8, 8, 4] * 2
+    expected = [nll / n for nll, n in (plain_loss(model, [examples[i] for i in b]) for b in batches)]
+    assert losses(tmp_path) == pytest.approx(expected, rel=1e-5)
+    assert same(weights(tmp_path), weights(base / "model"))  # saved and reloaded = before
+
+
+def test_schedule_counts_updates(base, tmp_path):
+    """S14: 25 batches, accumulation 4, 3 epochs are 21 updates; a schedule in batches would end too early or never."""
+    write(tmp_path / "25.json", demo.instruction_records(6, 25))
+    run(base, tmp_path / "out", "--dataset", tmp_path / "25.json", "--eval_size", 0, "--batch_size", 1, "--accimulation_steps", 4, "--max_epochs", 3, "--warmup", 0.1, "--lr", 1e-3)
+    lr = losses(tmp_path / "out", "lr")
+    assert losses(tmp_path / "out", "step") == list(range(1, 22)) and lr[:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    assert all(a > b for a, b in zip(lr[2:], lr[3:])) and lr[-1] == pytest.approx(1e-4) and lr[11] == pytest.approx(1e-4 + 9e-4 * (1 + math.cos(math.pi / 2)) / 2)
+    assert sft.cosine_lr(1, 1, 1.0, 0.05) == sft.cosine_lr(7, 7, 1.0, 1.0) == 1.0  # nothing but warm-up
+
+
+def test_prompt_that_fills_max_len_is_left_out(base, tmp_path, capsys):
+    """S08: such an example leaves no target: 0 / 0."""
+    records = demo.instruction_records(7, 3)
+    write(tmp_path / "three.json", records)
+    write(tmp_path / "four.json", [records[0] | {"instruction": "fox " * 320}, *records])
+    for name in ("three", "four"):
+        run(base, tmp_path / name, "--dataset", tmp_path / f"{name}.json")
+    assert losses(tmp_path / "three") == losses(tmp_path / "four") and "1 of 4 examples have a prompt" in capsys.readouterr().out
+
+
+def test_overfitted_answers_end(tmp_path):
+    """S01: a model that never stops, for want of an EOS among the targets."""
+    make_model(tmp_path / "model", dim=64)
+    records = [{"instruction": f"Say {word}.", "output": " ".join([word] * (i + 1))} for i, word in enumerate("fox bear owl cat dog".split())]
+    write(tmp_path / "data.json", records)
+    summary = run(tmp_path, tmp_path / "out", "--batch_size", 5, "--max_epochs", 60, "--lr", 1e-2, "--log_interval", 60)
+    model, tokenizer = Llama.from_pretrained(tmp_path / "out").eval(), Tokenizer(tmp_path / "out")
+    prompts = [data.encode_prompt([{"role": "user", "content": r["instruction"]}], tokenizer, TEMPLATE) for r in records]
+    answers = model.generate(prompts, 40, temperature=0)
+    assert summary["loss"] < 0.1 and all(ids[-1] == 2 for ids in answers) and [tokenizer.decode(ids) for ids in answers] == [r["output"] for r in records]
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+def test_files_of_a_run(base, tmp_path):
+    summary = run(base, tmp_path, "--max_steps", 3, "--eval_interval", 2)
+    rows, examples = metrics(tmp_path), encoded(base / "data.json")
+    assert len(rows) == 3 == summary["steps"] and all({"step", "loss", "lr", "seconds", "tokens_per_second"} <= row.keys() for row in rows)
+    assert "eval_loss" in rows[1] and not {"eval_loss"} & (rows[0].keys() | rows[2].keys())
+    saved = json.loads((tmp_path / "summary.json").read_text())
+    assert saved == json.loads(json.dumps(summary)) and {"eval_loss", "seconds", "tokens_per_second", "peak_memory_bytes", "flags"} <= saved.keys()
+    for folder, key in ((base / "model", "eval_loss_before"), (tmp_path, "eval_loss")):
+        nll, n = plain_loss(Llama.from_pretrained(folder), data.split_held_out(examples, 2, 0)[1])
+        assert summary[key] == pytest.approx(nll / n, rel=1e-5)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["template"] == "alpaca" and saved["flags"]["max_len"] == 160
+
+
+def test_adapter_and_an_adapter_on_it(base, tmp_path):
+    """Three runs: an adapter; all weights from it; a new adapter on it, whose base is the merged model written beside."""
+    before, first, full, second = {file.name: file.read_bytes() for file in (base / "model").iterdir()}, tmp_path / "first", tmp_path / "full", tmp_path / "second"
+    make_model(first)  # of an earlier run: would be read instead of the adapter
+    summary = run(base, first, "--lora_rank", 4)
+    assert before == {file.name: file.read_bytes() for file in (base / "model").iterdir()}
+    assert lora.is_adapter(first) and not (first / "config.json").exists() and not (first / "model.safetensors").exists()
+    assert lora.base_path(first).samefile(base / "model") and summary["eval_loss"] < summary["eval_loss_before"] - 0.01
+    for folder, more in ((full, ()), (second, ("--lora_rank", 2))):
+        again = run(base, folder, "--pretrain", first, *more)
+        assert again["eval_loss_before"] == pytest.approx(summary["eval_loss"], abs=1e-5)
+    assert not lora.is_adapter(full) and not (full / "base").exists() and lora.base_path(second).samefile(second / "base")
+    merged = Llama.from_pretrained(base / "model")
+    lora.load_adapter(merged, first)
+    lora.fold(merged)
+    assert same(dict(merged.named_parameters()), dict(Llama.from_pretrained(second / "base").named_parameters()))
+    assert Tokenizer(second / "base").fingerprint == Tokenizer(base / "model").fingerprint
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_runs_and_saves_the_master(base, tmp_path, dtype):
+    """S16. And what is saved is the fp32 master: a file rounded to the compute dtype has lost what small steps had added."""
+    run(base, tmp_path / "a", "--dtype", dtype, "--max_epochs", 3)
+    assert losses(tmp_path / "a")[-1] < losses(tmp_path / "a")[0] - 0.1
+    assert {t.dtype for t in weights(tmp_path / "a").values()} == {torch.float32}  # the dtype of the input
+    run(base, tmp_path / "b", "--dtype", dtype, "--max_steps", 1, "--lr", 0)
+    assert same(weights(tmp_path / "b"), weights(base / "model"))  # red: fault 2
+
+
+def test_skipped_step_is_logged_as_json(base, tmp_path, monkeypatch):
+    """A gradient norm of inf is legal, `Infinity` in metrics.jsonl is not: the web page would show nothing."""
+    real = zero.Optimizer.backward
+    monkeypatch.setattr(zero.Optimizer, "backward", lambda optimizer, loss, last: real(optimizer, loss * 1e30, last))
+    run(base, tmp_path, "--dtype", "fp16", "--max_steps", 2)
+    assert losses(tmp_path, "skipped") == [1, 2]  # red: fault 3
+
+
+def test_recomputed_activations_change_nothing(base, tmp_path):
+    for name, more in (("plain", ()), ("again", ("--grad_checkpoint", "--strategy", "naive"))):
+        run(base, tmp_path / name, "--lora_rank", 2, "--lora_dropout", 0.1, *more)
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "again"), rel=1e-6)
+
+
+def test_real_weights_and_instructions(tmp_path):
+    if not REAL.exists():
+        pytest.skip(f"needs {REAL}")
+    summary = sft.main(["--pretrain", str(REAL / "stories260K" / "hf"), "--dataset", str(REAL / "instruct" / "self_instruct_seed_175.json"), "--save_path", str(tmp_path),
+                        "--max_steps", "2", "--accumulation_steps", "1", "--log_interval", "1"])
+    assert summary["steps"] == 2 and 0 < summary["loss"] < 12 and summary["flags"]["lr"] == 2e-5
+    assert Llama.from_pretrained(tmp_path).config.ffn_dim == 172
+
+
+def test_demo_model_starts_the_same_everywhere():
+    world = zero.World(0, 1, torch.device("cpu"))
+    states = []
+    for seed in ("3", "3", "4"):
+        torch.manual_seed(len(states))
+        model, adapter_base = sft.open_model(sft.parse(["--seed", seed]), Tokenizer(demo.FOLDER), world)
+        assert adapter_base is None
+        states.append(model.state_dict())
+    assert same(states[0], states[1]) and not same(states[0], states[2])
+
+
+# ---- resume ---------------------------------------------------------------------------------------------------------
+
+def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch):
+    """With dropout, and killed twice: within an epoch, and after a checkpoint at the end of one (step 6 of 6)."""
+    more = ("--lora_rank", 4, "--lora_dropout", 0.3, "--save_interval", 3, "--max_epochs", 2)
+    run(base, tmp_path / "whole", *more)
+    for step in (5, 8):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            kill_in(patch, step)
+            run(base, tmp_path / "cut", *more, *(["--resume"] if step == 8 else []))
+        assert losses(tmp_path / "cut", "step") == list(range(1, step))
+        with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 9, "lo')
+        half = tmp_path / "cut" / "resume" / f"step-{step:08d}.tmp"  # the kill fell into the writing of a checkpoint
+        half.mkdir()
+        (half / "state.pt").write_bytes(b"half")
+    with pytest.raises(FloatingPointError, match=r"step-00000006$"):
+        sft.stop_if_broken(math.nan, 7, 1e-3, tmp_path / "cut")  # red: fault 4
+    run(base, tmp_path / "cut", *more, "--resume")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and losses(tmp_path / "cut", "step") == list(range(1, 13))
+    assert same(*(weights(tmp_path / name, "adapter_model.safetensors") for name in ("whole", "cut")))
+    assert [path.name for path in (tmp_path / "cut" / "resume").iterdir()] == ["step-00000012"]
+
+
+def test_resume_refuses_another_run(base, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        run(base, tmp_path / "none", "--resume")
+    run(base, tmp_path / "out", "--max_steps", 2)
+    make_model(tmp_path / "wide", ffn_dim=64)
+    write(tmp_path / "other.json", demo.instruction_records(8, 24))
+    for what, more in (("dataset", ("--dataset", tmp_path / "other.json")), ("dataset", ("--max_len", 90)), ("seed", ("--seed", 1)),
+                       ("model", ("--pretrain", tmp_path / "wide")), ("model", ("--lora_rank", 2))):
+        with pytest.raises(ValueError, match=f"of another {what}"):  # red: fault 7 (another seed is called another dataset)
+            run(base, tmp_path / "out", "--resume", *more)
+    (tmp_path / "out" / "resume" / "step-00000002" / "state.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="cannot be read: remove it"):
+        run(base, tmp_path / "out", "--resume")
+
+
+def test_new_run_forgets_the_checkpoint_of_an_old_one(base, tmp_path, monkeypatch):
+    """Else a new run with other flags that dies before its first checkpoint is resumed from the old run's last."""
+    run(base, tmp_path, "--max_steps", 2)
+    kill_in(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path, "--lr", 1e-4)
+    assert not list(tmp_path.glob("resume/step-*"))  # red: fault 5
+
+
+# ---- two processes --------------------------------------------------------------------------------------------------
+
+WORKER = """
+import shutil, sys
+from pathlib import Path
+import pytest, torch
+import sft, zero
+from test_sft import kill_in, run
+
+torch.set_num_threads(1)
+base, out = Path(sys.argv[1]), Path(sys.argv[2])
+more = ("--save_interval", 2, "--max_epochs", 2)  # 22 examples, 8 a step: 3 steps an epoch
+run(base, out / "two", *more)
+with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    kill_in(patch, 4)
+    run(base, out / "cut", *more)
+if sft.zero.dist.get_rank() == 0:
+    shutil.copytree(out / "cut", out / "moved")
+zero.barrier()
+run(base, out / "cut", *more, "--resume")
+run(base, out / "odd", "--max_datasets_size", 9, "--eval_size", 0, "--max_epochs", 2)  # 8 + 1: the second process has none
+zero.stop()
+"""
+
+
+def test_two_processes(base, tmp_path, capsys):
+    """Half the batch each = the batch on one; resumed on two to the bit, and on one; a process without a micro-batch."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    result = subprocess.run([*TORCHRUN, tmp_path / "worker.py", base, tmp_path], env=ENV, capture_output=True, text=True, timeout=120)
+    assert losses(tmp_path / "two") == losses(tmp_path / "cut") and same(weights(tmp_path / "two"), weights(tmp_path / "cut")), result.stderr
+    run(base, tmp_path / "one", "--batch_size", 8, "--max_epochs", 2)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5) and len(losses(tmp_path / "one")) == 6
+    run(base, tmp_path / "moved", "--batch_size", 8, "--max_epochs", 2, "--resume")
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "two"), rel=1e-5) and "written by 2 processes, this run has 1" in capsys.readouterr().out
+    assert result.returncode == 0, result.stdout + result.stderr  # red: fault 1
+    run(base, tmp_path / "even", "--max_datasets_size", 9, "--eval_size", 0, "--max_epochs", 2, "--batch_size", 8)
+    assert losses(tmp_path / "odd") == pytest.approx(losses(tmp_path / "even"), rel=1e-5)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+PREFERENCE = '[{"prompt": "a", "chosen": "b", "rejected": "c"}]'
+BAD = {
+    "missing dataset": (["--dataset", "{}/none.json"], None, "none.json does not exist"),
+    "empty dataset": ([], "", "no usable record"),
+    "record without key": ([], '[{"instruction": "a"}]', "line 1.*expected keys.*found keys instruction"),
+    "broken JSON": ([], '{"instruction": "a", "output": "b"}\n{"instruction": \n', "line 2: not valid JSON"),
+    "preferences": ([], PREFERENCE, "these are preferences, for rm.py"),
+    "prompt fills max_len": (["--max_len", "12"], None, "none of the 24 examples fits.*raise --max_len"),
+    "no config.json": (["--pretrain", "{}/noconfig"], None, "neither config.json nor params.json"),
+    "no tokenizer": (["--pretrain", "{}/notokenizer"], None, "tokenizer.model does not exist"),
+    "tokenizer too big": (["--pretrain", "{}/small"], None, "1280 pieces, the model's embedding 640 rows"),
+    "missing weights": (["--pretrain", "{}/nowhere"], None, "nowhere does not exist"),
+    "rank too large": (["--lora_rank", "17"], None, "LoRA rank 17 does not fit .*between 1 and 16"),
+    "dropout 1": (["--lora_rank", "2", "--lora_dropout", "1"], None, "dropout"),
+    "batch 0": (["--batch_size", "0"], None, "--batch_size: must be at least 1, not 0"),
+    "lr nan": (["--lr", "nan"], None, "--lr: must be a finite number"),
+    "word for a number": (["--max_steps", "many"], None, "invalid whole number value: 'many'"),
+    "unknown flag": (["--frobnicate"], None, "unrecognized arguments: --frobnicate"),
+    "below a file": (["--save_path", "{}/file/out"], None, "--save_path .*cannot be written"),
+    "beyond the context": (["--max_len", "161"], None, "beyond the model's context of 160"),
+    "over its input": (["--save_path", "{}/small", "--pretrain", "{}/small"], None, "overwrite its own input"),
+    "over its adapter's base": (["--save_path", "{}/under", "--pretrain", "{}/adapter", "--lora_rank", "2"], None, "overwrite its own input"),  # red: fault 6
+}
+
+
+@pytest.fixture(scope="module")
+def bad_folder(base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    make_model(folder / "small", vocab_size=640)
+    for name, gone in (("noconfig", "config.json"), ("notokenizer", "tokenizer.model"), ("under", "")):
+        shutil.copytree(base / "model", folder / name)
+        (folder / name / gone).unlink() if gone else None
+    model = Llama.from_pretrained(folder / "under")
+    lora.attach(model, 2)
+    lora.save_adapter(model, folder / "adapter", str(folder / "under"))
+    (folder / "file").write_text("")
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_sentence(base, bad_folder, tmp_path, case):
+    more, text, message = BAD[case]
+    if text is not None:
+        (tmp_path / "data.json").write_text(text)
+        more = ["--dataset", str(tmp_path / "data.json")]
+    before = {file: file.read_bytes() for file in bad_folder.rglob("*") if file.is_file()}
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        run(base, tmp_path / "out", *(flag.replace("{}", str(bad_folder)) for flag in more))
+    assert "\n" not in str(caught.value) and not [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert before == {file: file.read_bytes() for file in bad_folder.rglob("*") if file.is_file()}
+
+
+def test_exit_codes(base, tmp_path):
+    """2 and a sentence for bad input, 1 for a loss of NaN, which names step, loss and rate; 0 with stdin closed (S17)."""
+    shutil.copytree(base / "model", tmp_path / "model")
+    tensors = weights(tmp_path / "model")
+    tensors["model.norm.weight"][3] = math.inf
+    safetensors.torch.save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    start = lambda *more: subprocess.Popen([sys.executable, str(ROOT / "sft.py"), *flags(base, tmp_path / "out", "--max_steps", 1, *more)], env=ENV, text=True,
+                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(0))
+    runs = [start(), start("--dataset", tmp_path / "none.json", "--save_path", tmp_path / "b"), start("--pretrain", tmp_path / "model", "--save_path", tmp_path / "c")]
+    out, err = zip(*(run.communicate(timeout=60) for run in runs))
+    assert [run.returncode for run in runs] == [0, 2, 1], err
+    assert re.fullmatch(r"sft\.py: \S+none\.json does not exist; .*\n", err[1])
+    assert re.fullmatch(r"sft\.py: the loss is nan at step 1 with learning rate 0\.003: .*\n", err[2]) and not (tmp_path / "c" / "config.json").exists()
+    assert err[0] == "" and "flags: " in out[0] and "lr=0.003" in out[0] and "step 1/1" in out[0]
+
+
+@pytest.mark.parametrize("script", [sft, rm, ppo])
+def test_every_flag_is_read(script, monkeypatch):
+    """A flag that nobody reads is a promise that nobody keeps."""
+    seen = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, argv: seen.extend(parser._actions) or sys.exit())
+    with pytest.raises(SystemExit):
+        script.parse([])
+    source = inspect.getsource(script) + inspect.getsource(sft)
+    unread = [action.dest for action in seen if not re.search(rf"\bargs\.{action.dest}\b", source)]
+    assert unread == ["help", "model"] and len(seen) > 25  # --model has one choice
+    assert all(action.help for action in seen if action.dest != "seed")
+
+
+def test_coatis_published_flags():
+    command = ("--pretrain /7B/ --model llama --strategy naive --log_interval 10 --save_path /Coati-7B --dataset /data.json --batch_size 1 --accimulation_steps 8 "
+               "--lr 2e-5 --max_datasets_size 512 --max_epochs 1 --lora_rank 16")
+    args = sft.parse(command.split())
+    assert (args.accumulation_steps, args.lora_rank, args.dataset) == (8, 16, [Path("/data.json")])
