@@ -426,9 +426,9 @@ def main(argv: list[str] | None = None) -> dict:
             fold(model)
         _cast(model, final)
         difference = (model(tokens, real).float() - before).abs().mean().item()
-    # Measured on a trained model: 0.3 to 0.6 eps of the mean logit for an adapter that moves logits by 2 to 10 %.
-    bound = 8 * torch.finfo(final).eps * before.abs().mean().item()
-    print(f"mean |logit difference| of merged and adapter {difference:.1e}, bound {bound:.1e}, 8 roundings to {config.dtype}"
+    # Measured: 0.3 to 0.6 eps of the mean logit on a trained model, 10 on a random one, whose layers amplify rounding more.
+    bound = 32 * torch.finfo(final).eps * before.abs().mean().item()
+    print(f"mean |logit difference| of merged and adapter {difference:.1e}, bound {bound:.1e}, 32 roundings to {config.dtype}"
           f"{': above it, --dtype fp32 keeps more' if difference > bound else ''}")
     model.save_pretrained(out)
     for name in ("tokenizer.model", "tokenizer_config.json"):

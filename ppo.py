@@ -539,7 +539,7 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
             meta = {"step": step, "drawn": drawn, "world": world.world, "marks": marks, "before": before}
             sft.save_checkpoint(args.save_path, world, meta, {"actor": optimizers[0].state_dict(), "critic": optimizers[1].state_dict()}, {})
     seconds = time.perf_counter() - started
-    sft.save_model(models.actor, args, tokenizer, base, world)
+    sft.save_model(models.actor, optimizers[0], args, tokenizer, base, world)
     after = measure()
     return {f"{key}_before": x for key, x in before.items() if key != "kl"} | {f"{key}_after": x for key, x in after.items() if key != "kl"} | {
         "kl": after["kl"], "steps": step, "seconds": seconds, "tokens_per_second": tokens_done / max(seconds, 1e-9), "skipped": sum(o.skipped for o in optimizers)}

@@ -86,7 +86,7 @@ class RewardModel(nn.Module):
             raise ValueError(f"{directory} has no score.weight: it is not a reward model, train one with rm.py")
         with torch.device("meta"):
             model = cls(Llama(config, head=False))
-        load_weights(model.trunk, tensors, dtype, device, ignore=("score.weight", "output.weight"))
+        load_weights(model.trunk, tensors, dtype, device, ignore=("score.weight", "output.weight"), directory=directory)
         model.trunk.make_rope()
         score = tensors["score.weight"]()
         if score.shape != model.score.weight.shape:
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> dict:
     figures = sft.train(model, optimizer, task, marks, args, world)
     model.config.extra["reward_mean"] = mean_score(model, answers)
     figures["reward_mean"] = model.reward_mean
-    sft.save_model(model, args, tokenizer, base, world, {"reward_mean": model.reward_mean})
+    sft.save_model(model, optimizer, args, tokenizer, base, world, {"reward_mean": model.reward_mean})
     summary = sft.write_summary(args, world, figures)
     accuracy = "" if summary["accuracy"] is None else f"held-out accuracy {summary['accuracy']:.3f}, mean margin {summary['margin']:.2f}, "
     sft.say(world, f"wrote {args.save_path}: {accuracy}{summary['seconds']:.0f} s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")

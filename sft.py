@@ -121,8 +121,9 @@ def demo_tokenizer(directory: Path | None) -> bool:
 
 def check_save_path(args: argparse.Namespace) -> None:
     """Find out before training, not after, that the result cannot be written."""
-    if args.pretrain is not None and args.save_path.resolve() == args.pretrain.resolve():
-        raise ValueError(f"--save_path {args.save_path} is --pretrain: the run would overwrite its own input, name another directory")
+    inputs = [] if args.pretrain is None else [args.pretrain, *([lora.base_path(args.pretrain)] if lora.is_adapter(args.pretrain) else [])]
+    if args.save_path.resolve() in [path.resolve() for path in inputs]:
+        raise ValueError(f"--save_path {args.save_path} is --pretrain or its base: the run would overwrite its own input, name another directory")
     try:
         args.save_path.mkdir(parents=True, exist_ok=True)
         probe = args.save_path / "write.tmp"
@@ -220,11 +221,12 @@ def base_for_adapter(model: Llama, args: argparse.Namespace, tokenizer: Tokenize
     return "base"
 
 
-def save_model(model: torch.nn.Module, args: argparse.Namespace, tokenizer: Tokenizer, base: str | None, world: zero.World, extra: dict | None = None) -> None:
+def save_model(model: torch.nn.Module, optimizer: zero.Optimizer, args: argparse.Namespace, tokenizer: Tokenizer, base: str | None, world: zero.World, extra: dict | None = None) -> None:
     """Write the model, or its adapter, and remove what an earlier run of the other kind left, which would be read instead."""
     if world.rank == 0:
         adapter = base is not None
-        lora.save_adapter(model, args.save_path, base, extra) if adapter else model.save_pretrained(args.save_path)
+        with optimizer.masters():
+            lora.save_adapter(model, args.save_path, base, extra) if adapter else model.save_pretrained(args.save_path)
         for pattern in ("config.json", "model*.safetensors*") if adapter else ("adapter_*",):
             for file in args.save_path.glob(pattern):
                 file.unlink()
@@ -250,7 +252,12 @@ def fingerprint(model: torch.nn.Module, examples: list, seed: int) -> dict[str, 
     for name, p in model.named_parameters():
         weights.update(name.encode() + str(tuple(p.shape)).encode() + p.detach().flatten()[:64].float().cpu().numpy().tobytes())
     ids.update(json.dumps(examples).encode())
-    return {"model": weights.hexdigest(), "dataset": ids.hexdigest(), "seed": str(seed)}
+    return {"seed": str(seed), "model": weights.hexdigest(), "dataset": ids.hexdigest()}  # in this order: the seed also changes the others
+
+
+def checkpoints(save_path: Path) -> list[Path]:
+    """Whole checkpoints, the newest last; a .tmp is one that a kill cut short."""
+    return sorted(path for path in (save_path / "resume").glob("step-*") if path.suffix != ".tmp")
 
 
 def save_checkpoint(save_path: Path, world: zero.World, meta: dict, state: dict, own: dict) -> None:
@@ -277,7 +284,7 @@ def save_checkpoint(save_path: Path, world: zero.World, meta: dict, state: dict,
 
 def load_checkpoint(save_path: Path, world: zero.World, marks: dict[str, str]) -> tuple[dict, dict, dict | None]:
     """(meta, state, this rank's own part or None if there was no such rank). Refuses another model, dataset or seed."""
-    found = sorted(path for path in (save_path / "resume").glob("step-*") if path.suffix != ".tmp")
+    found = checkpoints(save_path)
     if not found:
         raise FileNotFoundError(f"--resume, but {save_path / 'resume'} holds no checkpoint: run without --resume first (a checkpoint every --save_interval updates)")
     try:
@@ -320,15 +327,18 @@ def lm_loss(model: Llama, tokens: Tensor, target: Tensor) -> Tensor:
 
 def stop_if_broken(loss: float, step: int, lr: float, save_path: Path) -> None:
     if not math.isfinite(loss):
-        kept = sorted((save_path / "resume").glob("step-*"))
+        kept = checkpoints(save_path)
         raise FloatingPointError(f"the loss is {loss} at step {step} with learning rate {lr:.3g}: lower --lr, or look at the data; "
                                  f"{f'the last good checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'}")
 
 
 def open_metrics(save_path: Path, world: zero.World, step: int) -> Callable[[dict], None]:
-    """A function that appends a row to metrics.jsonl, cut back first to what was logged up to `step`."""
+    """A function that appends a row to metrics.jsonl, cut back first to what was logged up to `step`. A new run (step 0) also
+    removes an old one's checkpoints: it would be resumed from them if it died before its first."""
     file = save_path / "metrics.jsonl"
     if world.rank == 0:
+        if not step:
+            shutil.rmtree(save_path / "resume", ignore_errors=True)
         rows = file.read_text().splitlines() if step and file.exists() else []
         kept = []
         for row in rows:
@@ -339,7 +349,8 @@ def open_metrics(save_path: Path, world: zero.World, step: int) -> Callable[[dic
     def append(row: dict) -> None:
         if world.rank == 0:
             with file.open("a") as out:
-                out.write(json.dumps(row) + "\n")
+                finite = {key: value if not isinstance(value, float) or math.isfinite(value) else None for key, value in row.items()}
+                out.write(json.dumps(finite) + "\n")  # JSON knows no Infinity, which the gradient norm of a skipped step is
     return append
 
 
@@ -531,7 +542,7 @@ def main(argv: list[str] | None = None) -> dict:
     task = Task([len(ids) for ids, _ in examples], lambda indices: sum(sum(examples[i][1]) for i in indices), loss_of, 0, lambda sums: {},
                 partial(evaluate, model, held, args, world))
     figures = train(model, optimizer, task, marks, args, world)
-    save_model(model, args, tokenizer, base, world)
+    save_model(model, optimizer, args, tokenizer, base, world)
     if is_demo:
         figures |= zero.broadcast_object(demo.measure(model, tokenizer, data.TEMPLATES[args.template]) if world.rank == 0 else None)
         say(world, f"held-out instructions: gold score {figures['gold']:.3f} (en {figures['gold_en']:.3f}, zh {figures['gold_zh']:.3f})")

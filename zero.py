@@ -28,12 +28,16 @@ the number of tokens over all processes); AdamW's epsilon is outside the square 
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+# Its functions take the process group of the moment of import as a default argument. Imported later (by torch.compile or
+# torch.utils.checkpoint) they would keep the group and its threads alive beyond `stop`: one exit in four then aborts.
+import torch.distributed.nn
 from torch import Tensor, nn
 
 STRATEGIES = ("naive", "ddp")
@@ -263,12 +267,18 @@ class Optimizer:
 
     # ---- state ----
 
-    def use_master(self) -> None:
-        """Let the parameters be views of the fp32 masters, to save them once training is over: what many small updates have
-        added up to may be less than a bf16 copy can hold."""
+    @contextmanager
+    def masters(self) -> Iterator[None]:
+        """Within it the model's parameters are views of the fp32 masters, to save them: what many small updates have added
+        up to may be less than a bf16 copy can hold."""
         for bucket in self.buckets:
             for p, span in zip(bucket.params, bucket.spans):
                 p.data = bucket.master[span].view(p.shape)
+        yield
+        for bucket in self.buckets:
+            home = bucket.master if bucket.low is None else bucket.low
+            for p, span in zip(bucket.params, bucket.spans):
+                p.data = home[span].view(p.shape)
 
     def state_dict(self) -> dict:
         """Everything that continuing needs, by parameter name, so that any number of processes can load it."""

@@ -234,7 +234,7 @@ def test_half_precision_runs_and_saves_the_master(base, tmp_path, dtype):
     assert losses(tmp_path / "a")[-1] < losses(tmp_path / "a")[0] - 0.1
     assert {t.dtype for t in weights(tmp_path / "a").values()} == {torch.float32}  # the dtype of the input
     run(base, tmp_path / "b", "--dtype", dtype, "--max_steps", 1, "--lr", 0)
-    assert same(weights(tmp_path / "b"), weights(base / "model"))  # red: fault 2
+    assert same(weights(tmp_path / "b"), weights(base / "model"))
 
 
 def test_skipped_step_is_logged_as_json(base, tmp_path, monkeypatch):
@@ -242,7 +242,7 @@ def test_skipped_step_is_logged_as_json(base, tmp_path, monkeypatch):
     real = zero.Optimizer.backward
     monkeypatch.setattr(zero.Optimizer, "backward", lambda optimizer, loss, last: real(optimizer, loss * 1e30, last))
     run(base, tmp_path, "--dtype", "fp16", "--max_steps", 2)
-    assert losses(tmp_path, "skipped") == [1, 2]  # red: fault 3
+    assert losses(tmp_path, "skipped") == [1, 2]
 
 
 def test_recomputed_activations_change_nothing(base, tmp_path):
@@ -288,7 +288,7 @@ def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch):
         half.mkdir()
         (half / "state.pt").write_bytes(b"half")
     with pytest.raises(FloatingPointError, match=r"step-00000006$"):
-        sft.stop_if_broken(math.nan, 7, 1e-3, tmp_path / "cut")  # red: fault 4
+        sft.stop_if_broken(math.nan, 7, 1e-3, tmp_path / "cut")
     run(base, tmp_path / "cut", *more, "--resume")
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and losses(tmp_path / "cut", "step") == list(range(1, 13))
     assert same(*(weights(tmp_path / name, "adapter_model.safetensors") for name in ("whole", "cut")))
@@ -303,7 +303,7 @@ def test_resume_refuses_another_run(base, tmp_path):
     write(tmp_path / "other.json", demo.instruction_records(8, 24))
     for what, more in (("dataset", ("--dataset", tmp_path / "other.json")), ("dataset", ("--max_len", 90)), ("seed", ("--seed", 1)),
                        ("model", ("--pretrain", tmp_path / "wide")), ("model", ("--lora_rank", 2))):
-        with pytest.raises(ValueError, match=f"of another {what}"):  # red: fault 7 (another seed is called another dataset)
+        with pytest.raises(ValueError, match=f"of another {what}"):
             run(base, tmp_path / "out", "--resume", *more)
     (tmp_path / "out" / "resume" / "step-00000002" / "state.pt").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="cannot be read: remove it"):
@@ -316,7 +316,7 @@ def test_new_run_forgets_the_checkpoint_of_an_old_one(base, tmp_path, monkeypatc
     kill_in(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         run(base, tmp_path, "--lr", 1e-4)
-    assert not list(tmp_path.glob("resume/step-*"))  # red: fault 5
+    assert not list(tmp_path.glob("resume/step-*"))
 
 
 # ---- two processes --------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def test_two_processes(base, tmp_path, capsys):
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5) and len(losses(tmp_path / "one")) == 6
     run(base, tmp_path / "moved", "--batch_size", 8, "--max_epochs", 2, "--resume")
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "two"), rel=1e-5) and "written by 2 processes, this run has 1" in capsys.readouterr().out
-    assert result.returncode == 0, result.stdout + result.stderr  # red: fault 1
+    assert result.returncode == 0, result.stdout + result.stderr
     run(base, tmp_path / "even", "--max_datasets_size", 9, "--eval_size", 0, "--max_epochs", 2, "--batch_size", 8)
     assert losses(tmp_path / "odd") == pytest.approx(losses(tmp_path / "even"), rel=1e-5)
 
@@ -381,7 +381,7 @@ BAD = {
     "below a file": (["--save_path", "{}/file/out"], None, "--save_path .*cannot be written"),
     "beyond the context": (["--max_len", "161"], None, "beyond the model's context of 160"),
     "over its input": (["--save_path", "{}/small", "--pretrain", "{}/small"], None, "overwrite its own input"),
-    "over its adapter's base": (["--save_path", "{}/under", "--pretrain", "{}/adapter", "--lora_rank", "2"], None, "overwrite its own input"),  # red: fault 6
+    "over its adapter's base": (["--save_path", "{}/under", "--pretrain", "{}/adapter", "--lora_rank", "2"], None, "overwrite its own input"),
 }
 
 
