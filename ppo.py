@@ -315,6 +315,8 @@ def update(models: Models, optimizers: tuple[zero.Optimizer, zero.Optimizer], e:
             if examples:
                 ptx_sum += ptx_backward(models.actor, actor_opt, next(ptx), examples, args, world)
             # ---- both models step; early stop looks at all processes alike ----
+            actor_opt.flush()
+            critic_opt.flush()
             sums += total(seen)
             sft.stop_if_broken((sums[0] + sums[1] + ptx_sum).item(), step, lr, args.save_path)
             actor_opt.step(lr)

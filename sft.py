@@ -419,6 +419,7 @@ def train(model: torch.nn.Module, optimizer: zero.Optimizer, task: Task, marks: 
                 summed, further = task.loss_of(micro)
                 optimizer.backward(summed / divisor, last=micro is mine[-1])
                 sums += torch.cat((summed.detach().float().view(1), further.to(world.device)))
+            optimizer.flush()  # before the next collective: processes differ in which buckets their backward launched
             loss, *further = zero.all_reduce(sums).tolist()
             loss /= divisor
             stop_if_broken(loss, step, lr, args.save_path)

@@ -20,7 +20,7 @@ last layer first, so the first bucket is complete, and its sum under way, while 
 
 Buckets are launched strictly in index order on every process: collectives match up by order alone, so two processes that
 launched in the order of their own backward could add bucket 0 of one to bucket 1 of the other. A bucket with a parameter
-that got no gradient is filled with zeros and launched by `step`; else the other processes would wait for it for ever.
+that got no gradient is filled with zeros and launched by `flush`; else the other processes would wait for it for ever.
 
 Departures: torch's own DistributedDataParallel is not used; bucket sums are sums, not means (the loss is already divided by
 the number of tokens over all processes); AdamW's epsilon is outside the square root and after bias correction, as torch has it.
@@ -146,7 +146,7 @@ class StepStats(NamedTuple):
 class Optimizer:
     """AdamW over the trainable parameters of a model, for one process or many.
 
-    Per step: `backward(loss, last=...)` for each micro-batch, then `step(lr)`. Matrices are decayed, vectors (norms) are not.
+    Per step: `backward(loss, last=...)` for each micro-batch, `flush()`, `step(lr)`. Matrices are decayed, vectors (norms) are not.
 
     named_parameters: as of a module; frozen ones are left out, a tied one counts once. dtype: what the model computes in
     (fp32, bf16, fp16). max_norm: clip the global gradient norm to it, 0 = never. fp16 scales the loss (Micikevicius et al.

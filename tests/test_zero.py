@@ -118,8 +118,9 @@ def test_bf16_learns_what_is_smaller_than_its_step():
     assert (lone == 1).all() and (p != 1).all() and p.dtype == torch.bfloat16
     assert torch.equal(p.detach(), bucket.master.bfloat16()) and distance([bucket.master], [exact]) < 1e-6
     assert {t.dtype for t in (bucket.master, bucket.grad, bucket.m, bucket.v)} == {torch.float32}
-    optimizer.use_master()  # for saving: nothing is rounded away
-    assert p.dtype == torch.float32 and torch.equal(p.detach(), bucket.master)
+    with optimizer.masters():  # for saving: nothing is rounded away
+        assert p.dtype == torch.float32 and torch.equal(p.detach(), bucket.master)
+    assert p.dtype == torch.bfloat16 and torch.equal(p.detach(), bucket.low)
 
 
 def test_clipping_is_by_the_norm_before_it():
