@@ -384,6 +384,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def frozen_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A copy that is only computed with. Parameters alone are cast: rotary tables in bf16 could not tell far positions apart."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
 def open_models(args: argparse.Namespace, tokenizer: Tokenizer, world: zero.World, dtype: torch.dtype) -> tuple[Models, str | None]:
     """The four models, and what an adapter will name as its base."""
     reward_tokenizer = sft.open_tokenizer(argparse.Namespace(template=args.template), args.rm_path, world)
@@ -404,7 +412,7 @@ def open_models(args: argparse.Namespace, tokenizer: Tokenizer, world: zero.Worl
         models = Models(actor, critic, actor, reward)
         reward.score.weight.requires_grad_(False)
     else:
-        models = Models(actor, critic, copy.deepcopy(actor).to(dtype).requires_grad_(False), copy.deepcopy(critic).to(dtype).requires_grad_(False))
+        models = Models(actor, critic, frozen_copy(actor, dtype), frozen_copy(critic, dtype))
     for model in models:
         model.eval()  # dropout off, see 4 above
         sft.set_up(getattr(model, "trunk", model), args)
@@ -494,7 +502,6 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
     template = data.TEMPLATES[args.template]
     held = [data.encode_prompt([{"role": "user", "content": record["instruction"]}], tokenizer, template) for record in demo.prompt_records(0, held=True)] if is_demo else prompts
     measure = partial(evaluate, models, held[:args.eval_size], is_demo, tokenizer, args, world, total)
-    before = measure()
     optimizers = sft.make_optimizer(models.actor, args, dtype), sft.make_optimizer(models.critic, args, dtype)
     rollouts = args.num_episodes * args.max_timesteps
     updates = min(math.ceil(rollouts / args.update_timesteps), args.max_steps or 10**9)
@@ -505,7 +512,7 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
             optimizer.load_state_dict(state[key])
         step = first = meta["step"]
         drawn = meta["drawn"]
-        before = meta["before"]
+    before = meta["before"] if args.resume else measure()
     append = sft.open_metrics(args.save_path, world, step)
     minibatches = args.max_epochs * math.ceil(args.experience_batch_size / (args.train_batch_size * args.accumulation_steps))
     ptx_batch = args.ptx_batch_size * world.world

@@ -91,7 +91,7 @@ class RewardModel(nn.Module):
         score = tensors["score.weight"]()
         if score.shape != model.score.weight.shape:
             raise ValueError(f"{directory}: score.weight is {tuple(score.shape)}, a reward model of this width has {tuple(model.score.weight.shape)}")
-        model.score.weight = nn.Parameter(score.to(device, model.trunk.norm.weight.dtype, copy=True))
+        model.score.weight = nn.Parameter(score.to(device, torch.float32, copy=True))  # tiny, and computed in fp32 anyway
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -44,7 +44,7 @@ DEMO = {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "lr": 3e-3, "batch_size": 16,
 # Coati: lr 5e-6, 3 epochs. 2e-5 is Alpaca's for full fine-tuning, and decay 0 too.
 FINETUNE = {"lr": 2e-5, "batch_size": 4, "accumulation_steps": 8, "max_epochs": 3, "weight_decay": 0.0}
 # Tied embeddings: most of the task is copying words from the instruction, which then needs no second table to be learnt.
-DEMO_MODEL = LlamaConfig(dim=192, n_layers=4, n_heads=6, n_kv_heads=3, head_dim=32, ffn_dim=512, vocab_size=1280, max_seq_len=256, tie_embeddings=True)
+DEMO_MODEL = LlamaConfig(dim=192, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=512, vocab_size=1280, max_seq_len=256, tie_embeddings=True)
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
