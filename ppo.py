@@ -62,7 +62,7 @@ from data import demo
 from model import Llama, Tokenizer, check_tokenizer
 from rm import RewardModel
 
-DEMO = {"prompt_dataset": [demo.FOLDER / "prompts.jsonl"], "pretrain_dataset": [demo.FOLDER / "sft.jsonl.gz"], "num_episodes": 24, "max_timesteps": 1, "update_timesteps": 1,
+DEMO = {"prompt_dataset": [demo.FOLDER / "prompts.jsonl"], "pretrain_dataset": [demo.FOLDER / "sft.jsonl.gz"], "num_episodes": 20, "max_timesteps": 1, "update_timesteps": 1,
         "max_epochs": 2, "experience_batch_size": 64, "train_batch_size": 16, "accumulation_steps": 1, "ptx_batch_size": 4, "ptx_coef": 0.02, "lr": 2e-4, "critic_lr": 5e-4,
         "weight_decay": 0.0, "kl_coef": 0.05, "max_input_len": 64, "max_seq_len": 160}
 # Coati: the same but lr 7e-6 for both, and ptx_coef 0.9 as here.
@@ -265,12 +265,16 @@ def show_tokens(e: Experience, tokenizer: Tokenizer) -> str:
 # ---- update ---------------------------------------------------------------------------------------------------------
 
 def ptx_batches(examples: list, batch: int, seed: int, seen: int):
-    """For ever: the examples (indices) of one global ptx batch each, epoch after epoch, from `seen` samples on."""
-    lengths = [len(ids) for ids, _ in examples]
+    """For ever: `batch` examples (indices) each, cut from an endless row of epochs, from `seen` samples on. A full batch even
+    where an epoch ends within it: so the position is always batches * batch, and nothing is seen twice or missed."""
+    lengths, left = [len(ids) for ids, _ in examples], []
     epoch, skip = divmod(seen, len(examples))
     while True:
-        yield from data.global_batches(lengths, batch, seed, epoch, skip)
-        epoch, skip = epoch + 1, 0
+        while len(left) < batch:
+            left += sum(data.global_batches(lengths, batch, seed, epoch, skip), [])
+            epoch, skip = epoch + 1, 0
+        yield left[:batch]
+        left = left[batch:]
 
 
 def check_ratio(first: float, dtype: torch.dtype, world: zero.World) -> None:
@@ -281,9 +285,9 @@ def check_ratio(first: float, dtype: torch.dtype, world: zero.World) -> None:
         sft.say(world, f"warning: before the first update log-probabilities differ by {first:.3f} on average: {dtype} is too coarse for this model, try --dtype fp32")
 
 
-def update(models: Models, optimizers: tuple[zero.Optimizer, zero.Optimizer], e: Experience, ptx, examples: list, lr: float, step: int,
+def update(models: Models, optimizers: tuple[zero.Optimizer, zero.Optimizer], e: Experience, ptx, examples: list, schedule: float, step: int,
            args: argparse.Namespace, world: zero.World, total, dtype: torch.dtype) -> dict:
-    """Step 5: --max_epochs over the buffer in minibatches. Returns the means of what is logged."""
+    """Step 5: --max_epochs over the buffer in minibatches, at `schedule` times each learning rate. Returns the means of what is logged."""
     actor_opt, critic_opt = optimizers
     adv = whiten(e.adv, e.mask, total)
     rows_per_step = args.train_batch_size * args.accumulation_steps
@@ -318,9 +322,9 @@ def update(models: Models, optimizers: tuple[zero.Optimizer, zero.Optimizer], e:
             actor_opt.flush()
             critic_opt.flush()
             sums += total(seen)
-            sft.stop_if_broken((sums[0] + sums[1] + ptx_sum).item(), step, lr, args.save_path)
-            actor_opt.step(lr)
-            critic_opt.step(lr / args.lr * args.critic_lr if args.lr else 0.0)
+            sft.stop_if_broken((sums[0] + sums[1] + ptx_sum).item(), step, schedule * args.lr, args.save_path)
+            actor_opt.step(schedule * args.lr)
+            critic_opt.step(schedule * args.critic_lr)
             steps += 1
         if args.target_kl and sums[3] / steps > args.target_kl:
             early = 1
@@ -369,7 +373,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=number(), default=1.0, help="of sampling, and of the log-probabilities")
     parser.add_argument("--max_input_len", type=whole(1), help="longest prompt in tokens; longer ones are left out")
     parser.add_argument("--max_seq_len", type=whole(2), help="longest prompt with answer in tokens")
-    parser.add_argument("--eval_size", type=whole(0), default=64, help="prompts that reward and KL are measured on before and after")
+    parser.add_argument("--eval_size", type=whole(1), default=64, help="prompts that reward and KL are measured on before and after")
     parser.add_argument("--show_tokens", action="store_true", help="print the first answer of each update token by token")
     args = parser.parse_args(argv)
     if args.temperature == 0:
@@ -460,7 +464,8 @@ def experience(models: Models, prompts: list[list[int]], seed: tuple, tokenizer:
     """Answer and score prompts, this process's share of them; returns seconds of rollout and of scoring too."""
     generator = seeded(*seed, world.rank, device=world.device)  # no two rollouts, and no two processes, draw alike
     began = time.perf_counter()
-    rolled = rollout(models.actor, prompts[world.rank::world.world], tokenizer.eos_id, args.max_seq_len, args.temperature, generator)
+    mine = prompts[world.rank::world.world] or prompts[:1]  # fewer prompts than processes: a second answer to the first
+    rolled = rollout(models.actor, mine, tokenizer.eos_id, args.max_seq_len, args.temperature, generator)
     between = time.perf_counter()
     e = score(models, *rolled, args, args.train_batch_size)
     return e, between - began, time.perf_counter() - between
@@ -471,6 +476,8 @@ def main(argv: list[str] | None = None) -> dict:
     world = zero.start(args.device, args.strategy)
     is_demo = args.prompt_dataset is None and sft.demo_tokenizer(args.pretrain)
     sft.check_save_path(args)
+    if args.save_path.resolve() == args.rm_path.resolve():
+        raise ValueError(f"--save_path {args.save_path} is --rm_path: the run would overwrite the reward model, name another directory")
     tokenizer = sft.open_tokenizer(args, args.pretrain, world)
     if not is_demo and args.prompt_dataset is None:
         raise ValueError("--prompt_dataset is missing: name the prompts to answer")
@@ -501,21 +508,21 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
     marks = sft.fingerprint(torch.nn.ModuleList([models.actor, models.critic]), [prompts, examples], args.seed)
     template = data.TEMPLATES[args.template]
     held = [data.encode_prompt([{"role": "user", "content": record["instruction"]}], tokenizer, template) for record in demo.prompt_records(0, held=True)] if is_demo else prompts
+    held = [prompt for prompt in held if len(prompt) <= args.max_input_len]
     measure = partial(evaluate, models, held[:args.eval_size], is_demo, tokenizer, args, world, total)
     optimizers = sft.make_optimizer(models.actor, args, dtype), sft.make_optimizer(models.critic, args, dtype)
     rollouts = args.num_episodes * args.max_timesteps
     updates = min(math.ceil(rollouts / args.update_timesteps), args.max_steps or 10**9)
-    step = first = drawn = 0  # drawn: rollouts so far
+    step = first = drawn = prompts_seen = ptx_seen = 0  # drawn: rollouts so far
     if args.resume:
         meta, state, _ = sft.load_checkpoint(args.save_path, world, marks)
         for optimizer, key in zip(optimizers, ("actor", "critic")):
             optimizer.load_state_dict(state[key])
         step = first = meta["step"]
-        drawn = meta["drawn"]
+        drawn, prompts_seen, ptx_seen = meta["drawn"], meta["prompts_seen"], meta["ptx_seen"]
     before = meta["before"] if args.resume else measure()
     append = sft.open_metrics(args.save_path, world, step)
-    minibatches = args.max_epochs * math.ceil(args.experience_batch_size / (args.train_batch_size * args.accumulation_steps))
-    ptx_batch = args.ptx_batch_size * world.world
+    batch, ptx_batch = args.experience_batch_size * world.world, args.ptx_batch_size * world.world
     sft.say(world, f"{len(prompts)} prompts | {updates} updates of {args.update_timesteps} x {args.experience_batch_size} x {world.world} answers, {args.max_epochs} epochs | "
                    f"ptx {f'{len(examples)} examples, weight {args.ptx_coef}' if examples else 'off'} | {sum(p.numel() for m in models[:2] for p in m.parameters() if p.requires_grad):,} parameters trained")
     started, tokens_done = time.perf_counter(), 0
@@ -523,17 +530,18 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
         step, began = step + 1, time.perf_counter()
         buffer, rollout_seconds, scoring_seconds = [], 0.0, 0.0
         for _ in range(min(args.update_timesteps, rollouts - drawn)):
-            batch = args.experience_batch_size * world.world
-            e, a, b = experience(models, draw(prompts, batch, args.seed, drawn * batch), ("rollout", args.seed, drawn), tokenizer, args, world)
-            buffer, drawn, rollout_seconds, scoring_seconds = [*buffer, e], drawn + 1, rollout_seconds + a, scoring_seconds + b
+            e, a, b = experience(models, draw(prompts, batch, args.seed, prompts_seen), ("rollout", args.seed, drawn), tokenizer, args, world)
+            buffer, rollout_seconds, scoring_seconds = [*buffer, e], rollout_seconds + a, scoring_seconds + b
+            drawn, prompts_seen = drawn + 1, prompts_seen + batch
         e = join(buffer)
         if args.show_tokens:
             sft.say(world, show_tokens(e, tokenizer))
         update_began = time.perf_counter()
-        lr = sft.cosine_lr(step, updates, args.lr, args.warmup)
-        row = {"step": step, "loss": None, "lr": lr} | objective(e, total)
-        ptx = ptx_batches(examples, ptx_batch, args.seed, (step - 1) * minibatches * args.update_timesteps * ptx_batch) if examples else None
-        row |= update(models, optimizers, e, ptx, examples, lr, step, args, world, total, dtype)
+        schedule = sft.cosine_lr(step, updates, 1.0, args.warmup)
+        row = {"step": step, "loss": None, "lr": schedule * args.lr} | objective(e, total)
+        ptx = ptx_batches(examples, ptx_batch, args.seed, ptx_seen) if examples else None
+        row |= update(models, optimizers, e, ptx, examples, schedule, step, args, world, total, dtype)
+        ptx_seen += row["minibatches"] * ptx_batch
         now = time.perf_counter()
         tokens = total((e.mask.sum(1) + e.prompt_len).sum().view(1).float()).item()
         tokens_done += tokens
@@ -545,7 +553,7 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
         if row["objective/kl"] > KL_WARNING or row["objective/kl"] < -1:
             sft.say(world, f"warning: the KL to the SFT model is {row['objective/kl']:.1f} nats an answer: {'raise --kl_coef or lower --lr' if row['objective/kl'] > 0 else 'log-probabilities and samples disagree'}")
         if args.save_interval and (step % args.save_interval == 0 or step == args.max_steps):
-            meta = {"step": step, "drawn": drawn, "world": world.world, "marks": marks, "before": before}
+            meta = {"step": step, "drawn": drawn, "prompts_seen": prompts_seen, "ptx_seen": ptx_seen, "world": world.world, "marks": marks, "before": before}
             sft.save_checkpoint(args.save_path, world, meta, {"actor": optimizers[0].state_dict(), "critic": optimizers[1].state_dict()}, {})
     seconds = time.perf_counter() - started
     sft.save_model(models.actor, optimizers[0], args, tokenizer, base, world)

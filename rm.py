@@ -25,7 +25,7 @@ Letters: B rows of a batch (all responses), T time, C channels, P pairs.
 
 import argparse
 from functools import partial
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 
 import torch
@@ -55,6 +55,10 @@ class RewardModel(nn.Module):
             nn.init.normal_(self.score.weight, std=(trunk.config.dim + 1) ** -0.5, generator=generator)
 
     @property
+    def device(self) -> torch.device:
+        return self.trunk.device
+
+    @property
     def reward_mean(self) -> float:
         return self.config.extra.get("reward_mean", 0.0)
 
@@ -73,10 +77,10 @@ class RewardModel(nn.Module):
         unless `base` names another. Raises ValueError when there is no head: a plain LLaMA scores nothing."""
         directory = Path(directory)
         if lora.is_adapter(directory):
+            if lora.read_adapter_config(directory).get("task_type") != "SEQ_CLS":
+                raise ValueError(f"{directory} is an adapter of a language model, not of a reward model: train one with rm.py")
             model = cls(Llama.from_pretrained(base or lora.base_path(directory), dtype, device, head=False))
             config = lora.load_adapter(model, directory)
-            if config.get("task_type") != "SEQ_CLS":
-                raise ValueError(f"{directory} is an adapter of a language model, not of a reward model: train one with rm.py")
             model.config.extra["reward_mean"] = config.get("reward_mean", 0.0)
             lora.fold(model)
             return model
@@ -170,12 +174,12 @@ def evaluate(model: RewardModel, held: list, loss_fn: str, args: argparse.Namesp
 
 
 def sample_answers(model: Llama, records: list[dict], tokenizer: Tokenizer, args: argparse.Namespace, n: int = 64) -> list[list[int]]:
-    """The SFT model's own answers to n of the prompts, prompt included; every process draws the same."""
+    """The SFT model's own answers to the first n prompts that leave room for one, prompt included; every process draws the same."""
     template = data.TEMPLATES[args.template]
-    prompts = [data.encode_prompt(record["messages"], tokenizer, template) for record in records[:n]]
-    prompts = [prompt for prompt in prompts if len(prompt) < args.max_len]
+    encoded = (data.encode_prompt(record["messages"], tokenizer, template) for record in records)
+    prompts = list(islice((prompt for prompt in encoded if len(prompt) < args.max_len), n))
     generator = torch.Generator(model.device).manual_seed(args.seed)
-    answers = model.generate(prompts, args.max_len - max(map(len, prompts)), eos_id=tokenizer.eos_id, generator=generator)
+    answers = model.generate(prompts, [args.max_len - len(prompt) for prompt in prompts], eos_id=tokenizer.eos_id, generator=generator)
     return [prompt + answer for prompt, answer in zip(prompts, answers)]
 
 

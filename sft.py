@@ -40,7 +40,7 @@ from data import demo
 from model import DTYPES, Llama, LlamaConfig, Tokenizer, check_tokenizer, read_template, write_file
 
 # The demo's preset, used only when the input is the demo world; real weights get FINETUNE.
-DEMO = {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "lr": 3e-3, "batch_size": 16, "accumulation_steps": 2, "max_epochs": 2, "max_len": 160, "weight_decay": 0.1}
+DEMO = {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "lr": 2e-3, "batch_size": 16, "accumulation_steps": 1, "max_epochs": 2, "max_len": 160, "weight_decay": 0.1}
 # Coati: lr 5e-6, 3 epochs. 2e-5 is Alpaca's for full fine-tuning, and decay 0 too.
 FINETUNE = {"lr": 2e-5, "batch_size": 4, "accumulation_steps": 8, "max_epochs": 3, "weight_decay": 0.0}
 # Tied embeddings: most of the task is copying words from the instruction, which then needs no second table to be learnt.
@@ -97,7 +97,7 @@ def make_parser(description: str, save_path: str) -> argparse.ArgumentParser:
     parser.add_argument("--lora_dropout", type=number(), default=0.0, help="dropout on the input of the adapters")
     # run
     parser.add_argument("--strategy", choices=zero.STRATEGIES, default="ddp", help="naive is for one process; ddp sums gradients over all")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights, order of the data, dropout and sampling")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="to compute in; the master weights are fp32 (auto: bf16 on CUDA, fp32 elsewhere)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda where there is one, else cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: slower start, faster steps")

@@ -219,7 +219,7 @@ def prompt_records(seed: int, held: bool = False) -> list[dict]:
 
 def files() -> dict[str, list[dict]]:
     """Name -> records of every shipped file."""
-    return {"sft.jsonl.gz": instruction_records(0, 6400), "preferences.jsonl.gz": preference_records(0, 1600), "prompts.jsonl": prompt_records(0)}
+    return {"sft.jsonl.gz": instruction_records(0, 7200), "preferences.jsonl.gz": preference_records(0, 1600), "prompts.jsonl": prompt_records(0)}
 
 
 def as_jsonl(records: Iterable[dict]) -> bytes:

@@ -1,0 +1,286 @@
+"""rm.py: the score against a hidden state times the head, the loss against its closed form, and runs of a tiny model."""
+
+import argparse
+import json
+import math
+import random
+import subprocess
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import lora
+import ppo
+import rm
+import sft
+import zero
+from data import demo
+from model import Llama, LlamaConfig, Tokenizer
+from rm import RewardModel
+from test_sft import ENV, TEMPLATE, TORCHRUN, kill_in, losses, make_model, same, weights, write
+from test_sft import run as run_sft
+
+SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=1280, max_seq_len=160)
+
+
+def tiny(seed: int = 3, **sizes) -> RewardModel:
+    generator = torch.Generator().manual_seed(seed)
+    return RewardModel(Llama(LlamaConfig(**SIZES | sizes), head=False, generator=generator), generator).eval()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with an SFT model as model/, as adapter/ of it and as merged/, and pref.json: 20 rankings of 4."""
+    folder, before = tmp_path_factory.mktemp("base"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    make_model(folder / "model")
+    write(folder / "data.json", demo.instruction_records(5, 24))
+    write(folder / "pref.json", demo.preference_records(5, 20))
+    run_sft(folder, folder / "adapter", "--lora_rank", 4, "--max_steps", 2, "--save_interval", 0)
+    lora.main(["merge", str(folder / "adapter"), str(folder / "merged")])
+    yield folder
+    torch.set_num_threads(before)
+
+
+def run(base, out, *further) -> dict:
+    given = ["--pretrain", base / "model", "--dataset", base / "pref.json", "--save_path", out, "--batch_size", 2, "--accumulation_steps", 2, "--lr", 3e-3,
+             "--log_interval", 1, "--eval_size", 2, "--max_len", 100, *further]
+    return rm.main([str(flag) for flag in given])
+
+
+def kept(monkeypatch) -> list:
+    """Whatever main trained and sampled: [model, ...], answers."""
+    models, answers, save, sample = [], [], sft.save_model, rm.sample_answers
+    monkeypatch.setattr(sft, "save_model", lambda model, *rest: (models.append(model), save(model, *rest)))
+    monkeypatch.setattr(rm, "sample_answers", lambda *rest: (answers.append(sample(*rest)), answers[-1])[1])
+    return [models, answers]
+
+
+def plain_score(model: RewardModel, row: list[int]) -> float:
+    """One row, nothing padded: hidden state of its last token times the head."""
+    h = model.trunk.hidden(torch.tensor([row]))[0, -1]
+    return (h @ model.score.weight[0]).item() - model.reward_mean
+
+
+# ---- the score ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("filler", [0, 2])
+@torch.no_grad()
+def test_score_is_at_the_last_real_token(filler):
+    """R03, R04: the last column dropped for all rows; the first id that looks like padding, where padding is EOS and a dialogue has EOS inside."""
+    model, short = tiny(), [1, 40, 41, 2, 50, 51, 2]
+    model.config.extra["reward_mean"] = 0.25
+    rows = [short, [1] + list(range(100, 118)) + [2], [1, 40, 41, 2, 2]]  # a partner three times longer; two EOS at the end
+    expected = [plain_score(model, row) for row in rows]
+    T = max(map(len, rows))
+    for left in (False, True):
+        filled = [[filler] * (T - len(row)) + row if left else row + [filler] * (T - len(row)) for row in rows]
+        mask = torch.tensor([[(j >= T - len(row)) if left else (j < len(row)) for j in range(T)] for row in rows])
+        assert model(torch.tensor(filled), mask).tolist() == pytest.approx(expected, abs=1e-5)
+    assert len({round(score, 4) for score in expected}) == 3
+
+
+@pytest.mark.parametrize("loss", rm.LOSSES.values())
+def test_loss_is_the_closed_form_and_never_overflows(loss):
+    """R01: log(sigmoid(d)) and log(1 + exp(-d)) as they are written give inf from |d| = 89 on in fp32."""
+    differences = [-200.0, -89.0, -3.0, 0.0, 0.5, 89.0, 200.0]
+    chosen = torch.tensor(differences).requires_grad_()
+    value = loss(chosen, torch.zeros(7))
+    value.sum().backward()
+    log1pexp = lambda x: x + math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x))
+    assert value.tolist() == pytest.approx([log1pexp(-d) for d in differences], rel=1e-6, abs=1e-30)
+    assert chosen.grad.tolist() == pytest.approx([-1 / (1 + math.exp(d)) for d in differences], rel=1e-5, abs=1e-30)
+
+
+def test_padding_of_one_side_changes_nothing(monkeypatch):
+    """R06: both answers compared over a common span, so that the shorter one is judged on its padding."""
+    ranking, results, pad = [[1, 40, 41, 42, 2], [1, 40, 60, 2]], [], data.pad
+    for filler in (None, 0, 2):
+        if filler is not None:
+            monkeypatch.setattr(data, "pad", lambda rows: tuple(F.pad(x, (0, 10), value=f) for x, f in zip(pad(rows, filler), (filler, False))))
+        model = tiny()
+        chosen, rejected, _ = rm.score_rankings(model, [ranking])
+        rm.log_sig(chosen, rejected).sum().backward()
+        results.append((chosen.item(), rejected.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert results[0][:2] == pytest.approx([plain_score(tiny(), row) for row in ranking], abs=1e-6)
+    for a, b, gradient in results[1:]:
+        assert (a, b) == pytest.approx(results[0][:2], abs=1e-6) and (gradient - results[0][2]).abs().max() < 1e-6 * results[0][2].abs().max()
+
+
+def test_rankings_are_pairs_of_equal_weight_in_all():
+    better, worse, weight = rm.pairs([3, 2])
+    assert (better.tolist(), worse.tolist()) == ([0, 0, 1, 3], [1, 2, 2, 4]) and weight.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1])
+    model, rankings = tiny(), [[[1, 40 + i, 2] for i in range(k)] for k in (4, 2, 3)]
+    chosen, rejected, weight = rm.score_rankings(model, rankings)
+    expected = 0.0
+    for ranking in rankings:
+        scores = [plain_score(model, row) for row in ranking]
+        terms = [math.log1p(math.exp(scores[j] - scores[i])) for i in range(len(scores)) for j in range(i + 1, len(scores))]
+        expected += sum(terms) / len(terms)
+    assert float((rm.log_exp(chosen, rejected) * weight).sum()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_tie_is_not_right():
+    """R02."""
+    sums = rm.pair_sums(torch.tensor([1.0, 1.0, 0.0, 3.0]), torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    assert rm.pair_figures(sums.tolist()) == {"accuracy": 0.5, "margin": 0.5}
+
+
+def test_head_starts_at_one_over_root_of_dim_plus_one():
+    model = tiny(dim=2048, ffn_dim=8, n_layers=1, vocab_size=8)
+    assert model.score.weight.std().item() == pytest.approx(2049 ** -0.5, rel=0.06) and model.score.bias is None
+    assert torch.equal(model.score.weight, tiny(dim=2048, ffn_dim=8, n_layers=1, vocab_size=8).score.weight)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+def test_a_marker_word_is_found_and_chance_is_not(base, tmp_path):
+    """R02: accuracy at 50 % for ever; and a leak (of order, length or labels) would show as more than 50 % on random labels."""
+    rng, records = random.Random(0), []
+    for _ in range(600):
+        texts = [rng.choices(demo.OBJECTS["en"], k=rng.randrange(4, 9)) for _ in range(2)]
+        texts[0][rng.randrange(4)] = "dragon"
+        records.append({"prompt": "Say it.", "chosen": " ".join(texts[0]), "rejected": " ".join(texts[1])})
+    mixed = [r if rng.random() < 0.5 else {"prompt": "Say it.", "chosen": r["rejected"], "rejected": r["chosen"]} for r in records]
+    more = ("--eval_size", 60, "--batch_size", 8, "--max_steps", 25, "--lr", 1e-2, "--template", "plain", "--save_interval", 0)
+    for name, data_set in (("right", records), ("mixed", mixed)):
+        write(tmp_path / f"{name}.json", data_set)
+    right, chance = (run(base, tmp_path / name, "--dataset", tmp_path / f"{name}.json", *more) for name in ("right", "mixed"))
+    assert right["accuracy"] >= 0.95 > right["accuracy_before"] and right["margin"] > 1 and right["eval_loss"] < 0.3
+    assert 0.35 < chance["accuracy"] < 0.65 and chance["eval_loss"] > 0.6
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_loss_falls_in_every_dtype(base, tmp_path, dtype):
+    """R01: 0.69 at the first step and NaN for ever after."""
+    epochs = 3 if dtype == "fp16" else 10  # whose matrix products are slow on a CPU
+    run(base, tmp_path, "--max_datasets_size", 8, "--eval_size", 0, "--max_epochs", epochs, "--dtype", dtype, "--lr", 1e-2)
+    assert len(losses(tmp_path)) == 2 * epochs and all(map(math.isfinite, losses(tmp_path))) and losses(tmp_path)[-1] < (0.9 if dtype == "fp16" else 0.4) * losses(tmp_path)[0]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_was_trained_is_what_is_loaded(base, tmp_path, monkeypatch, rank):
+    """R09: the head of another copy was saved; L09: none was. And the reward mean, which is that of the SFT model's answers."""
+    models, answers = kept(monkeypatch)
+    before = weights(base / "model")
+    summary = run(base, tmp_path / "out", "--max_steps", 4, "--lora_rank", rank, "--lr", 1e-2)
+    trained, loaded = models[0].eval(), RewardModel.from_pretrained(tmp_path / "out").eval()
+    rows = answers[0]
+    start = rm.RewardModel(Llama.from_pretrained(base / "model", head=False), torch.Generator().manual_seed(0))
+    assert (loaded.score.weight - start.score.weight).abs().max() > 1e-3 and torch.equal(loaded.score.weight, trained.score.weight)
+    with torch.no_grad():
+        tokens, mask = data.pad(rows)
+        scores = loaded(tokens, mask)
+        assert (scores - trained(tokens, mask)).abs().max() < 1e-6 and summary["reward_mean"] == loaded.reward_mean != 0
+        assert abs(scores.mean()) < 1e-6 and scores.std() > 1e-4
+        assert scores.tolist() == pytest.approx([plain_score(loaded, row) for row in rows], abs=1e-6)
+    prompts = [data.encode_prompt(r["messages"], Tokenizer(demo.FOLDER), TEMPLATE) for r in data.read_records([base / "pref.json"], "preference")]
+    assert [row[:len(prompt)] for row, prompt in zip(rows, prompts)] == prompts and all(len(row) == 100 or row[-1] == 2 for row in rows) and len(rows) == 20
+    assert same(before, weights(base / "model"))
+    if not rank:
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert {key: config[key] for key in ("architectures", "num_labels", "pad_token_id", "id2label", "label2id", "reward_mean")} == {
+            "architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "pad_token_id": 0, "id2label": {"0": "reward"}, "label2id": {"reward": 0},
+            "reward_mean": summary["reward_mean"]} and config["eos_token_id"] == 2
+        saved = weights(tmp_path / "out")
+        assert saved.keys() - before.keys() == {"score.weight"} and before.keys() - saved.keys() == {"lm_head.weight"} and saved["score.weight"].shape == (1, 32)
+        return
+    config, saved = lora.read_adapter_config(tmp_path / "out"), weights(tmp_path / "out", "adapter_model.safetensors")
+    assert (config["task_type"], config["modules_to_save"], config["reward_mean"]) == ("SEQ_CLS", ["score"], loaded.reward_mean)
+    assert lora.base_path(tmp_path / "out").samefile(base / "model") and len(saved) == 2 * 14 + 1 and not (tmp_path / "out" / "config.json").exists()
+    assert all(tensor.any() for name, tensor in saved.items() if "lora_B" in name) and "base_model.model.score.weight" in saved
+    assert all(torch.equal(module.base.weight, before[f"{Llama.hf_name(name.removeprefix('trunk.'))}.weight"]) for name, module in lora.adapters(models[0]).items())
+    lora.main(["merge", str(tmp_path / "out"), str(tmp_path / "merged")])
+    with torch.no_grad():
+        assert (RewardModel.from_pretrained(tmp_path / "merged")(tokens, mask) - scores).abs().max() < 1e-6
+
+
+def test_answers_have_the_room_of_their_own_prompt(base):
+    """One prompt of nearly --max_len must not leave all the others one token; prompts without room are passed over."""
+    model, tokenizer, args = Llama.from_pretrained(base / "model"), Tokenizer(demo.FOLDER), argparse.Namespace(template="plain", max_len=40, seed=0)
+    short, long, full = ({"messages": [{"role": "user", "content": "fox " * n}]} for n in (2, 30, 60))
+    lengths = [len(data.encode_prompt(r["messages"], tokenizer, data.TEMPLATES["plain"])) for r in (short, long)]
+    rows = rm.sample_answers(model, [full, full, long, short, short], tokenizer, args, 2)
+    assert lengths[0] < 15 and 34 < lengths[1] < 40 and [len(row) for row in rows] == [40, 40]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_all_forms_of_stage_1_are_accepted(base, tmp_path, rank):
+    """L12: an adapter's names looked for in a full model. Stage 3 opens each too, and all have the same trunk."""
+    world, tokens = zero.World(0, 1, torch.device("cpu")), torch.arange(3, 60)[None]
+    run(base, tmp_path / "rm", "--max_steps", 1, "--lora_rank", rank)
+    losses_before, hidden = [], []
+    for form in ("adapter", "merged"):
+        summary = run(base, tmp_path / form, "--pretrain", base / form, "--max_steps", 1, "--lora_rank", rank)
+        losses_before.append(summary["eval_loss_before"])
+        args = ppo.parse([str(x) for x in ("--pretrain", base / form, "--rm_path", tmp_path / form, "--lora_rank", rank, "--save_path", tmp_path / f"ppo-{form}")])
+        models, adapter_base = ppo.open_models(args, sft.open_tokenizer(args, base / form, world), world, torch.float32)
+        assert (adapter_base == "base") == (form == "adapter" and rank > 0) and (models.ref is models.actor) == bool(rank)
+        with torch.no_grad():
+            hidden.append(models.actor.hidden(tokens))
+    assert losses_before[0] == pytest.approx(losses_before[1], abs=1e-6)
+    assert (hidden[0] - hidden[1]).abs().max() < 1e-5 < (hidden[0] - Llama.from_pretrained(base / "model").hidden(tokens)).abs().max()
+
+
+# ---- resume, two processes ------------------------------------------------------------------------------------------
+
+def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch):
+    more = ("--lora_rank", 4, "--lora_dropout", 0.3, "--save_interval", 2, "--max_epochs", 2)
+    run(base, tmp_path / "whole", *more)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_in(patch, 6)
+        run(base, tmp_path / "cut", *more)
+    run(base, tmp_path / "cut", *more, "--resume")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and len(losses(tmp_path / "cut")) == 10
+    assert same(*(weights(tmp_path / name, "adapter_model.safetensors") for name in ("whole", "cut")))
+    assert (tmp_path / "whole" / "adapter_config.json").read_bytes() == (tmp_path / "cut" / "adapter_config.json").read_bytes()
+
+
+def test_two_processes_are_one_with_twice_the_batch(base, tmp_path):
+    """Rankings of different sizes, so that a mean of the processes' means would show."""
+    write(tmp_path / "pref.json", [r | {"responses": r["responses"][:2 + i % 3]} for i, r in enumerate(demo.preference_records(6, 11))])
+    (tmp_path / "worker.py").write_text("import sys, torch\nfrom pathlib import Path\nimport zero\nfrom test_rm import run\ntorch.set_num_threads(1)\n"
+                                        "run(*map(Path, sys.argv[1:3]), *sys.argv[3:])\nzero.stop()\n")
+    more = ["--dataset", tmp_path / "pref.json", "--eval_size", 1, "--max_epochs", 2]
+    result = subprocess.run([*map(str, [*TORCHRUN, tmp_path / "worker.py", base, tmp_path / "two", *more])], env=ENV, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    run(base, tmp_path / "one", *more, "--batch_size", 4)
+    for key in ("loss", "accuracy", "margin", "grad_norm"):
+        assert losses(tmp_path / "one", key) == pytest.approx(losses(tmp_path / "two", key), rel=1e-3, abs=1e-6), key
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    assert len(losses(tmp_path / "one")) == 4 and one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-4) and one["accuracy"] == two["accuracy"]
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "stage 1's records": (["--dataset", "{}/data.json"], "line 1: these are instructions with answers"),
+    "no room for responses": (["--max_len", "12"], "none of the 20 rankings fits.*raise --max_len"),
+    "beyond the context": (["--max_len", "161"], "beyond the model's context of 160"),
+    "another loss": (["--loss_fn", "hinge"], "invalid choice: 'hinge'"),
+    "missing weights": (["--pretrain", "{}/nowhere"], "nowhere does not exist"),
+    "over its input": (["--save_path", "{}/model"], "overwrite its own input"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_sentence(base, tmp_path, case):
+    more, message = BAD[case]
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        run(base, tmp_path, *(flag.replace("{}", str(base)) for flag in more))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_stage_1_names_its_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="out/sft does not exist: run sft.py first"):
+        rm.main([])
+
+
+def test_a_language_model_is_no_reward_model(base):
+    for form in ("model", "adapter"):
+        with pytest.raises(ValueError, match="not .*a reward model.*train one with rm.py"):
+            RewardModel.from_pretrained(base / form)
