@@ -128,6 +128,15 @@ def answer(rng: random.Random, language: str, animal: int, thing: int) -> str:
     return story(rng, language, a, o, happy=rng.random() < 0.5, ramble=rng.random() < 0.1)
 
 
+def slip(rng: random.Random, language: str, text: str) -> str:
+    """The text with one word of the other language in it. A small model slips like this when it samples an unlikely token;
+    its judge must have seen it once to mind."""
+    other = LANGUAGES[1 - LANGUAGES.index(language)]
+    words = text.split(" ") if language == "en" else list(text)
+    words.insert(rng.randrange(len(words)), rng.choice([*ANIMALS[other], *OBJECTS[other], *PLACE[other], *KIND[other], *LOOK[other]]))
+    return (" " if language == "en" else "").join(words)
+
+
 def gold(asked: str, text: str, ended: bool) -> float:
     """How good an answer is, in [0, 1]: 0.3 for each thing asked for, 0.4 for a happy end; nothing in the wrong language;
     halved when it rambles, halved when it never ends (no EOS). A sad story about both things beats a happy one about
@@ -189,7 +198,7 @@ def instruction_records(seed: int, n: int) -> list[dict]:
 
 def preference_records(seed: int, n: int, responses: int = 4, noise: float = 0.1, held: bool = False) -> list[dict]:
     """n rankings of answers with different gold scores, best first. A person mixes up two neighbours now and then: each pair
-    of neighbours is swapped with probability `noise`. held=True asks about held-out pairs (for measuring, never in a file)."""
+    of neighbours is swapped with probability `noise`. One answer in seven has a slip of language. held=True asks about held-out pairs (for measuring, never in a file)."""
     rng = random.Random(f"preference {seed} {held}")
     known = pairs(held)
     records = []
@@ -199,6 +208,7 @@ def preference_records(seed: int, n: int, responses: int = 4, noise: float = 0.1
         by_score: dict[float, str] = {}
         while len(by_score) < responses:
             text = answer(rng, language, a, o)
+            text = slip(rng, language, text) if rng.random() < 0.15 else text
             by_score.setdefault(gold(asked, text, ended=True), text)
         ranked = [by_score[score] for score in sorted(by_score, reverse=True)]
         for k in range(len(ranked) - 1):
