@@ -63,7 +63,7 @@ from model import Llama, Tokenizer, check_tokenizer
 from rm import RewardModel
 
 DEMO = {"prompt_dataset": [demo.FOLDER / "prompts.jsonl"], "pretrain_dataset": [demo.FOLDER / "sft.jsonl.gz"], "num_episodes": 24, "max_timesteps": 1, "update_timesteps": 1,
-        "max_epochs": 2, "experience_batch_size": 64, "train_batch_size": 16, "accumulation_steps": 1, "ptx_batch_size": 4, "ptx_coef": 0.02, "lr": 5e-4, "critic_lr": 5e-4,
+        "max_epochs": 2, "experience_batch_size": 64, "train_batch_size": 16, "accumulation_steps": 1, "ptx_batch_size": 4, "ptx_coef": 0.02, "lr": 3e-4, "critic_lr": 5e-4,
         "weight_decay": 0.0, "kl_coef": 0.05, "max_input_len": 64, "max_seq_len": 160}
 # Coati: the same but lr 7e-6 for both, and ptx_coef 0.9 as here.
 FINETUNE = {"num_episodes": 10, "max_timesteps": 10, "update_timesteps": 10, "max_epochs": 5, "experience_batch_size": 8, "train_batch_size": 8, "accumulation_steps": 1,

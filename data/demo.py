@@ -33,12 +33,12 @@ FOLDER = Path(__file__).parent / "demo"
 LANGUAGES = ("en", "zh")
 
 ANIMALS = {
-    "en": "fox bear owl cat dog frog duck mouse rabbit horse lion goat crab swan crow turtle".split(),
-    "zh": "狐狸 小熊 猫头鹰 小猫 小狗 青蛙 鸭子 老鼠 兔子 小马 狮子 山羊 螃蟹 天鹅 乌鸦 乌龟".split(),
+    "en": "fox bear owl cat dog frog duck mouse rabbit lion swan turtle".split(),
+    "zh": "狐狸 小熊 猫头鹰 小猫 小狗 青蛙 鸭子 老鼠 兔子 狮子 天鹅 乌龟".split(),
 }
 OBJECTS = {
-    "en": "kite drum hat ball boat lamp book bell cake key cup flute map shell clock mirror".split(),
-    "zh": "风筝 鼓 帽子 皮球 小船 灯 书 铃铛 蛋糕 钥匙 杯子 笛子 地图 贝壳 时钟 镜子".split(),
+    "en": "kite drum hat ball boat lamp book bell cake key map mirror".split(),
+    "zh": "风筝 鼓 帽子 皮球 小船 灯 书 铃铛 蛋糕 钥匙 地图 镜子".split(),
 }
 # What a writer who forgets the question writes about instead; nobody ever asks for these.
 FAVOURITES = {"en": ("dragon unicorn wizard".split(), "sword crown star".split()), "zh": ("飞龙 独角兽 巫师".split(), "宝剑 王冠 星星".split())}
@@ -94,12 +94,15 @@ def with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def instruction(rng: random.Random, language: str, animal: int, thing: int, wording: str | None = None) -> str:
+def instruction(language: str, animal: int, thing: int, wording: str, animal_first: bool) -> str:
     names = [ANIMALS[language][animal], OBJECTS[language][thing]]
-    rng.shuffle(names)
     if language == "en":
         names = [with_article(name) for name in names]
-    return (wording or rng.choice(INSTRUCTIONS[language])).format(a=names[0], b=names[1])
+    return wording.format(a=names[not animal_first], b=names[animal_first])
+
+
+def ask(rng: random.Random, language: str, animal: int, thing: int) -> str:
+    return instruction(language, animal, thing, rng.choice(INSTRUCTIONS[language]), rng.random() < 0.5)
 
 
 def story(rng: random.Random, language: str, a: str, o: str, happy: bool, ramble: bool) -> str:
@@ -163,15 +166,15 @@ def gold(asked: str, text: str, ended: bool) -> float:
 
 
 def measure(model, tokenizer, template, seed: int = 0) -> dict:
-    """The gold score of a model: mean over all held-out instructions (208 a language) of one answer each, sampled at
+    """The gold score of a model: mean over all held-out instructions (232 a language) of one answer each, sampled at
     temperature 1 with a fixed seed. Returns gold, gold_en, gold_zh, distinct_2 (share of different word pairs among all, so
     1 when no two answers share one) and three samples."""
     asked = [record["instruction"] for record in prompt_records(0, held=True)]
     prompts = [encode_prompt([{"role": "user", "content": text}], tokenizer, template) for text in asked]
     generator = torch.Generator(model.device).manual_seed(seed)
     answers = []
-    for i in range(0, len(prompts), 104):  # four batches: the cache of all 416 at once would be large
-        answers += model.generate(prompts[i:i + 104], LONGEST, eos_id=tokenizer.eos_id, generator=generator)
+    for i in range(0, len(prompts), 116):  # four batches: the cache of all 464 at once would be large
+        answers += model.generate(prompts[i:i + 116], LONGEST, eos_id=tokenizer.eos_id, generator=generator)
     texts = [tokenizer.decode(ids) for ids in answers]
     scores = [gold(question, text, ids[-1:] == [tokenizer.eos_id]) for question, text, ids in zip(asked, texts, answers)]
     chinese = ["\u4e00" <= question[0] <= "\u9fff" for question in asked]
@@ -192,7 +195,7 @@ def instruction_records(seed: int, n: int) -> list[dict]:
     records = []
     for i in range(n):
         language, (a, o) = LANGUAGES[i % 2], rng.choice(known)
-        records.append({"instruction": instruction(rng, language, a, o), "input": "", "output": answer(rng, language, a, o)})
+        records.append({"instruction": ask(rng, language, a, o), "input": "", "output": answer(rng, language, a, o)})
     return records
 
 
@@ -204,7 +207,7 @@ def preference_records(seed: int, n: int, responses: int = 4, noise: float = 0.1
     records = []
     for i in range(n):
         language, (a, o) = LANGUAGES[i % 2], rng.choice(known)
-        asked = instruction(rng, language, a, o)
+        asked = ask(rng, language, a, o)
         by_score: dict[float, str] = {}
         while len(by_score) < responses:
             text = answer(rng, language, a, o)
@@ -219,12 +222,15 @@ def preference_records(seed: int, n: int, responses: int = 4, noise: float = 0.1
 
 
 def prompt_records(seed: int, held: bool = False) -> list[dict]:
-    """Every known pair twice a language in shuffled order; held=True: every held-out pair in all four wordings (208 a language)."""
+    """Every known pair four times a language, shuffled; held=True: every held-out pair in all wordings and both orders (232 a language)."""
     rng = random.Random(f"prompt {seed} {held}")
-    asked = [(language, a, o, wording) for language in LANGUAGES for a, o in pairs(held)
-             for wording in (INSTRUCTIONS[language] if held else (None, None))]
+    if held:
+        asked = [instruction(language, a, o, wording, first) for language in LANGUAGES for a, o in pairs(held)
+                 for wording in INSTRUCTIONS[language] for first in (True, False)]
+    else:
+        asked = [ask(rng, language, a, o) for language in LANGUAGES for a, o in pairs(held) for _ in range(4)]
     rng.shuffle(asked)
-    return [{"instruction": instruction(rng, *what)} for what in asked]
+    return [{"instruction": text} for text in asked]
 
 
 def files() -> dict[str, list[dict]]:

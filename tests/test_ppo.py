@@ -66,10 +66,15 @@ def run(base, out, *further) -> dict:
     return ppo.main(flags(base, out, *further))
 
 
+def resolved(base, out, *further) -> argparse.Namespace:
+    args = ppo.parse(flags(base, out, *further))
+    sft.resolve(args, ppo.FINETUNE | {"kl_coef": 0.1})  # whatever the preset's becomes
+    return args
+
+
 def opened(base, out, *further) -> tuple[argparse.Namespace, Models]:
     """The four models of a run, and its flags."""
-    args = ppo.parse(flags(base, out, *further))
-    sft.resolve(args, ppo.FINETUNE)
+    args = resolved(base, out, *further)
     return args, ppo.open_models(args, sft.open_tokenizer(args, args.pretrain, WORLD), WORLD, torch.float32)[0]
 
 
@@ -408,7 +413,7 @@ def test_adapter_off_is_the_reference(base, tmp_path, monkeypatch):
             trains = "lora_" in name or name == "score.weight"
             assert p.requires_grad == trains and torch.equal(p, start[name]) != trains, name
     assert torch.equal(models.reward.score.weight, old[3]["score.weight"])
-    args = ppo.parse(flags(base, tmp_path, "--kl_coef", 0.1))
+    args = resolved(base, tmp_path)
     e = ppo.score(models, tokens, prompt_len, mask, torch.ones(4, dtype=torch.bool), args, rows=4)
     assert torch.equal(e.ref_logp, expected) and torch.equal(e.score, score) and (e.logp - expected).abs().max() > 1e-4
     rewards = metrics(tmp_path)
@@ -451,16 +456,21 @@ def test_an_update_learns_from_several_rollouts(base, tmp_path, monkeypatch, cap
     assert all(len(line) == 8 and float(line[3]) == pytest.approx(float(line[1]) - float(line[2]), abs=2e-3) for line in lines) and len(lines) > 3
 
 
-def test_toy_reward_is_raised(base, tmp_path, monkeypatch):
-    """P18: a scripted reward, one for every token of the lower half of the vocabulary, over 20 updates with the default weights."""
-    def script(reward, tokens, prompt_len, mask):
-        row, t, column = ppo.places(prompt_len, mask)
-        return 5 * torch.stack([(tokens[row, column][row == b] < 640).float().mean() for b in range(len(tokens))])
-    monkeypatch.setattr(ppo, "reward_scores", script)
-    summary = run(base, tmp_path, "--num_episodes", 20, "--max_seq_len", 49, "--experience_batch_size", 64, "--train_batch_size", 32, "--lr", 2e-3, "--critic_lr", 2e-3, "--eval_size", 8,
-                  "--eos_penalty", 0)
-    assert 1.5 < summary["reward_before"] < 3.5 and summary["reward_after"] > summary["reward_before"] + 1 and 0 < summary["kl"] < ppo.KL_WARNING
-    assert all(row["objective/kl"] > -1 for row in metrics(tmp_path))  # P07
+@pytest.mark.parametrize("kl_coef", [0.1, 1.0])
+def test_toy_reward_is_raised(base, tmp_path, monkeypatch, kl_coef):
+    """P18: a point for every token 7, of which an answer has room for 8 or 9. Within 15 updates; a larger --kl_coef holds it back. P07: KL is not negative."""
+    monkeypatch.setattr(ppo, "reward_scores", lambda reward, tokens, prompt_len, mask: (tokens == 7).sum(1).float())
+    args = resolved(base, tmp_path, "--max_seq_len", 11, "--train_batch_size", 16, "--lr", 3e-3, "--critic_lr", 3e-3, "--ptx_coef", 0, "--eos_penalty", 0, "--kl_coef", kl_coef)
+    small, scores, kl = LlamaConfig(**SIZES | {"vocab_size": 16}), [], []
+    actor, critic = Llama(small, generator=drawn(1)).eval(), RewardModel(Llama(small, head=False, generator=drawn(2)), drawn(2)).eval()
+    models = Models(actor, critic, *(ppo.frozen_copy(m, torch.float32) for m in (actor, critic)))
+    optimizers = tuple(zero.Optimizer(m.named_parameters(), torch.float32) for m in (actor, critic))
+    for step in range(1, 16):
+        e, _, _ = ppo.experience(models, [[1, 4, 5], [1, 6]] * 16, ("rollout", 0, step), SimpleNamespace(eos_id=2), args, WORLD)
+        figures = ppo.objective(e, lambda x: x) | ppo.update(models, optimizers, e, None, [], 1.0, step, args, WORLD, lambda x: x, torch.float32)
+        scores, kl = [*scores, figures["objective/scores"]], [*kl, figures["objective/kl"]]
+    assert min(kl) > -0.1 and kl[0] == 0 and figures["policy/approxkl_avg"] < 0.5
+    assert (scores[-1] > scores[0] + 4 and 10 < kl[-1] < ppo.KL_WARNING) if kl_coef == 0.1 else (scores[-1] > scores[0] + 0.3 and kl[-1] < 6)
 
 
 def test_demo_preset_measures_gold(base, tmp_path, monkeypatch, capsys):

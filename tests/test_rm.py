@@ -174,9 +174,10 @@ def test_what_was_trained_is_what_is_loaded(base, tmp_path, monkeypatch, rank):
     with torch.no_grad():
         tokens, mask = data.pad(rows)
         scores = loaded(tokens, mask)
-        assert (scores - trained(tokens, mask)).abs().max() < 1e-6 and summary["reward_mean"] == loaded.reward_mean != 0
-        assert abs(scores.mean()) < 1e-6 and scores.std() > 1e-4
-        assert scores.tolist() == pytest.approx([plain_score(loaded, row) for row in rows], abs=1e-6)
+        bound = 5e-6 if rank else 1e-6  # folding an adapter rounds
+        assert (scores - trained(tokens, mask)).abs().max() < bound and summary["reward_mean"] == loaded.reward_mean != 0
+        assert abs(scores.mean()) < bound and scores.std() > 1e-4
+        assert scores.tolist() == pytest.approx([plain_score(loaded, row) for row in rows], abs=2e-6)
     prompts = [data.encode_prompt(r["messages"], Tokenizer(demo.FOLDER), TEMPLATE) for r in data.read_records([base / "pref.json"], "preference")]
     assert [row[:len(prompt)] for row, prompt in zip(rows, prompts)] == prompts and all(len(row) == 100 or row[-1] == 2 for row in rows) and len(rows) == 20
     assert same(before, weights(base / "model"))
@@ -195,7 +196,7 @@ def test_what_was_trained_is_what_is_loaded(base, tmp_path, monkeypatch, rank):
     assert all(torch.equal(module.base.weight, before[f"{Llama.hf_name(name.removeprefix('trunk.'))}.weight"]) for name, module in lora.adapters(models[0]).items())
     lora.main(["merge", str(tmp_path / "out"), str(tmp_path / "merged")])
     with torch.no_grad():
-        assert (RewardModel.from_pretrained(tmp_path / "merged")(tokens, mask) - scores).abs().max() < 1e-6
+        assert (RewardModel.from_pretrained(tmp_path / "merged")(tokens, mask) - scores).abs().max() < bound
 
 
 def test_answers_have_the_room_of_their_own_prompt(base):
