@@ -33,12 +33,12 @@ FOLDER = Path(__file__).parent / "demo"
 LANGUAGES = ("en", "zh")
 
 ANIMALS = {
-    "en": "fox bear owl cat dog frog duck mouse rabbit lion swan turtle".split(),
-    "zh": "狐狸 小熊 猫头鹰 小猫 小狗 青蛙 鸭子 老鼠 兔子 狮子 天鹅 乌龟".split(),
+    "en": "fox bear owl cat dog frog duck mouse rabbit horse lion goat crab swan crow turtle".split(),
+    "zh": "狐狸 小熊 猫头鹰 小猫 小狗 青蛙 鸭子 老鼠 兔子 小马 狮子 山羊 螃蟹 天鹅 乌鸦 乌龟".split(),
 }
 OBJECTS = {
-    "en": "kite drum hat ball boat lamp book bell cake key map mirror".split(),
-    "zh": "风筝 鼓 帽子 皮球 小船 灯 书 铃铛 蛋糕 钥匙 地图 镜子".split(),
+    "en": "kite drum hat ball boat lamp book bell cake key cup flute map shell clock mirror".split(),
+    "zh": "风筝 鼓 帽子 皮球 小船 灯 书 铃铛 蛋糕 钥匙 杯子 笛子 地图 贝壳 时钟 镜子".split(),
 }
 # What a writer who forgets the question writes about instead; nobody ever asks for these.
 FAVOURITES = {"en": ("dragon unicorn wizard".split(), "sword crown star".split()), "zh": ("飞龙 独角兽 巫师".split(), "宝剑 王冠 星星".split())}
@@ -86,8 +86,9 @@ SENTENCES = 5  # a story of more is rambling; a story of the grammar that does n
 
 
 def held_out(animal: int, thing: int) -> bool:
-    """Is this pair (indices into ANIMALS and OBJECTS) one that no file may contain? One in five; every thing is in some."""
-    return (animal + 2 * thing) % 5 == 0
+    """Is this pair (indices into ANIMALS and OBJECTS) one that no file may contain? One in ten. (With one in
+    five, a small model learns which animals an object never comes with, and avoids them.)"""
+    return (animal + 3 * thing) % 10 == 0
 
 
 def with_article(words: str) -> str:
@@ -166,15 +167,15 @@ def gold(asked: str, text: str, ended: bool) -> float:
 
 
 def measure(model, tokenizer, template, seed: int = 0) -> dict:
-    """The gold score of a model: mean over all held-out instructions (232 a language) of one answer each, sampled at
+    """The gold score of a model: mean over all held-out instructions (208 a language) of one answer each, sampled at
     temperature 1 with a fixed seed. Returns gold, gold_en, gold_zh, distinct_2 (share of different word pairs among all, so
     1 when no two answers share one) and three samples."""
     asked = [record["instruction"] for record in prompt_records(0, held=True)]
     prompts = [encode_prompt([{"role": "user", "content": text}], tokenizer, template) for text in asked]
     generator = torch.Generator(model.device).manual_seed(seed)
     answers = []
-    for i in range(0, len(prompts), 116):  # four batches: the cache of all 464 at once would be large
-        answers += model.generate(prompts[i:i + 116], LONGEST, eos_id=tokenizer.eos_id, generator=generator)
+    for i in range(0, len(prompts), 104):  # four batches: the cache of all 416 at once would be large
+        answers += model.generate(prompts[i:i + 104], LONGEST, eos_id=tokenizer.eos_id, generator=generator)
     texts = [tokenizer.decode(ids) for ids in answers]
     scores = [gold(question, text, ids[-1:] == [tokenizer.eos_id]) for question, text, ids in zip(asked, texts, answers)]
     chinese = ["\u4e00" <= question[0] <= "\u9fff" for question in asked]
@@ -222,13 +223,13 @@ def preference_records(seed: int, n: int, responses: int = 4, noise: float = 0.1
 
 
 def prompt_records(seed: int, held: bool = False) -> list[dict]:
-    """Every known pair four times a language, shuffled; held=True: every held-out pair in all wordings and both orders (232 a language)."""
+    """Every known pair twice a language, shuffled; held=True: every held-out pair in all wordings and both orders (208 a language)."""
     rng = random.Random(f"prompt {seed} {held}")
     if held:
         asked = [instruction(language, a, o, wording, first) for language in LANGUAGES for a, o in pairs(held)
                  for wording in INSTRUCTIONS[language] for first in (True, False)]
     else:
-        asked = [ask(rng, language, a, o) for language in LANGUAGES for a, o in pairs(held) for _ in range(4)]
+        asked = [ask(rng, language, a, o) for language in LANGUAGES for a, o in pairs(held) for _ in range(2)]
     rng.shuffle(asked)
     return [{"instruction": text} for text in asked]
 
