@@ -34,11 +34,11 @@ LANGUAGES = ("en", "zh")
 
 ANIMALS = {
     "en": "fox bear owl cat dog frog duck mouse rabbit horse lion goat crab swan crow turtle".split(),
-    "zh": "狐狸 小熊 猫头鹰 小猫 小狗 青蛙 鸭子 老鼠 兔子 小马 狮子 山羊 螃蟹 天鹅 乌鸦 乌龟".split(),
+    "zh": "狐狸 黑熊 猫头鹰 花猫 黄狗 青蛙 鸭子 老鼠 兔子 白马 狮子 山羊 螃蟹 天鹅 乌鸦 乌龟".split(),
 }
 OBJECTS = {
     "en": "kite drum hat ball boat lamp book bell cake key cup flute map shell clock mirror".split(),
-    "zh": "风筝 鼓 帽子 皮球 小船 灯 书 铃铛 蛋糕 钥匙 杯子 笛子 地图 贝壳 时钟 镜子".split(),
+    "zh": "风筝 鼓 帽子 皮球 木船 灯 书 铃铛 蛋糕 钥匙 杯子 笛子 地图 贝壳 时钟 镜子".split(),
 }
 # What a writer who forgets the question writes about instead; nobody ever asks for these.
 FAVOURITES = {"en": ("dragon unicorn wizard".split(), "sword crown star".split()), "zh": ("飞龙 独角兽 巫师".split(), "宝剑 王冠 星星".split())}
@@ -46,11 +46,11 @@ FAVOURITES = {"en": ("dragon unicorn wizard".split(), "sword crown star".split()
 INSTRUCTIONS = {
     "en": ["Write a story about {a} and {b}.", "Tell me a story with {a} and {b}.", "Please write a short story about {a} and {b}.",
            "I would like to hear a story about {a} and {b}."],
-    "zh": ["写一个关于{a}和{b}的故事。", "请讲一个{a}和{b}的故事。", "给我写一个有{a}和{b}的小故事。", "我想听一个关于{a}和{b}的故事。"],
+    "zh": ["写一个关于{a}和{b}的故事。", "请讲一个{a}和{b}的故事。", "给我写一个有{a}和{b}的短故事。", "我想听一个关于{a}和{b}的故事。"],
 }
 PLACE = {"en": "river hill forest garden lake farm village sea".split(), "zh": "河边 山上 森林 花园 湖边 农场 村子 海边".split()}
-KIND = {"en": "little brave young old shy clever kind lazy".split(), "zh": "小小的 勇敢的 年轻的 年老的 害羞的 聪明的 善良的 懒惰的".split()}
-LOOK = {"en": "red blue shiny golden tiny new strange heavy".split(), "zh": "红色的 蓝色的 闪亮的 金色的 很小的 崭新的 奇怪的 很重的".split()}
+KIND = {"en": "little brave young old shy clever kind lazy".split(), "zh": "可爱的 勇敢的 年轻的 年老的 害羞的 聪明的 善良的 懒惰的".split()}
+LOOK = {"en": "red blue shiny golden tiny new strange heavy".split(), "zh": "红色的 蓝色的 闪亮的 金色的 小巧的 崭新的 奇怪的 很重的".split()}
 TIME = {"en": ["One morning", "One evening", "One day", "One summer night", "One cold day"], "zh": ["一天早上", "一天晚上", "有一天", "一个夏夜", "一个冷天"]}
 OPENING = {
     "en": ["Once upon a time, {kind_a} lived by the {place}.", "There was once {kind_a} near the {place}.", "{time}, {kind_a} walked to the {place}."],
