@@ -128,3 +128,15 @@ def test_every_thing_is_one_piece():
     for text in (EN, ZH, "emoji 🦊 and ñ"):  # byte fallback: any text survives
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and 0 not in ids
+
+
+def test_a_thing_is_the_same_piece_in_question_and_answer():
+    """“小猫” was one piece in instructions and “的小”, “猫” in stories ("可爱的小猫"): copying it could not be learnt."""
+    tokenizer = Tokenizer(demo.FOLDER)
+    pieces = lambda text: [piece.lstrip("▁") for piece in tokenizer.sp.encode(text, out_type=str)]
+    for record in demo.instruction_records(3, 1500):
+        for text in (record["instruction"], record["output"]):
+            chinese = any("\u4e00" <= char <= "\u9fff" for char in text)
+            found = pieces(text)
+            for thing in (*demo.ANIMALS["zh"], *demo.OBJECTS["zh"]) if chinese else ():
+                assert found.count(thing) == text.count(thing), f"{thing} in {text}: {found}"
