@@ -156,9 +156,10 @@ def test_a_marker_word_is_found_and_chance_is_not(base, tmp_path):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_loss_falls_in_every_dtype(base, tmp_path, dtype):
     """R01: 0.69 at the first step and NaN for ever after."""
-    epochs = 3 if dtype == "fp16" else 10  # whose matrix products are slow on a CPU
+    epochs = 5 if dtype == "fp16" else 10  # whose matrix products are slow on a CPU
     run(base, tmp_path, "--max_datasets_size", 8, "--eval_size", 0, "--max_epochs", epochs, "--dtype", dtype, "--lr", 1e-2)
-    assert len(losses(tmp_path)) == 2 * epochs and all(map(math.isfinite, losses(tmp_path))) and losses(tmp_path)[-1] < (0.9 if dtype == "fp16" else 0.4) * losses(tmp_path)[0]
+    found = losses(tmp_path)  # two updates an epoch: whole epochs are compared, they are over the same rankings
+    assert len(found) == 2 * epochs and all(map(math.isfinite, found)) and sum(found[-2:]) < (0.8 if dtype == "fp16" else 0.4) * sum(found[:2])
 
 
 @pytest.mark.parametrize("rank", [0, 4])
