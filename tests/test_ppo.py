@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import subprocess
-from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -16,14 +15,13 @@ import torch.nn.functional as F
 import data
 import lora
 import ppo
-import rm
 import sft
 import zero
 from data import demo
 from model import Llama, LlamaConfig, Tokenizer
 from ppo import Experience, Models
 from rm import RewardModel
-from test_sft import ENV, TEMPLATE, TORCHRUN, kill_in, losses, make_model, metrics, same, weights, write
+from test_sft import ENV, TEMPLATE, TORCHRUN, kill_in, make_model, metrics, same, weights, write
 
 WORLD = zero.World(0, 1, torch.device("cpu"))
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=1280, max_seq_len=160)
@@ -444,16 +442,25 @@ def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch):
         run(base, tmp_path / "cut", *more, "--resume", "--seed", 1)
 
 
+def test_the_streams_go_on_from_update_to_update(base, tmp_path, monkeypatch):
+    """Also where --target_kl ends an update early: prompts and ptx examples, each once an epoch."""
+    indices, asked, real, experience = [], [], ppo.ptx_backward, ppo.experience
+    monkeypatch.setattr(ppo, "ptx_backward", lambda actor, optimizer, some, *rest: (indices.extend(some), real(actor, optimizer, some, *rest))[1])
+    monkeypatch.setattr(ppo, "experience", lambda models, prompts, seed, *rest: (asked.extend(map(str, prompts) if seed[0] == "rollout" else []), experience(models, prompts, seed, *rest))[1])
+    run(base, tmp_path, "--num_episodes", 4, "--target_kl", 1e-9, "--pretrain_dataset", base / "ptx.json", "--ptx_coef", 0.3, "--ptx_batch_size", 2)
+    assert [(row["minibatches"], row["early_stop"]) for row in metrics(tmp_path)] == [(2, 1)] * 4 and len(indices) == len(asked) == 16
+    assert all(sorted(indices[i:i + 5]) == list(range(5)) for i in (0, 5, 10)) and len(set(asked[:8])) == 8 and set(asked[8:]) == set(asked[:8])
+
+
 def test_an_update_learns_from_several_rollouts(base, tmp_path, monkeypatch, capsys):
     sizes, real = [], ppo.update
     monkeypatch.setattr(ppo, "update", lambda models, optimizers, e, *rest: (sizes.append(len(e.tokens)), real(models, optimizers, e, *rest))[1])
     run(base, tmp_path, "--num_episodes", 1, "--max_timesteps", 5, "--update_timesteps", 2, "--max_epochs", 1, "--show_tokens", "--eos_penalty", 0)
     assert sizes == [8, 8, 4] and [row["minibatches"] for row in metrics(tmp_path)] == [4, 4, 2]
-    table = capsys.readouterr().out.split("prompt: ")[1].splitlines()
-    assert "### Instruction:" in "\n".join(table) and "token mask    logp ref_logp      kl   value  reward     adv     ret" in "\n".join(table)
-    lines = [line.split()[-8:] for line in table[[i for i, line in enumerate(table) if "ref_logp" in line][0] + 1:]]
-    lines = lines[:next(i for i, line in enumerate(lines) if line[:1] == ["score"] or "ended" in line)]
-    assert all(len(line) == 8 and float(line[3]) == pytest.approx(float(line[1]) - float(line[2]), abs=2e-3) for line in lines) and len(lines) > 3
+    prompt, table = capsys.readouterr().out.split("prompt: ")[1].split("token mask    logp ref_logp      kl   value  reward     adv     ret\n")
+    lines = [line.split()[-8:] for line in table.split("\nscore ")[0].splitlines()]
+    assert "### Instruction:" in prompt and len(lines) > 3
+    assert all(float(kl) == pytest.approx(float(logp) - float(ref), abs=2e-3) for _, logp, ref, kl, *_ in lines)
 
 
 @pytest.mark.parametrize("kl_coef", [0.1, 1.0])
@@ -547,7 +554,7 @@ BAD = {
     "no reward model": (["--rm_path", "{}/model"], "has no score.weight: it is not a reward model, train one with rm.py"),
     "missing reward model": (["--rm_path", "{}/nowhere"], "nowhere does not exist"),
     "over the reward model": (["--save_path", "{}/rm"], "--save_path .* is --rm_path: the run would overwrite"),
-    "preset without prompts": (["--prompt_dataset", "{}/none.json"], "none.json does not exist"),
+    "missing prompts": (["--prompt_dataset", "{}/none.json"], "none.json does not exist"),
 }
 
 

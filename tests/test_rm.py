@@ -5,7 +5,6 @@ import json
 import math
 import random
 import subprocess
-from functools import partial
 
 import pytest
 import torch
