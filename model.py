@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -75,6 +76,43 @@ class LlamaConfig:
 
 # ---- transformer ----------------------------------------------------------------------------------------------------
 
+class Linear(nn.Linear):
+    """nn.Linear without a bias, quick in bf16 on a processor that cannot multiply bf16 as well."""
+
+    def __init__(self, fan_in: int, fan_out: int):
+        super().__init__(fan_in, fan_out, bias=False)
+        self.cpu_has_bf16 = cpu_has_bf16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not self.cpu_has_bf16:
+            return WideLinear.apply(x, self.weight)
+        return F.linear(x, self.weight)
+
+
+def cpu_has_bf16() -> bool:
+    """False on an x86 processor without instructions for bf16 products: there PyTorch's take 4 times as long as those in fp32."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True  # not known to be slow
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class WideLinear(torch.autograd.Function):
+    """x W^T of bf16 tensors, multiplied in fp32 and rounded once: what bf16 hardware does too. Only bf16 is kept for backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dy = dy.float()
+        dx = (dy @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dw = (dy.flatten(0, -2).T @ x.flatten(0, -2).float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dw
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; the mean in fp32 whatever the dtype of x."""
 
@@ -84,12 +122,47 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the compiler fuses the formula by itself
+            return RMSNormFunction.apply(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    return (x32 * inverse_rms(x32, eps)).to(x.dtype) * weight
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps), (..., 1). The norm is one pass over x, x.square().mean() three."""
+    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """rms_norm with its gradient by hand, which takes half the passes over memory that autograd's takes, and keeps x alone.
+
+    With r = 1/sqrt(mean(x^2) + eps) and n = x r:   dx = r (w dy - n mean(w dy n)),   dw = sum over rows of dy n
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        r = inverse_rms(x32, eps)  # (..., 1)
+        ctx.save_for_backward(x, weight, r)
+        return (x32 * r).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, r = ctx.saved_tensors
+        n = x.float() * r
+        dy_n = (dy * n).view(-1, x.shape[-1])                                # (rows, C), fp32
+        dw = dy_n.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        mean = torch.mv(dy_n, weight.float()).view_as(r) / x.shape[-1]       # of w dy n
+        dx = (dy * weight).float().addcmul_(n, mean, value=-1).mul_(r)
+        return dx.to(x.dtype), dw, None
 
 
 def rope_table(config: LlamaConfig, device=None) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (max_seq_len, D/2), of position / rope_factor * theta^(-2i/D).
+    """cos and sin of position / rope_factor * theta^(-2i/D), each (max_seq_len, D), laid out as `rotate` takes them.
 
     The operations come in transformers' order: at position 100,000 another rounding is another angle in the third decimal.
     """
@@ -97,13 +170,14 @@ def rope_table(config: LlamaConfig, device=None) -> tuple[Tensor, Tensor]:
     frequency = 1.0 / config.rope_theta ** (i / config.head_dim) / config.rope_factor  # (D/2,)
     position = torch.arange(config.max_seq_len, device=device, dtype=torch.float32)
     angle = torch.outer(position, frequency)  # (max_seq_len, D/2)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pair (x[i], x[i + D/2]) by its angle. x (B, H, T, D), cos and sin (1 or B, 1, T, D/2)."""
-    a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turn each pair (a, b) = (x[i], x[i + D/2]) by its angle: (a, b) cos + (b, a) (-sin, sin), in three passes.
+    x (..., T, D); cos and sin broadcast to it, sin negative in its first half."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class KVCache:
@@ -134,7 +208,7 @@ class KVCache:
 @dataclass
 class Where:
     """Where the tokens of one forward pass stand: their angles, what each may look at, and the cache they go into."""
-    cos: Tensor              # (1 or B, 1, T, D/2)
+    cos: Tensor              # (1 or B, 1, T, D)
     sin: Tensor
     allowed: Tensor | None   # True where a query may see a key, (B, 1, T, keys); None is plain causal
     cache: KVCache | None = None
@@ -146,10 +220,10 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.layer, self.n_heads, self.n_kv_heads, self.head_dim = layer, config.n_heads, config.n_kv_heads, config.head_dim
-        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.wq = Linear(config.dim, config.n_heads * config.head_dim)
+        self.wk = Linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.wo = Linear(config.n_heads * config.head_dim, config.dim)
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
         B, T, _ = x.shape
@@ -174,9 +248,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w1 = Linear(config.dim, config.ffn_dim)
+        self.w2 = Linear(config.ffn_dim, config.dim)
+        self.w3 = Linear(config.dim, config.ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -205,7 +279,7 @@ class Llama(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if head else None
+        self.output = Linear(config.dim, config.vocab_size) if head else None
         if head and config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         if self.tok_embeddings.weight.device.type != "meta":
@@ -214,7 +288,7 @@ class Llama(nn.Module):
 
     def make_rope(self) -> None:
         cos, sin = rope_table(self.config, self.tok_embeddings.weight.device)
-        self.register_buffer("cos", cos, persistent=False)  # (max_seq_len, D/2), fp32: bf16 cannot tell position 257 from 258
+        self.register_buffer("cos", cos, persistent=False)  # (max_seq_len, D), fp32: bf16 cannot tell position 257 from 258
         self.register_buffer("sin", sin, persistent=False)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -263,7 +337,7 @@ class Llama(nn.Module):
     def locate(self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None, start: Tensor | None, slots: int) -> Where:
         B, T = tokens.shape
         if start is None and mask is None:
-            cos, sin, allowed = self.cos[None, None, :T], self.sin[None, None, :T], None  # (1, 1, T, D/2)
+            cos, sin, allowed = self.cos[None, None, :T], self.sin[None, None, :T], None  # (1, 1, T, D)
             position = torch.arange(T, device=tokens.device).expand(B, T) if cache is not None else None
         elif cache is None:
             position = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), counted from the first real token
@@ -275,7 +349,7 @@ class Llama(nn.Module):
             allowed = torch.arange(slots, device=tokens.device) <= position[:, None, :, None]  # (B, 1, T, S)
             position = position.clamp(max=cache.k.shape[3] - 1)  # padding and ended rows may stand beyond the last slot
         if allowed is not None:
-            cos, sin = self.cos[position][:, None], self.sin[position][:, None]  # (B, 1, T, D/2)
+            cos, sin = self.cos[position][:, None], self.sin[position][:, None]  # (B, 1, T, D)
         dtype = self.norm.weight.dtype
         return Where(cos.to(dtype), sin.to(dtype), allowed, cache, position, slots)
 

@@ -37,7 +37,7 @@ import data
 import lora
 import zero
 from data import demo
-from model import DTYPES, Llama, LlamaConfig, Tokenizer, check_tokenizer, read_template, write_file
+from model import DTYPES, Linear, Llama, LlamaConfig, Tokenizer, check_tokenizer, cpu_has_bf16, read_template, write_file
 
 # The demo's preset, used only when the input is the demo world; real weights get FINETUNE.
 DEMO = {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "lr": 2e-3, "batch_size": 16, "accumulation_steps": 1, "max_epochs": 2, "max_len": 160, "weight_decay": 0.1}
@@ -204,7 +204,7 @@ def set_up(model: Llama, args: argparse.Namespace) -> None:
     model.grad_checkpoint = args.grad_checkpoint
     if args.compile:
         for layer in model.layers:
-            layer.compile(dynamic=True)
+            layer.compile()  # dynamic shapes from the second length on
 
 
 def make_optimizer(model: torch.nn.Module, args: argparse.Namespace, dtype: torch.dtype) -> zero.Optimizer:
@@ -321,8 +321,54 @@ def lm_loss(model: Llama, tokens: Tensor, target: Tensor) -> Tensor:
     device = model.device
     index = target[:, 1:].flatten().nonzero().flatten()                        # (N,) of B * (T-1) places
     answer = tokens[:, 1:].flatten()[index].to(device)                         # (N,) the token to predict ...
-    h = model.hidden(tokens.to(device))[:, :-1].flatten(0, 1)[index.to(device)]  # (N, C) ... from the place before it
-    return F.cross_entropy(model.output(h).float(), answer, reduction="sum")   # logits (N, V): no row is spent on a prompt
+    h = model.hidden(tokens.to(device))[:, :-1].flatten(0, 1).index_select(0, index.to(device))  # (N, C) ... from the place before it
+    if torch.is_grad_enabled() and type(model.output) is Linear:               # no row of logits is spent on a prompt
+        return HeadLoss.apply(h, model.output.weight, answer)
+    pairs = zip(h.split(HeadLoss.ROWS), answer.split(HeadLoss.ROWS))
+    return sum((F.cross_entropy(model.output(rows).float(), right, reduction="sum") for rows, right in pairs), h.new_zeros((), dtype=torch.float32))
+
+
+class HeadLoss(torch.autograd.Function):
+    """Head and cross-entropy in one: the sum over rows of -log softmax(h W^T)[answer]; h (N, C), W (V, C), answer (N,).
+
+    Logits are the largest tensor of a step, four times over by autograd: as computed, in fp32, as probabilities, and as
+    gradient. But that gradient, p - onehot(answer), is known as soon as p is. So ROWS rows at a time are turned into it in
+    place and multiplied on in the forward, and backward only scales. p of a rare piece is below what fp16 can hold: gradients
+    stay in fp32, or in bf16 which has its range, until they are scaled.
+    """
+
+    ROWS = 512   # of logits that exist at a time: enough for the full speed of the products, 65 MB in fp32 with 32,000 pieces
+    SLAB = 64    # of them that pass through fp32 and the processor's cache at a time
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, answer: Tensor) -> Tensor:
+        dtype = torch.bfloat16 if h.dtype == torch.bfloat16 and (h.device.type != "cpu" or cpu_has_bf16()) else torch.float32
+        w, loss = weight.to(dtype), torch.zeros((), device=h.device)
+        dh = torch.empty_like(h, dtype=dtype) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(w) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(h), HeadLoss.ROWS):
+            rows = h[start:start + HeadLoss.ROWS].to(dtype)                    # (n, C)
+            logits = rows @ w.T                                                # (n, V)
+            for part, right in zip(logits.split(HeadLoss.SLAB), answer[start:start + HeadLoss.ROWS, None].split(HeadLoss.SLAB)):
+                p = part.float()                                               # in fp32 this is `part` itself
+                loss -= p.gather(1, right).sum()
+                p -= (highest := p.amax(-1, keepdim=True))                     # (slab, 1): exp cannot overflow
+                total = p.exp_().sum(-1, keepdim=True)                         # (slab, 1)
+                loss += (highest + total.log()).sum()
+                p.div_(total).scatter_add_(1, right, torch.full_like(total, -1.0))
+                part.copy_(p)
+            if dh is not None:
+                torch.mm(logits, w, out=dh[start:start + HeadLoss.ROWS])       # (n, C)
+            if dw is not None:
+                dw.addmm_(logits.T, rows)                                      # (V, C)
+        ctx.gradients, ctx.dtypes = (dh, dw), (h.dtype, weight.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        dh, dw = (None if g is None else g.mul_(d).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes))
+        del ctx.gradients  # scaled in place: a second backward must not find them
+        return dh, dw, None
 
 
 def stop_if_broken(loss: float, step: int, lr: float, save_path: Path) -> None:

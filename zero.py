@@ -217,7 +217,7 @@ class Optimizer:
         for bucket in self.buckets:
             if bucket.work is not None:
                 bucket.work.wait()
-        squares = torch.stack([bucket.grad.square().sum() for bucket in self.buckets])
+        squares = torch.stack([torch.dot(bucket.grad, bucket.grad) for bucket in self.buckets])
         grad_norm = squares.sum().sqrt().item() / self.scale  # the one host synchronisation of a step
         finite = grad_norm < float("inf")  # False for NaN too
         if finite:

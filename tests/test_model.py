@@ -168,12 +168,46 @@ def test_norm_rotation_and_feed_forward():
     assert torch.allclose(norm(x), torch.tensor([[1.0, 2.0, 40.0]]) / math.sqrt(7 + 1))  # mean of squares 7, eps 1
     big = torch.full((1, 3), 300.0, dtype=torch.float16)  # its square is beyond fp16
     assert torch.equal(norm.half()(big), torch.tensor([[1.0, 1.0, 10.0]]).half())
-    quarter = torch.tensor([math.pi / 2, 0.0])
-    turned = M.rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]), quarter.cos(), quarter.sin())
+    cos, sin = torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0, 0.0])  # a quarter for the first pair, none for the second
+    turned = M.rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]), cos, sin)
     assert torch.allclose(turned, torch.tensor([-3.0, 2.0, 1.0, 4.0]), atol=1e-6)
     ff = tiny(dim=1, ffn_dim=1, vocab_size=4).layers[0].feed_forward
     ff.w1.weight.data[:], ff.w2.weight.data[:], ff.w3.weight.data[:] = 2.0, 3.0, 5.0
     assert ff(torch.ones(1)).item() == pytest.approx(3 * (2 / (1 + math.exp(-2))) * 5)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_norm_gradient_by_hand_is_autograds(dtype, bound):
+    g = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(2, 5, 24, generator=g).to(dtype) for _ in range(2))
+    weight = torch.randn(24, generator=g).to(dtype)
+    wanted = [t.double().requires_grad_() for t in (x, weight)]
+    y64 = wanted[0] * torch.rsqrt(wanted[0].square().mean(-1, keepdim=True) + 1e-2) * wanted[1]
+    y64.backward(dy.double())
+    ours = [t.requires_grad_() for t in (x, weight)]
+    y = M.RMSNormFunction.apply(*ours, 1e-2)
+    y.backward(dy)
+    for a, b in ((y, y64), (x.grad, wanted[0].grad), (weight.grad, wanted[1].grad)):
+        assert a.dtype == dtype and (a.double() - b).abs().max() <= bound * b.abs().max()
+
+
+def test_wide_products_are_bf16_products_rounded_once():
+    g = torch.Generator().manual_seed(0)
+    x, weight, dy = torch.randn(3, 7, 64, generator=g), torch.randn(48, 64, generator=g), torch.randn(3, 7, 48, generator=g)
+    x, weight, dy = (t.bfloat16() for t in (x, weight, dy))
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    want = exact[0] @ exact[1].T
+    want.backward(dy.double())
+    ours = [t.clone().requires_grad_() for t in (x, weight)]
+    y = M.WideLinear.apply(*ours)
+    y.backward(dy)
+    for a, b in ((y, want), (ours[0].grad, exact[0].grad), (ours[1].grad, exact[1].grad)):
+        assert a.dtype == torch.bfloat16 and (a.double() - b).abs().max() <= 2 ** -8 * b.abs().max()
+    layer = M.Linear(64, 48).bfloat16()
+    layer.cpu_has_bf16 = False
+    layer.weight.requires_grad_(False)  # a frozen base
+    layer(ours[0]).backward(dy)
+    assert layer.weight.grad is None and torch.isfinite(ours[0].grad).all()
 
 
 def test_initial_deviation_of_every_matrix():
@@ -563,7 +597,8 @@ def test_config_spellings_m03(tmp_path):
         config = read_config(configure(tmp_path, drop, max_position_embeddings=1000, **keys))
         cos, sin = M.rope_table(config)
         angle = 900 / factor * theta ** -(np.arange(0, 8, 2) / 8)
-        np.testing.assert_allclose(np.stack((cos[900], sin[900])), np.stack((np.cos(angle), np.sin(angle))), atol=1e-4)
+        want = np.concatenate((np.cos(angle), np.cos(angle), -np.sin(angle), np.sin(angle)))
+        np.testing.assert_allclose(np.concatenate((cos[900], sin[900])), want, atol=1e-4)
     for key, value, field in (("rms_norm_eps", 0.5, "norm_eps"), ("num_key_value_heads", 4, "n_kv_heads"), ("head_dim", 16, "head_dim"),
                               ("tie_word_embeddings", True, "tie_embeddings"), ("eos_token_id", [7, 8], "eos_id"),
                               ("max_position_embeddings", 99, "max_seq_len")):

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import lora
@@ -23,7 +24,7 @@ import rm
 import sft
 import zero
 from data import demo
-from model import Llama, LlamaConfig, Tokenizer
+from model import DTYPES, Llama, LlamaConfig, Tokenizer
 
 ROOT, REAL = Path(__file__).parents[1], Path(__file__).parents[2] / "shared" / "real"
 TEMPLATE = data.TEMPLATES["alpaca"]
@@ -122,6 +123,51 @@ def test_loss_is_on_replies_only(base):
     touched = kept[0].grad.abs().sum(-1) > 0  # (B, T)
     assert torch.equal(touched[:, :-1], target[:, 1:]) and not touched[:, -1].any() and not target[:, 0].any()
     assert all(ids[-1] == 2 and learn[-1] for ids, learn in examples)  # S01: EOS is learnt
+
+
+@pytest.mark.parametrize("dtype, frozen, bound", [("fp32", False, 1e-5), ("fp32", True, 1e-5), ("bf16", False, 3e-2), ("fp16", False, 1e-2)])
+def test_head_and_loss_in_one_are_cross_entropy(monkeypatch, dtype, frozen, bound):
+    """Value and gradients in fp64, over several rounds of rows, with an answer of probability 0 and one of probability 1."""
+    monkeypatch.setattr(sft.HeadLoss, "ROWS", 20)
+    monkeypatch.setattr(sft.HeadLoss, "SLAB", 7)
+    g = torch.Generator().manual_seed(0)
+    h, weight, answer = torch.randn(53, 16, generator=g), torch.randn(40, 16, generator=g), torch.randint(0, 40, (53,), generator=g)
+    h[3] = weight[5] * 8   # logits beyond exp's range in fp32
+    answer[3] = 6
+    h[4] = weight[7] * 8
+    answer[4] = 7
+    h, weight = (t.to(DTYPES[dtype]).requires_grad_() for t in (h, weight))
+    weight.requires_grad_(not frozen)
+    exact = [t.detach().double().requires_grad_() for t in (h, weight)]
+    want = F.cross_entropy(exact[0] @ exact[1].T, answer, reduction="sum")
+    (want / 100).backward()
+    loss = sft.HeadLoss.apply(h, weight, answer)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(want.item(), rel=bound / 10)
+    (loss / 100).backward()
+    for ours, other in zip((h, weight)[:2 - frozen], exact):
+        assert ours.grad.dtype == DTYPES[dtype] and (ours.grad.double() - other.grad).abs().max() <= bound * other.grad.abs().max()
+    assert (weight.grad is None) == frozen
+
+
+def test_logits_never_exist_whole():
+    """The largest tensor of a step with many pieces: with autograd's cross-entropy it is the logits, several times."""
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.numel = max([self.numel, *(t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor))])
+            return out
+
+    model = Llama(LlamaConfig(dim=8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, ffn_dim=8, vocab_size=3000, max_seq_len=400))
+    tokens, target = torch.randint(0, 3000, (4, 400)), torch.ones(4, 400, dtype=torch.bool)
+    target[:, 0] = False
+    with Largest() as largest:
+        sft.lm_loss(model, tokens, target).backward()
+    trained = largest.numel
+    with Largest() as largest, torch.no_grad():
+        sft.lm_loss(model, tokens, target)
+    assert trained == largest.numel == sft.HeadLoss.ROWS * 3000 < 4 * 399 * 3000
 
 
 @pytest.mark.parametrize("filler", [0, 2])
