@@ -84,9 +84,9 @@ class Linear(nn.Linear):
         self.cpu_has_bf16 = cpu_has_bf16()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not self.cpu_has_bf16:
-            return WideLinear.apply(x, self.weight)
-        return F.linear(x, self.weight)
+        if self.cpu_has_bf16 or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            return F.linear(x, self.weight)
+        return WideLinear.apply(x, self.weight) if torch.is_grad_enabled() else wide_linear(x, self.weight)
 
 
 def cpu_has_bf16() -> bool:
@@ -94,6 +94,18 @@ def cpu_has_bf16() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True  # not known to be slow
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of bf16 tensors in fp32, some rows of W at a time: as many as stay in the processor's cache (2^18 are 1 MB)."""
+    if x.numel() <= 2 * x.shape[-1]:  # one or two rows wait for memory, and W is half as long in bf16
+        return F.linear(x, weight)
+    x32 = x.float()
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows = max(16, 2**18 // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        y[..., start:start + rows] = F.linear(x32, weight[start:start + rows].float())
+    return y
 
 
 class WideLinear(torch.autograd.Function):
@@ -122,19 +134,24 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the compiler fuses the formula by itself
-            return RMSNormFunction.apply(x, self.weight, self.eps)
-        return rms_norm(x, self.weight, self.eps)
+        if torch.compiler.is_compiling():  # the compiler fuses the formula by itself, and derives it
+            return rms_norm(x, self.weight, self.eps)
+        return RMSNormFunction.apply(x, self.weight, self.eps) if torch.is_grad_enabled() else normalize(x, self.weight, self.eps)[0]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The formula. `normalize` computes the same in place where it can."""
     x32 = x.float()
-    return (x32 * inverse_rms(x32, eps)).to(x.dtype) * weight
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps), (..., 1). The norm is one pass over x, x.square().mean() three."""
-    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """rms_norm(x), and r = 1 / sqrt(mean(x^2) + eps) of each row (..., 1). The norm takes one pass over x, mean(x^2) two;
+    addcmul is norm * norm / C + eps in one call, and calls are what one token costs in a small model."""
+    x32 = x.float()
+    norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+    r = torch.full_like(norm, eps).addcmul_(norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (x32 * r).to(x.dtype).mul_(weight), r
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -145,10 +162,9 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        r = inverse_rms(x32, eps)  # (..., 1)
+        y, r = normalize(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
-        return (x32 * r).to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -180,39 +196,80 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+class Packed(nn.Module):
+    """One or several Linears, one below the other, in the order of bytes that oneDNN's kernels for few rows read fastest.
+    `multiply` is their kernel; the weight can no longer be trained or saved."""
+
+    def __init__(self, linears: list[Linear]):
+        super().__init__()
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # 16 rows: as fast for one row as a layout for one
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+def joined(linears: list[nn.Module], rows: int) -> nn.Module | None:
+    """One layer that does the work of several with the same input, for batches of `rows` rows; None if they are not plain."""
+    if any(type(linear) is not Linear for linear in linears):
+        return None  # an adapter, or quantized
+    weight = linears[0].weight
+    quick = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and (rows <= 2 or linears[0].cpu_has_bf16)
+    # A call of oneDNN's kernel costs 25 us; what it gains is small for one row in fp32, where PyTorch's own kernel is good.
+    least = 2**24 if weight.dtype == torch.float32 and rows == 1 else 2**21
+    large = sum(linear.weight.nbytes for linear in linears) >= least
+    if weight.device.type == "cpu" and quick and large and torch.backends.mkldnn.is_available():
+        return Packed(linears)
+    if len(linears) == 1:
+        return linears[0]
+    with torch.device("meta"):
+        one = Linear(weight.shape[1], sum(linear.out_features for linear in linears))
+    one.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
+    return one
+
+
 class KVCache:
-    """Keys and values of all layers in one preallocated block; row b of the batch owns slots 0 .. S-1 of row b.
+    """Keys and values of all layers, preallocated; row b of the batch owns slots 0 .. S-1 of row b.
 
     A token at position p of its row lies in slot p, so rows of different length need no padding on the left: a row's own
     length is all there is to know, and what lies beyond it (padding of the prefill) is overwritten before it is visible.
+    Of each layer one tensor, (B, 2K, S, D): the K key heads, then the K value heads, so that one copy stores both.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, slots: int, dtype: torch.dtype, device):
-        shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_dim)  # (L, B, K, S, D)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        if dtype == torch.bfloat16 and torch.device(device).type == "cpu" and not cpu_has_bf16():
+            dtype = torch.float32  # there attention over bf16 takes 4 times as long
+        shape = (batch, 2 * config.n_kv_heads, slots, config.head_dim)
+        self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.dtype = dtype
 
-    def write(self, layer: int, k: Tensor, v: Tensor, position: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) at position (B, T); return the first `slots` slots of the layer, (B, K, slots, D)."""
-        row = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
-        self.k[layer][row, :, position] = k.transpose(1, 2)  # indexed shape is (B, T, K, D)
-        self.v[layer][row, :, position] = v.transpose(1, 2)
-        return self.k[layer, :, :, :slots], self.v[layer, :, :, :slots]
+    def place(self, position: Tensor) -> Tensor:
+        """Where the tokens at position (B, T) go, in a layer seen as (B*2K*S, D): index (B*2K*T,)."""
+        B, heads, S, _ = self.kv[0].shape
+        first = torch.arange(0, B * heads * S, S, device=position.device).view(B, heads, 1)  # slot 0 of each head
+        return (first + position.clamp(max=S - 1)[:, None]).flatten()  # padding and ended rows may stand beyond the last slot
+
+    def write(self, layer: int, kv: Tensor, place: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Store kv (B, 2K, T, D) at `place`; return keys and values in the first `slots` slots, (B, K, slots, D) each."""
+        D, all_heads = kv.shape[-1], self.kv[layer]
+        kv = kv if kv.dtype == self.dtype else kv.to(self.dtype)
+        all_heads.view(-1, D).index_copy_(0, place, kv.reshape(-1, D))  # (B*2K*S, D) <- (B*2K*T, D)
+        return all_heads.narrow(2, 0, slots).chunk(2, dim=1)
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows of the batch but these."""
-        self.k = self.k[:, rows]  # one after the other: never a second copy of both
-        self.v = self.v[:, rows]
+        """Drop all rows of the batch but these, layer by layer: never a second copy of the whole."""
+        for layer, kv in enumerate(self.kv):
+            self.kv[layer] = kv[rows]
 
 
 @dataclass
 class Where:
     """Where the tokens of one forward pass stand: their angles, what each may look at, and the cache they go into."""
-    cos: Tensor              # (1 or B, 1, T, D)
+    cos: Tensor              # (1 or B, 1, T, D); to decode (B, H+2K, D)
     sin: Tensor
-    allowed: Tensor | None   # True where a query may see a key, (B, 1, T, keys); None is plain causal
+    allowed: Tensor | None   # True where a query may see a key, (B, 1, T, keys); None is plain causal, or all for one token
     cache: KVCache | None = None
-    position: Tensor | None = None  # (B, T), with a cache
+    place: Tensor | None = None     # (B*2K*T,), with a cache
     slots: int = 0                  # slots of the cache that hold something after this call
 
 
@@ -224,23 +281,39 @@ class Attention(nn.Module):
         self.wk = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.wo = Linear(config.n_heads * config.head_dim, config.dim)
+        self.wqkv: nn.Module | None = None  # the first three in one, after Llama.fuse
+
+    def fuse(self, rows: int) -> None:
+        if (wqkv := joined([self.wq, self.wk, self.wv], rows)) is not None:
+            self.wqkv, self.wq, self.wk, self.wv = wqkv, None, None, None
+        self.wo = joined([self.wo], rows) or self.wo
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
         B, T, _ = x.shape
-        q = self.wq(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)     # (B, H, T, D)
-        k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
+        H, K, D = self.n_heads, self.n_kv_heads, self.head_dim
+        if self.wqkv is None:
+            q, k, v = self.wq(x), self.wk(x), self.wv(x)
+        else:
+            q, k, v = self.wqkv(x).split((H * D, K * D, K * D), dim=-1)
+        q = rotate(q.view(B, T, H, D).transpose(1, 2), where.cos, where.sin)  # (B, H, T, D)
+        k = rotate(k.view(B, T, K, D).transpose(1, 2), where.cos, where.sin)  # (B, K, T, D)
+        v = v.view(B, T, K, D).transpose(1, 2)                                # (B, K, T, D)
         if where.cache is not None:
-            k, v = where.cache.write(self.layer, k, v, where.position, where.slots)  # (B, K, S, D)
-        if T == 1 and where.cache is not None:
-            # One token: the G heads that share a key head stand as G queries of it, so keys are not copied G times.
-            q = q.view(B, self.n_kv_heads, self.n_heads // self.n_kv_heads, self.head_dim)  # (B, K, G, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=where.allowed)            # (B, K, G, D)
-            return self.wo(y.reshape(B, 1, self.n_heads * self.head_dim))                   # (B, 1, C)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=where.allowed, is_causal=where.allowed is None,
-                                           enable_gqa=self.n_heads != self.n_kv_heads)      # (B, H, T, D)
-        return self.wo(y.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim))       # (B, T, C)
+            k, v = where.cache.write(self.layer, torch.cat((k, v), dim=1), where.place, where.slots)  # (B, K, S, D)
+        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=where.allowed, is_causal=where.allowed is None,
+                                           enable_gqa=H != K).to(x.dtype)     # (B, H, T, D)
+        return self.wo(y.transpose(1, 2).reshape(B, T, H * D))                # (B, T, C)
+
+    def decode(self, x: Tensor, where: Where) -> Tensor:
+        """forward for one token a row, x (B, C), in few calls: here they take longer than the arithmetic. All heads are
+        rotated together, those of v by 0; the G heads that share a key head stand as G queries of it."""
+        B, H, K, D = x.shape[0], self.n_heads, self.n_kv_heads, self.head_dim
+        qkv = self.wqkv.forward(x) if self.wqkv is not None else torch.cat((self.wq(x), self.wk(x), self.wv(x)), dim=-1)
+        q, kv = rotate(qkv.view(B, H + 2 * K, D), where.cos, where.sin).split((H, 2 * K), dim=1)
+        k, v = where.cache.write(self.layer, kv, where.place, where.slots)                 # (B, K, S, D)
+        q = q.view(B, K, H // K, D)                                                        # (B, K, G, D)
+        y = F.scaled_dot_product_attention(q if q.dtype == k.dtype else q.to(k.dtype), k, v, attn_mask=where.allowed)
+        return self.wo.forward(y.reshape(B, H * D).to(x.dtype))                            # (B, C)
 
 
 class FeedForward(nn.Module):
@@ -251,9 +324,18 @@ class FeedForward(nn.Module):
         self.w1 = Linear(config.dim, config.ffn_dim)
         self.w2 = Linear(config.ffn_dim, config.dim)
         self.w3 = Linear(config.dim, config.ffn_dim)
+        self.w13: nn.Module | None = None  # w1 and w3 in one, after Llama.fuse
+
+    def fuse(self, rows: int) -> None:
+        if (w13 := joined([self.w1, self.w3], rows)) is not None:
+            self.w13, self.w1, self.w3 = w13, None, None
+        self.w2 = joined([self.w2], rows) or self.w2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        if self.w13 is None:
+            return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = self.w13.forward(x).chunk(2, dim=-1)
+        return self.w2.forward(F.silu(gate).mul_(up))
 
 
 class Block(nn.Module):
@@ -268,6 +350,11 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), where)
         return x + self.feed_forward(self.ffn_norm(x))
 
+    def decode(self, x: Tensor, where: Where) -> Tensor:
+        """forward for one token a row, x (B, C)."""
+        x = x + self.attention.decode(self.attention_norm.forward(x), where)
+        return x + self.feed_forward.forward(self.ffn_norm.forward(x))
+
 
 class Llama(nn.Module):
     """The transformer. `Llama(config)` has random weights; with head=False it ends at the final norm (a reward model's trunk)."""
@@ -275,6 +362,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, head: bool = True, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
+        self.fused = False
         self.grad_checkpoint = False  # recompute each block in backward instead of keeping its activations
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -303,6 +391,18 @@ class Llama(nn.Module):
                 std = (self.config.dim * (2 * self.config.n_layers if into_residual else 1)) ** -0.5
                 nn.init.normal_(p, std=std, generator=generator)
 
+    def fuse(self, rows: int = 1) -> "Llama":
+        """Rearrange the weights for generation with batches of about `rows` rows: fewer and larger products, on a CPU in the
+        layout that its kernels like. Block by block, so that no second copy of the model exists. Returns the model, which
+        can no longer be trained or saved."""
+        for layer in self.layers:
+            layer.attention.fuse(rows)
+            layer.feed_forward.fuse(rows)
+        if self.output is not None and not self.config.tie_embeddings:  # a tied head stays one with the embedding
+            self.output = joined([self.output], rows) or self.output
+        self.fused = True
+        return self
+
     @property
     def device(self) -> torch.device:
         return self.tok_embeddings.weight.device
@@ -318,7 +418,7 @@ class Llama(nn.Module):
         Four ways to call it. (tokens): rows begin at position 0; padding on the right needs no mask, since nothing real
         looks to its right. (tokens, mask): padding anywhere. (tokens, cache, slots=T): the first, and keys and values go into
         the cache. (tokens, cache, start, slots): rows go on at their own position start (B,) and see the slots below
-        start + T of their cache row; `slots` bounds the slots that any row sees.
+        start + T of their cache row; `slots` bounds the slots that any row sees. For one token a row there is `decode`.
         """
         T = tokens.shape[1]
         longest = slots if cache is not None else T
@@ -336,26 +436,40 @@ class Llama(nn.Module):
 
     def locate(self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None, start: Tensor | None, slots: int) -> Where:
         B, T = tokens.shape
-        if start is None and mask is None:
-            cos, sin, allowed = self.cos[None, None, :T], self.sin[None, None, :T], None  # (1, 1, T, D)
-            position = torch.arange(T, device=tokens.device).expand(B, T) if cache is not None else None
-        elif cache is None:
+        position, allowed = torch.arange(T, device=tokens.device).expand(B, T), None
+        if start is not None:
+            position = start[:, None] + position  # (B, T)
+            allowed = torch.arange(slots, device=tokens.device) <= position[:, None, :, None]  # (B, 1, T, S)
+        elif mask is not None:
             position = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T), counted from the first real token
             causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
             itself = torch.eye(T, dtype=torch.bool, device=tokens.device)  # padding sees itself: a row without keys is NaN in some kernels
             allowed = (causal & mask[:, None, None, :]) | itself  # (B, 1, T, T)
-        else:
-            position = start[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
-            allowed = torch.arange(slots, device=tokens.device) <= position[:, None, :, None]  # (B, 1, T, S)
-            position = position.clamp(max=cache.k.shape[3] - 1)  # padding and ended rows may stand beyond the last slot
-        if allowed is not None:
-            cos, sin = self.cos[position][:, None], self.sin[position][:, None]  # (B, 1, T, D)
-        dtype = self.norm.weight.dtype
-        return Where(cos.to(dtype), sin.to(dtype), allowed, cache, position, slots)
+        cos, sin = self.angles(position if allowed is not None else position[:1])  # (B or 1, T, D)
+        return Where(cos[:, None], sin[:, None], allowed, cache, None if cache is None else cache.place(position), slots)
+
+    def angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin at the given positions, one dimension more than these, in the dtype of the activations."""
+        at = position.clamp(max=self.config.max_seq_len - 1)  # padding of a row may stand beyond the context
+        return self.cos[at].to(self.norm.weight.dtype), self.sin[at].to(self.norm.weight.dtype)
+
+    def decode(self, token: Tensor, cache: KVCache, start: Tensor, slots: int, even: bool = False) -> Tensor:
+        """hidden(token[:, None], cache=cache, start=start, slots=slots)[:, 0] for one token a row, (B,) -> (B, C), in a third
+        of the calls. even=True says that every row sees all `slots` slots, which spares the mask."""
+        B, H, K, D = token.shape[0], self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
+        cos, sin = (t[:, None].expand(B, H + K, D) for t in self.angles(start))
+        cos = torch.cat((cos, cos.new_ones(B, K, D)), dim=1)     # (B, H+2K, D): v is turned by 0
+        sin = torch.cat((sin, sin.new_zeros(B, K, D)), dim=1)
+        allowed = None if even else (torch.arange(slots, device=token.device) <= start[:, None])[:, None, None]  # (B, 1, 1, S)
+        where = Where(cos, sin, allowed, cache, cache.place(start[:, None]), slots)
+        x = F.embedding(token, self.tok_embeddings.weight)  # (B, C)
+        for layer in self.layers:
+            x = layer.decode(x, where)
+        return self.norm.forward(x)
 
     # ---- generation ----
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int | list[int], temperature: float = 1.0, top_k: int = 0,
                  top_p: float = 1.0, eos_id: int = 2, generator: torch.Generator | None = None,
                  repetition_penalty: float = 1.0) -> list[list[int]]:
@@ -372,7 +486,7 @@ class Llama(nn.Module):
                 answers[row].append(token)
         return answers
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate_steps(self, prompts: list[list[int]], max_new_tokens: int | list[int], temperature: float = 1.0, top_k: int = 0,
                        top_p: float = 1.0, eos_id: int = 2, generator: torch.Generator | None = None,
                        repetition_penalty: float = 1.0) -> Iterator[tuple[list[int], list[int]]]:
@@ -401,7 +515,9 @@ class Llama(nn.Module):
             if seen is not None:
                 logits = penalize_repetition(logits, seen, repetition_penalty)
             token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
-            ids = token.tolist()
+            ids = token.tolist()  # the one time a step that a GPU is waited for
+            if min(ids) < 0:
+                raise ValueError("the model gave non-finite logits: its weights or its dtype are broken (try --dtype fp32)")
             live = [(b, i) for b, i in enumerate(rows) if i not in done]
             yield [i for _, i in live], [ids[b] for b, _ in live]
             for b, i in live:
@@ -420,7 +536,8 @@ class Llama(nn.Module):
                 seen = seen[kept] if seen is not None else None
             # A finished row that stays for now runs on unreported; locate() keeps it inside its own cache row.
             slots = max(len(prompts[i]) + made[i] for i in rows)
-            x = self.hidden(token[:, None], cache=cache, start=length, slots=slots)[:, 0]  # (B, C)
+            even = all(len(prompts[i]) + made[i] == slots for i in rows)
+            x = self.decode(token, cache, length, slots, even)  # (B, C)
             length = length + 1
 
     def room(self, prompts: list[list[int]], max_new_tokens: int | list[int]) -> list[int]:
@@ -465,6 +582,8 @@ class Llama(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors in Hugging Face layout, in the dtype of the file that was read."""
+        if self.fused:
+            raise ValueError("the model is fused for generation: save it before, or open its directory again")
         tensors = {self.hf_name(name): p for name, p in self.named_parameters()}  # a tied head appears once, as the embedding
         write_weights(tensors, self.config, Path(directory), "LlamaForCausalLM")
 
@@ -493,10 +612,10 @@ def sample(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.
     """Draw one id a row from logits (B, V) -> (B,). temperature 0 is argmax whatever top_k and top_p say.
 
     top_k keeps the k likeliest; top_p then keeps the smallest set of likeliest tokens whose probability reaches p
-    (Holtzman et al. 2020), the token that crosses p included. Raises ValueError on non-finite logits.
+    (Holtzman et al. 2020), the token that crosses p included. A row with NaN or infinity in it gives -1.
     """
     if temperature == 0:
-        token = logits.argmax(-1)
+        highest, token = logits.max(-1)
     else:
         scaled = logits / max(temperature, 1e-30)  # 1e-40 would make logits infinite and probabilities NaN
         if 0 < top_k < logits.shape[-1]:
@@ -509,10 +628,8 @@ def sample(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.
             scaled = scaled.masked_fill(drop, -math.inf)
         # argmax(p / e) with e ~ Exp(1) is a draw from p (the exponential race), and needs no host synchronisation.
         race = torch.empty_like(scaled).exponential_(generator=generator)
-        token = (scaled.softmax(-1) / race).argmax(-1)
-    if not torch.isfinite(logits).all():  # waits for the device, so it stands last, when all work has been handed out
-        raise ValueError("the model gave non-finite logits: its weights or its dtype are broken (try --dtype fp32)")
-    return token
+        token, highest = (scaled.softmax(-1) / race).argmax(-1), logits.amax(-1)
+    return torch.where(highest.isfinite(), token, -1)  # NaN anywhere is the maximum
 
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Names such as M13 are cases of the developers' list of faults that users of this field met."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import model as M
 from model import KVCache, Llama, LlamaConfig, Tokenizer, check_tokenizer, read_config, sample
@@ -74,11 +75,11 @@ def markov(successors: dict[int, int], sizes: list[int] | None = None, vocab: in
         table[token, successor] = 9.0
     model.output.weight.data = table.T.contiguous()
 
-    def hidden(tokens: Tensor, **_) -> Tensor:
+    def hidden(tokens: Tensor, *_, **__) -> Tensor:
         if sizes is not None:
             sizes.append(len(tokens))
         return F.one_hot(tokens, vocab).float()
-    model.hidden = hidden
+    model.hidden = model.decode = hidden
     return model
 
 
@@ -266,7 +267,8 @@ def test_cache_equals_no_cache_m25():
     got = [[h[b, :n]] for b, n in enumerate((4, 10))]
     for steps in (1, 3, 1, 5, 6):
         tokens = torch.tensor([row[s:s + steps] for row, s in zip(rows, start.tolist())])
-        h = model.hidden(tokens, cache=cache, start=start, slots=start.max().item() + steps)
+        slots = start.max().item() + steps
+        h = model.decode(tokens[:, 0], cache, start, slots)[:, None] if steps == 1 else model.hidden(tokens, cache=cache, start=start, slots=slots)
         start = start + steps
         for b in range(2):
             got[b].append(h[b])
@@ -297,6 +299,59 @@ def test_greedy_batched_cached_is_single_uncached_m13_m19_m25():
     assert model.generate(PROMPTS, [10, 10, 2], 0, eos_id=-1) == [a[:n] for a, n in zip(expected, (10, 10, 2))]  # row 2 ends at the last slot
     penalized = [greedy_by_recomputing(model, ids, n, 1.5) for n, ids in zip((2, 3, 30), PROMPTS)]
     assert model.generate(PROMPTS, [2, 3, 30], 0, eos_id=-1, repetition_penalty=1.5) == penalized
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_fused_is_plain(monkeypatch, dtype, has_bf16):
+    """Layers joined and packed, bf16 with and without products in fp32: the same logits, in prefill and token by token."""
+    monkeypatch.setattr(M, "cpu_has_bf16", lambda: has_bf16)
+    for sizes, rows in itertools.product(({}, dict(n_kv_heads=4, tie_embeddings=True)), (1, 16)):
+        plain, fused = (tiny(**sizes).to(dtype) for _ in range(2))
+        for model in (plain, fused):
+            model.make_rope()
+        assert fused.fuse(rows) is fused and fused.layers[0].attention.wq is None and fused.layers[0].feed_forward.w3 is None
+        ids = torch.tensor([some(9), some(9)[::-1]])
+        with torch.no_grad():
+            whole = plain(ids)
+            bound = (1e-5 if dtype == torch.float32 else 0.05) * whole.abs().max()
+            assert (fused(ids) - whole).abs().max() < bound
+            cache = KVCache(fused.config, 2, 12, dtype, "cpu")
+            fused.hidden(ids[:, :5], cache=cache, slots=5)
+            for t in range(5, 9):
+                h = fused.decode(ids[:, t], cache, torch.tensor([t, t]), t + 1, even=t % 2 == 0)
+                assert (fused.output(h) - whole[:, t]).abs().max() < bound
+        with pytest.raises(ValueError, match="fused for generation: save it before"):
+            fused.save_pretrained("nowhere")
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2 ** -8)])
+def test_packed_is_the_product(dtype, bound):
+    g = torch.Generator().manual_seed(0)
+    linears = [M.Linear(40, n) for n in (24, 9)]
+    for linear in linears:
+        linear.weight = nn.Parameter(torch.randn(linear.weight.shape, generator=g).to(dtype))
+    packed = M.Packed(linears)
+    for rows in (1, 3, 16, 70):
+        x = torch.randn(2, rows, 40, generator=g).to(dtype)
+        want = x.double() @ torch.cat([linear.weight for linear in linears]).double().T
+        assert packed(x).dtype == dtype and (packed(x).double() - want).abs().max() <= bound * want.abs().max()
+        if dtype == torch.bfloat16:
+            weight = torch.randn(2**14 + 3, 40, generator=g).bfloat16()  # more than one slice of rows
+            want = x.double() @ weight.double().T
+            assert (M.wide_linear(x, weight).double() - want).abs().max() <= bound * want.abs().max()
+
+
+def test_large_matrices_are_packed_where_it_pays():
+    def kind(dtype, rows, fan_out, has_bf16):
+        linear = M.Linear(1024, fan_out).to(dtype)
+        linear.cpu_has_bf16 = has_bf16
+        return type(M.joined([linear], rows))
+    for dtype, rows, fan_out, has_bf16, wanted in ((torch.float32, 1, 1024, True, M.Linear), (torch.float32, 1, 4096, True, M.Packed), (torch.float32, 16, 1024, True, M.Packed),
+                                                   (torch.float32, 16, 256, True, M.Linear), (torch.bfloat16, 1, 1024, False, M.Packed), (torch.bfloat16, 16, 1024, False, M.Linear),
+                                                   (torch.bfloat16, 16, 1024, True, M.Packed), (torch.float16, 1, 4096, True, M.Linear)):
+        assert kind(dtype, rows, fan_out, has_bf16) is wanted
+    assert M.joined([nn.Linear(4, 4, bias=False)], 1) is None  # whatever replaced a plain layer stays
 
 
 def test_finished_rows_leave_and_the_others_do_not_notice_m16():
@@ -376,9 +431,12 @@ def test_sampling_at_the_edges_m19():
         for value in values:
             with pytest.raises(ValueError, match=f"{name} is {value}, it must be"):
                 tiny().generate([[1]], 1, **{name: value})
-    for broken in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="non-finite logits"):
-            sample(torch.tensor([[0.0, broken]]), 1.0)
+    for broken, temperature in itertools.product((math.nan, math.inf), (0.0, 1.0)):
+        assert sample(torch.tensor([[0.0, broken], [-math.inf, 1.0], [broken, 0.0]]), temperature).tolist() == [-1, 1, -1]
+    model = tiny()
+    model.norm.weight.data[3] = math.nan
+    with pytest.raises(ValueError, match="non-finite logits"):
+        model.generate([[1]], 1)
 
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------
