@@ -3,10 +3,12 @@
 Names such as M13 are cases of the developers' list of faults that users of this field met."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -438,25 +440,108 @@ def test_command_line(capsys):
 
 
 @needs_real
-@pytest.mark.parametrize("layout, weights", [
-    ("hf", "model.safetensors"), ("hf-sharded", "model-00002-of-00002.safetensors"), ("hf-bin", "pytorch_model.bin"),
-    ("meta", "consolidated.00.pth"), ("meta-mp2", "consolidated.01.pth"), ("llama2c", "stories260K.bin")])
-def test_damaged_directories_are_refused_by_name_m07(layout, weights, tmp_path):
-    for damage in ("cut", "gone", "renamed", "config gone", "config cut"):
-        directory = Path(shutil.copytree(STORIES / layout, tmp_path / damage))
-        file, config = directory / weights, directory / ("params.json" if layout.startswith("meta") else "config.json")
-        if damage == "cut":
-            file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+@pytest.mark.parametrize("layout", ["hf", "hf-sharded", "hf-bin", "meta", "meta-mp2", "llama2c"])
+def test_damaged_directories_end_in_one_sentence_m07(layout, tmp_path, capsys):
+    """Every file of every layout cut, emptied, gone or renamed: a sentence, or the right text where the file is not needed."""
+    names = sorted(file.name for file in (STORIES / layout).iterdir())
+    weights = [name for name in names if not name.startswith("tokenizer") and not name.endswith(".json")]
+    for name, damage in itertools.product(names, ("cut", "emptied", "gone", "renamed", "of another name")):
+        directory = tmp_path / f"{name} {damage}"
+        directory.mkdir()
+        for other in names:  # not copytree, which copies the modes of a folder that is read-only
+            shutil.copyfile(STORIES / layout / other, directory / other)
+        file = directory / name
+        if damage in ("cut", "emptied"):
+            file.write_bytes(file.read_bytes()[:file.stat().st_size // 2 if damage == "cut" else 0])
         elif damage == "gone":
             file.unlink()
-        elif damage == "renamed":
-            file.rename(directory / ("other" + file.suffix))
-        elif config.exists():
-            config.unlink() if damage == "config gone" else config.write_bytes(config.read_bytes()[:40])
+        else:
+            file.rename(directory / (f"{name}.old" if damage == "renamed" else f"other{file.suffix}"))
+        arguments = [str(directory), "Once", "--temperature", "0", "--max_new_tokens", "6"]
+        if name == "tokenizer_config.json":
+            M.main(arguments)
+            assert capsys.readouterr().out == "Once upon a time, there was\n"
+            continue
+        with pytest.raises((ValueError, OSError)) as error:
+            M.main(arguments)
+        said = str(error.value)
+        assert type(error.value) in (ValueError, FileNotFoundError) and str(directory) in said and "\n" not in said
+        assert re.search(r"copy|get the|looked for|put the", said), said  # what to do
+        if damage in ("cut", "emptied") and (name in weights or layout != "llama2c"):
+            assert str(file) in said  # the one to copy again
+        assert capsys.readouterr().out == ""
+        shutil.rmtree(directory)
+
+
+WRONG = (None, "x", [1], {"a": 1}, -1, 0, 1.5, 10**30, math.nan, True)
+
+
+@pytest.mark.parametrize("key, harmless", [
+    ("hidden_size", ()), ("num_hidden_layers", ()), ("num_attention_heads", ()), ("num_key_value_heads", ()), ("intermediate_size", ()),
+    ("vocab_size", ()), ("max_position_embeddings", ()), ("rms_norm_eps", ()), ("head_dim", (None, 0)), ("tie_word_embeddings", ()),
+    ("rope_theta", (None, 1.5, 10**30)), ("rope_parameters", (None, 0, {"a": 1})), ("rope_scaling", (None, 0, {"a": 1})), ("model_type", ()),
+    ("quantization_config", (None, 0)), ("attention_bias", (None, 0)), ("mlp_bias", (None, 0)), ("hidden_act", (None,)),
+    ("sliding_window", (None, 0, 10**30, math.nan)), ("bos_token_id", (None, -1, 0, 10**30)), ("eos_token_id", (None, [1], -1, 0, 10**30)),
+    ("reward_mean", (-1, 0, 1.5, 10**30)), ("rope_parameters.rope_theta", (None, 1.5, 10**30)), ("rope_parameters.factor", (1.5, 10**30)),
+    ("rope_parameters.rope_type", ())])
+def test_config_of_wrong_types_is_refused(key, harmless, tmp_path):
+    text, (outer, _, inner) = (saved(tmp_path) / "config.json").read_text(), key.partition(".")
+    for value in WRONG:
+        (tmp_path / "config.json").write_text(text)
+        drop = ("rope_parameters",) if key in ("rope_theta", "rope_scaling") else ()
+        configure(tmp_path, drop, **{outer: {"rope_type": "linear" if inner == "factor" else "default", inner: value} if inner else value})
+        if any(value is other or value == other and type(value) is type(other) for other in harmless):
+            model = Llama.from_pretrained(tmp_path)
+            assert torch.isfinite(logits(model, some(9))).all()
+            assert key.endswith(("rope_theta", "factor")) or torch.equal(logits(model, some(9)), logits(tiny(), some(9)))
+            continue
+        with pytest.raises(ValueError) as error:
+            Llama.from_pretrained(tmp_path)
+        assert type(error.value) is ValueError and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key, harmless", [
+    ("dim", ()), ("n_layers", ()), ("n_heads", ()), ("n_kv_heads", (None,)), ("head_dim", (None, 0)), ("norm_eps", ()),
+    ("max_seq_len", ()), ("rope_theta", (1.5, 10**30)), ("use_scaled_rope", (None, 0))])
+def test_params_of_wrong_types_are_refused(key, harmless, tmp_path):
+    file = write_meta(tiny(), tmp_path / "m") / "params.json"
+    params = json.loads(file.read_text())
+    for value in WRONG:
+        file.write_text(json.dumps(params | {key: value}))
+        if any(value is other or value == other and type(value) is type(other) for other in harmless):
+            assert key == "rope_theta" or same(Llama.from_pretrained(file.parent), tiny())
+            continue
+        with pytest.raises(ValueError) as error:
+            Llama.from_pretrained(file.parent)
+        assert type(error.value) is ValueError and str(file.parent) in str(error.value) and "\n" not in str(error.value)
+    file.write_text(json.dumps(params | {"n_heads": 8, "n_kv_heads": 2}))  # every shape is right, every head wrong
+    with pytest.raises(ValueError, match="wk has rows for 4 heads of 4, by params.json there are 2"):
+        Llama.from_pretrained(file.parent)
+
+
+def test_weights_of_wrong_kinds_are_refused(tmp_path):
+    """Integers would be read as weights a hundred times too large, and give text."""
+    up = "model.layers.1.mlp.up_proj.weight"
+    for dtype in (torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"{up} is {str(dtype)[6:]}, .*: get the model that is not quantized"):
+            Llama.from_pretrained(rewrite(saved(tmp_path / "a"), lambda t: t.update({up: t[up].to(dtype)})))
+    M.write_weights({Llama.hf_name(n): p for n, p in tiny().named_parameters()}, tiny().config, tmp_path / "b", "x", shard_bytes=20_000)
+    index = tmp_path / "b" / "model.safetensors.index.json"
+    for content in [*WRONG, *({"weight_map": value} for value in WRONG), {}, {"weight_map": {up: "../b"}}, {"weight_map": {up: None}}]:
+        index.write_text(json.dumps(content))
         with pytest.raises((ValueError, FileNotFoundError)) as error:
-            Llama.from_pretrained(directory)
-        assert str(directory) in str(error.value) and "\n" not in str(error.value)
-        assert damage != "cut" or weights in str(error.value)
+            Llama.from_pretrained(tmp_path / "b")
+        assert str(index) in str(error.value) and re.search("copy", str(error.value))
+    (tmp_path / "a" / "model.safetensors").unlink()
+    meta = write_meta(tiny(n_kv_heads=4), tmp_path / "meta", 2)
+    for content in (None, [], torch.zeros(1), {"model": {up: torch.zeros(1)}}, {1: torch.zeros(1)}, {up: 1}):
+        for file in (tmp_path / "a" / "pytorch_model.bin", meta / "consolidated.01.pth"):
+            torch.save(content, file)
+            with pytest.raises(ValueError, match=f"{file} is no dictionary of named tensors: get"):
+                Llama.from_pretrained(file.parent)
+    torch.save({name: t[:, :1] if t.dim() == 2 else t for name, t in torch.load(meta / "consolidated.00.pth").items()}, meta / "consolidated.01.pth")
+    with pytest.raises(ValueError, match="differ in names or shapes"):
+        Llama.from_pretrained(meta)
 
 
 def test_wrong_folders_m06(tmp_path):
