@@ -556,7 +556,7 @@ def test_wrong_folders_m06(tmp_path):
                            (dict(rope_scaling={"rope_type": "llama3"}, rope_parameters=None), "'llama3' is not supported"),
                            (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"),
                            (dict(hidden_size="32"), "does not describe"), (dict(num_key_value_heads=3), "4 query heads cannot"),
-                           (dict(hidden_size=33), "33"), (dict(num_hidden_layers=3), "missing model.layers.2")):
+                           (dict(hidden_size=33), "33"), (dict(eos_token_id=[]), r"eos_id is \[\]"), (dict(num_hidden_layers=3), "missing model.layers.2")):
         with pytest.raises(ValueError, match=sentence):
             Llama.from_pretrained(configure(saved(tmp_path / "m"), **keys))
     with pytest.raises(ValueError, match="lacks 'vocab_size'"):
@@ -659,6 +659,101 @@ def test_config_spellings_m03(tmp_path):
     optional = ("head_dim", "rms_norm_eps", "num_key_value_heads", "max_position_embeddings")
     config = read_config(configure(tmp_path, optional, sliding_window=50, model_type="mistral"))
     assert (config.head_dim, config.norm_eps, config.n_kv_heads, config.max_seq_len) == (8, 1e-6, 4, 50)
+
+
+LLAMA = dict(model_type="llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
+             max_position_embeddings=2048, rms_norm_eps=1e-6, hidden_act="silu", tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+             pad_token_id=0, torch_dtype="float16", initializer_range=0.02, use_cache=True)
+LLAMA2 = LLAMA | dict(max_position_embeddings=4096, rms_norm_eps=1e-5, pretraining_tp=1, rope_scaling=None)
+CODE = LLAMA2 | dict(vocab_size=32016, max_position_embeddings=16384, torch_dtype="bfloat16", num_key_value_heads=32, rope_theta=1000000)
+PLAIN = LlamaConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, ffn_dim=11008, vocab_size=32000, max_seq_len=2048,
+                    norm_eps=1e-6, dtype="float16")
+
+
+def sizes_of(dim: int, ffn: int, layers: int, heads: int, kv_heads: int | None = None) -> tuple[dict, dict]:
+    """The same five numbers in Hugging Face's words and in ours."""
+    theirs = dict(hidden_size=dim, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads)
+    return (theirs | ({"num_key_value_heads": kv_heads} if kv_heads else {}),
+            dict(dim=dim, ffn_dim=ffn, n_layers=layers, n_heads=heads, n_kv_heads=kv_heads or heads, head_dim=dim // heads))
+
+
+@pytest.mark.parametrize("base, sizes, theirs, ours", [
+    (LLAMA, sizes_of(4096, 11008, 32, 32), {}, {}),                                                                # LLaMA 7B, 13B, 33B, 65B
+    (LLAMA, sizes_of(5120, 13824, 40, 40), {}, {}),
+    (LLAMA, sizes_of(6656, 17920, 60, 52), {}, {}),
+    (LLAMA, sizes_of(8192, 22016, 80, 64), dict(rms_norm_eps=1e-5), dict(norm_eps=1e-5)),
+    (LLAMA2, sizes_of(4096, 11008, 32, 32, 32), {}, dict(norm_eps=1e-5, max_seq_len=4096)),                        # Llama 2
+    (LLAMA2, sizes_of(5120, 13824, 40, 40, 40), {}, dict(norm_eps=1e-5, max_seq_len=4096)),
+    (LLAMA2, sizes_of(8192, 28672, 80, 64, 8), {}, dict(norm_eps=1e-5, max_seq_len=4096)),
+    (CODE, sizes_of(4096, 11008, 32, 32, 32), {},                                                                  # CodeLlama
+     dict(norm_eps=1e-5, max_seq_len=16384, vocab_size=32016, rope_theta=1e6, dtype="bfloat16")),
+    (CODE, sizes_of(4096, 11008, 32, 32, 32), dict(rope_theta=None, torch_dtype=None, dtype="bfloat16", rope_scaling=None,  # as saved by
+                                                   rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"}),  # transformers 5
+     dict(norm_eps=1e-5, max_seq_len=16384, vocab_size=32016, rope_theta=1e6, dtype="bfloat16")),
+    (CODE, sizes_of(8192, 22016, 48, 64, 8), dict(vocab_size=32000),
+     dict(norm_eps=1e-5, max_seq_len=16384, rope_theta=1e6, dtype="bfloat16")),
+    (LLAMA2, sizes_of(2048, 5632, 22, 32, 4), dict(max_position_embeddings=2048, torch_dtype="float32", rope_theta=10000.0),  # TinyLlama
+     dict(norm_eps=1e-5, dtype="float32")),
+    (LLAMA, sizes_of(4096, 11008, 32, 32), dict(max_sequence_length=2048), {}),                                    # Vicuna 1.3, 1.5, 1.5-16k
+    (LLAMA2, sizes_of(4096, 11008, 32, 32, 32), {}, dict(norm_eps=1e-5, max_seq_len=4096)),
+    (LLAMA2, sizes_of(4096, 11008, 32, 32, 32), dict(rope_scaling={"factor": 4.0, "type": "linear"}, max_sequence_length=16384),
+     dict(norm_eps=1e-5, max_seq_len=4096, rope_factor=4.0)),
+    (LLAMA, sizes_of(4096, 11008, 32, 32), dict(vocab_size=32001, torch_dtype="float32"), dict(vocab_size=32001, dtype="float32")),  # Alpaca
+    (LLAMA, sizes_of(3200, 8640, 26, 32), {}, {}),                                                                 # OpenLLaMA 3B
+    (LLAMA2, sizes_of(4096, 14336, 32, 32, 8), dict(model_type="mistral", max_position_embeddings=32768, sliding_window=4096, rope_theta=10000.0,
+                                                    torch_dtype="bfloat16"),                                       # Mistral 0.1 and 0.2
+     dict(norm_eps=1e-5, max_seq_len=4096, dtype="bfloat16")),
+    (LLAMA2, sizes_of(4096, 14336, 32, 32, 8), dict(model_type="mistral", max_position_embeddings=32768, sliding_window=None, rope_theta=1e6,
+                                                    torch_dtype="bfloat16"),
+     dict(norm_eps=1e-5, max_seq_len=32768, rope_theta=1e6, dtype="bfloat16")),
+    (LLAMA2, sizes_of(4096, 11008, 32, 32, 4), dict(vocab_size=64000, rope_theta=5000000.0, torch_dtype="bfloat16"),  # Yi-6B
+     dict(norm_eps=1e-5, max_seq_len=4096, vocab_size=64000, rope_theta=5e6, dtype="bfloat16"))])
+def test_published_configs_m03(base, sizes, theirs, ours, tmp_path):
+    named = {key: value for key, value in (base | sizes[0] | theirs).items() if key not in theirs or value is not None or key == "sliding_window"}
+    (tmp_path / "config.json").write_text(json.dumps(named))
+    assert read_config(tmp_path) == dataclasses.replace(PLAIN, **sizes[1] | ours)
+
+
+@pytest.mark.parametrize("parts, params, vocab, ffn, ours", [
+    (1, dict(dim=4096, n_heads=32, n_layers=32, multiple_of=256, norm_eps=1e-6), 32000, 11008, {}),
+    (2, dict(dim=5120, n_heads=40, n_layers=40, multiple_of=256, norm_eps=1e-6), 32000, 13824, {}),
+    (4, dict(dim=6656, n_heads=52, n_layers=60, multiple_of=256, norm_eps=1e-6), 32000, 17920, {}),
+    (8, dict(dim=8192, n_heads=64, n_layers=80, multiple_of=256, norm_eps=1e-5), 32000, 22016, {}),
+    (8, dict(dim=8192, n_heads=64, n_kv_heads=8, n_layers=80, multiple_of=4096, ffn_dim_multiplier=1.3, norm_eps=1e-5), 32000, 28672,  # Llama 2
+     dict(n_kv_heads=8)),
+    (1, dict(dim=4096, n_heads=32, n_layers=32, multiple_of=256, ffn_dim_multiplier=1.0, norm_eps=1e-5, rope_theta=1000000), 32016, 11008,
+     dict(rope_theta=1e6)),                                                                                        # CodeLlama 7B, 34B
+    (4, dict(dim=8192, n_heads=64, n_kv_heads=8, n_layers=48, multiple_of=256, ffn_dim_multiplier=1.0, norm_eps=1e-5, rope_theta=1000000),
+     32000, 22016, dict(n_kv_heads=8, rope_theta=1e6))])
+def test_published_params_m04(parts, params, vocab, ffn, ours, tmp_path):
+    dim, heads = params["dim"], params["n_heads"]
+    D, multiple = dim // heads, params["multiple_of"]
+    width = int(params.get("ffn_dim_multiplier", 1) * int(2 * 4 * dim / 3))
+    assert (width + multiple - 1) // multiple * multiple == ffn  # Meta's rule, which the files need not be asked by
+    rows = {"attention.wq": (heads * D, dim), "attention.wk": (params.get("n_kv_heads", heads) * D, dim), "feed_forward.w1": (ffn, dim)}
+    shapes = {f"layers.0.{name}.weight": (height // parts, width) for name, (height, width) in rows.items()}
+    shapes |= {"tok_embeddings.weight": (vocab, dim // parts), "output.weight": (vocab // parts, dim)}
+    for n in range(parts):  # one number each, spread over the shape
+        torch.save({name: torch.zeros((), dtype=torch.float16).expand(shape) for name, shape in shapes.items()}, tmp_path / f"consolidated.{n:02d}.pth")
+    (tmp_path / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
+    sizes = dict(dim=dim, n_heads=heads, n_kv_heads=heads, n_layers=params["n_layers"], head_dim=D, ffn_dim=ffn, vocab_size=vocab, norm_eps=params["norm_eps"])
+    assert read_config(tmp_path) == dataclasses.replace(PLAIN, **sizes | ours)
+
+
+@pytest.mark.parametrize("keys, sentence", [
+    (dict(model_type="gpt2"), "model_type 'gpt2' is not a LLaMA"), (dict(model_type="gemma"), "model_type 'gemma' is not a LLaMA"),
+    (dict(model_type="qwen2"), "model_type 'qwen2' is not a LLaMA"), (dict(model_type="Yi"), "model_type 'Yi' is not a LLaMA"),
+    (dict(attention_bias=True), "attention_bias = True, which is not supported"), (dict(mlp_bias=True), "mlp_bias = True"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "scaling 'llama3' is not supported"),
+    (dict(rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}), "scaling 'llama3' is not supported"),
+    (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "scaling 'dynamic' is not supported"),
+    (dict(rope_scaling={"type": "yarn", "factor": 2.0}), "scaling 'yarn' is not supported"),
+    (dict(quantization_config={"quant_method": "gptq"}), "is quantized: open it with quantize.load")])
+def test_other_architectures_are_refused_by_name(keys, sentence, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA2 | keys))
+    with pytest.raises(ValueError, match=sentence) as error:
+        Llama.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_names_must_agree_m12_m10(tmp_path):
