@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import sys
@@ -668,9 +669,9 @@ def meta_parts(directory: Path) -> list[dict[str, Tensor]]:
         raise FileNotFoundError(f"{directory} has {', '.join(f.name for f in files)}: a part is missing or misnamed, they are "
                                 "numbered from 00 without a gap: copy all of them")
     parts = [torch_load(file) for file in files]
-    shapes = [{name: tensor.shape for name, tensor in part.items()} for part in parts]
-    if any(other != shapes[0] for other in shapes):
-        raise ValueError(f"{directory}: its consolidated.*.pth differ in names or shapes, they are not parts of one checkpoint: "
+    kinds = [{name: (tensor.shape, tensor.dtype) for name, tensor in part.items()} for part in parts]
+    if any(other != kinds[0] for other in kinds):
+        raise ValueError(f"{directory}: its consolidated.*.pth differ in names, shapes or dtypes, they are not parts of one checkpoint: "
                          "copy them again")
     return parts
 
@@ -682,12 +683,21 @@ def join_meta(name: str, parts: list[dict[str, Tensor]], config: LlamaConfig) ->
         whole = tensors[0]
     else:
         by_input = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))  # these are cut along their input (dim 1)
-        whole = torch.cat(tensors, dim=1 if by_input else 0)
+        rows, columns = tensors[0].shape
+        whole = scratch((rows, columns * len(parts)) if by_input else (rows * len(parts), columns), tensors[0].dtype)
+        torch.cat(tensors, dim=1 if by_input else 0, out=whole)
     if name.endswith(("wq.weight", "wk.weight")):
-        D = config.head_dim
+        D, interleaved = config.head_dim, whole
+        whole = scratch(interleaved.shape, interleaved.dtype)
         # (H*D, C) -> (H, D/2 pairs, 2, C) -> (H, 2, D/2, C) -> (H*D, C)
-        whole = whole.view(-1, D // 2, 2, whole.shape[1]).transpose(1, 2).reshape(whole.shape)
+        whole.view(-1, 2, D // 2, whole.shape[1]).copy_(interleaved.view(-1, D // 2, 2, whole.shape[1]).transpose(1, 2))
     return whole
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory of its own from the system, for what lives shorter than the parameters around it: in malloc's heap it would leave
+    holes that no later matrix fits, 40 % of a model in two parts."""
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def read_tensors(directory: str | Path, config: LlamaConfig | None = None) -> dict[str, Callable[[], Tensor]]:

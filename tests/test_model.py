@@ -215,7 +215,8 @@ def test_padding_changes_nothing_m13_m14():
                 assert torch.isfinite(out).all() and torch.allclose(out[left:left + len(ids)], alone, atol=1e-5)
                 if not left:
                     assert torch.allclose(logits(model, row)[:len(ids)], alone, atol=1e-5)  # right padding needs no mask
-        assert torch.allclose(logits(model, ids[:-1]), alone[:-1], atol=1e-5)
+        for cut in range(1, len(ids)):
+            assert torch.allclose(logits(model, ids[:cut]), alone[:cut], atol=1e-5)
         mask = torch.ones(1, 2 * len(ids), dtype=torch.bool)  # holes in the middle, where wrong positions would show
         mask[0, 1:2 * len(ids):2] = False
         with torch.no_grad():
@@ -399,6 +400,9 @@ def test_tokenizer_files(tmp_path):
     shutil.move(tmp_path / "7B" / "tokenizer.model", tmp_path)
     with pytest.raises(FileNotFoundError, match="7B/tokenizer.model does not exist"):
         Tokenizer(tmp_path / "7B")
+    (tmp_path / "7B" / "tokenizer.json").touch()
+    with pytest.raises(FileNotFoundError, match="a tokenizer.json cannot be read here: put the sentencepiece file"):
+        Tokenizer(tmp_path / "7B")
     (tmp_path / "7B" / "params.json").touch()  # Meta's: one tokenizer beside all sizes
     assert Tokenizer(tmp_path / "7B").vocab_size == demo.vocab_size
     for junk in (b"", b"version https://git-lfs.github.com/spec/v1", demo.proto[:500]):
@@ -429,6 +433,19 @@ def test_real_weights_give_the_reference(layout):
     ids = reference["greedy_ids"].tolist()
     assert ids[:5] == tokenizer.encode("Once upon a time") and model.generate([ids[:5]], 200, 0, eos_id=-1) == [ids[5:]]
     assert tokenizer.decode(ids).strip() == (STORIES / "greedy.txt").read_text().strip()
+
+
+def test_command_line_compares_tokenizer_and_embedding_m15(tmp_path, capsys):
+    pieces = Tokenizer(DEMO).vocab_size
+    for rows, fits in ((pieces - 1, False), (pieces, True), (pieces + 1, True)):
+        Tokenizer(DEMO).save(saved(tmp_path / str(rows), vocab_size=rows))
+        arguments = [str(tmp_path / str(rows)), "a fox", "a kite and a fox", "--max_new_tokens", "3"]
+        if fits:
+            M.main(arguments)
+            assert re.match("a fox.*\na kite and a fox", capsys.readouterr().out)
+            continue
+        with pytest.raises(ValueError, match=f"{pieces} pieces, the model's embedding {rows} rows: use the tokenizer.model"):
+            M.main(arguments)
 
 
 @needs_real
@@ -539,9 +556,10 @@ def test_weights_of_wrong_kinds_are_refused(tmp_path):
             torch.save(content, file)
             with pytest.raises(ValueError, match=f"{file} is no dictionary of named tensors: get"):
                 Llama.from_pretrained(file.parent)
-    torch.save({name: t[:, :1] if t.dim() == 2 else t for name, t in torch.load(meta / "consolidated.00.pth").items()}, meta / "consolidated.01.pth")
-    with pytest.raises(ValueError, match="differ in names or shapes"):
-        Llama.from_pretrained(meta)
+    for change in (lambda t: t[:1], lambda t: t.to(torch.int8)):
+        torch.save({name: change(t) for name, t in torch.load(meta / "consolidated.00.pth").items()}, meta / "consolidated.01.pth")
+        with pytest.raises(ValueError, match="differ in names, shapes or dtypes"):
+            Llama.from_pretrained(meta)
 
 
 def test_wrong_folders_m06(tmp_path):
@@ -609,6 +627,19 @@ def test_shards_index_and_leftovers_m07_m08(tmp_path):
     shutil.move(tmp_path / "model-00001-of-00021.safetensors", stale)
     with pytest.raises(FileNotFoundError, match="names model-00001-of-00021.safetensors, .* belongs to model-00001-of-00099"):
         Llama.from_pretrained(tmp_path)
+
+
+def test_broken_shards_are_found_before_anything_is_built_m07(tmp_path, monkeypatch):
+    model, built = tiny(), []
+    tensors = {model.hf_name(name): p for name, p in model.named_parameters()}
+    monkeypatch.setattr(M.Block, "__init__", lambda *_: built.append(1))
+    for damage in ("gone", "cut", "emptied"):
+        M.write_weights(tensors, model.config, tmp_path, "LlamaForCausalLM", shard_bytes=50_000)
+        shard = sorted(tmp_path.glob("model-*-of-*.safetensors"))[1]
+        shard.unlink() if damage == "gone" else os.truncate(shard, shard.stat().st_size // 2 if damage == "cut" else 0)
+        with pytest.raises((ValueError, FileNotFoundError), match=shard.name):
+            Llama.from_pretrained(tmp_path)
+        assert not built
 
 
 def test_file_modes_follow_the_umask(tmp_path):
@@ -775,6 +806,8 @@ def test_names_must_agree_m12_m10(tmp_path):
 
 
 def test_meta_layouts_m01_m04(tmp_path):
+    grouped = tiny()  # two key heads, one a part
+    assert same(Llama.from_pretrained(write_meta(grouped, tmp_path / "grouped", 2)), grouped)
     for sizes in ({}, dict(tie_embeddings=True)):
         model, at = tiny(n_kv_heads=4, **sizes), tmp_path / str(len(sizes))
         at.mkdir()
@@ -812,6 +845,60 @@ def test_loading_holds_one_tensor_at_a_time(layout, tmp_path, monkeypatch):
         return call
     monkeypatch.setattr(M, "read_tensors", lambda *args: {name: watched(get) for name, get in read(*args).items()})
     assert same(Llama.from_pretrained(tmp_path / layout), model) and len(alive) == 16
+
+
+WATCHED_LOAD = """
+import os, sys, threading
+import torch
+from model import DTYPES, Llama, LlamaConfig
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon:")) * 1024
+
+with torch.device("meta"):  # the first time, PyTorch imports 70 MB of Python for it
+    Llama(LlamaConfig())
+for directory, dtype in zip(sys.argv[1::2], sys.argv[2::2]):
+    if os.fork() == 0:  # a process for each: what one load leaves behind would hide the peak of the next
+        start, seen, done = anonymous(), [], threading.Event()
+        def watch():
+            while not done.wait(0.0005):
+                seen.append(anonymous())
+        thread = threading.Thread(target=watch)
+        thread.start()
+        model = Llama.from_pretrained(directory, DTYPES[dtype])
+        done.set()
+        thread.join()
+        print(max(seen) - start, sum(p.nbytes for p in model.parameters()), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts anonymous memory in /proc")
+def test_loading_holds_one_copy(tmp_path):
+    """The promise is a peak of 1.15 N + 300 MB over the start, for a model of N bytes in memory. 300 MB would hide a second copy
+    of one this small (160 MB), so it gets 20: the largest matrix is 4. Matrices this small come from malloc's heap, with its holes."""
+    model = Llama(LlamaConfig(dim=512, n_layers=12, n_heads=8, n_kv_heads=8, head_dim=64, ffn_dim=1408, vocab_size=2048, max_seq_len=64))
+    tensors = {model.hf_name(name): p.detach() for name, p in model.named_parameters()}
+    model.save_pretrained(tmp_path / "safetensors")
+    model.config.dtype = "bfloat16"
+    model.save_pretrained(tmp_path / "cast")
+    model.config.dtype = "float32"
+    (tmp_path / "bin").mkdir()
+    shutil.copyfile(tmp_path / "safetensors" / "config.json", tmp_path / "bin" / "config.json")
+    torch.save(tensors, tmp_path / "bin" / "pytorch_model.bin")
+    write_meta(model, tmp_path / "meta", 2)
+    layouts = ("safetensors", "cast", "bin", "meta")
+    try:
+        out = subprocess.run([sys.executable, "-c", WATCHED_LOAD, *(word for name in layouts for word in (str(tmp_path / name), "fp32"))],
+                             cwd=Path(M.__file__).parent, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
+    finally:
+        for name in layouts:  # pytest keeps the folders of three runs
+            shutil.rmtree(tmp_path / name)
+    for name, line in zip(layouts, out.splitlines(), strict=True):
+        peak, held = map(int, line.split())
+        assert held == sum(p.nbytes for p in model.parameters()) > 140e6, name
+        assert 0.9 * held < peak < 1.15 * held + 20e6, f"{name}: {peak / 1e6:.0f} MB for {held / 1e6:.0f}"
 
 
 def test_a_model_with_adapters_is_not_saved_as_plain(tmp_path):
