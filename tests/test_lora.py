@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lora
+import zero
 from lora import adapters, attach, disabled, fold, load_adapter, merge, save_adapter, unmerge
 from model import Llama, LlamaConfig
 
@@ -220,6 +221,52 @@ def test_save_and_load_give_the_same_model(tmp_path):
     with pytest.raises(ValueError, match="no adapters"):
         save_adapter(small(), tmp_path / "empty", base="x")
     assert lora.is_adapter(tmp_path) and not lora.is_adapter(tmp_path / "empty")
+
+
+def steps(model: nn.Module, n: int) -> list[float]:
+    """n steps of plain gradient descent, which has no state to lose; the loss before each."""
+    found = []
+    for _ in range(n):
+        loss = nn.functional.cross_entropy(model(TOKENS[:, :-1]).flatten(0, 1), TOKENS[:, 1:].flatten())
+        loss.backward()
+        found.append(loss.item())
+        for p in model.parameters():
+            if p.grad is not None:
+                p.data -= 0.05 * p.grad
+                p.grad = None
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_goes_on_from_the_file_alone(tmp_path, dtype):
+    """L03: "resume" began from nothing, since only a full checkpoint was looked for."""
+    model = small(dtype=dtype)
+    attach(model, 4, dtype=torch.float32, generator=seeded(1))
+    before = steps(model, 5)
+    save_adapter(model, tmp_path, base="base")
+    again = small(dtype=dtype)
+    load_adapter(again, tmp_path)
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == {name for name, p in model.named_parameters() if "lora_" in name}
+    after, expected = steps(again, 3), steps(model, 3)
+    assert after == expected and after[0] < before[0] - 0.1 and after[2] < after[0]
+    small().save_pretrained(tmp_path / "full")
+    with pytest.raises(FileNotFoundError, match="has no adapter_config.json: name the folder of a LoRA adapter"):
+        load_adapter(small(), tmp_path / "full")
+
+
+def test_optimizer_holds_the_adapters_alone():
+    """L08: frozen weights lay in ZeRO's flat buffer, which then fitted no gradient."""
+    model = small()
+    names = attach(model, 4, generator=seeded(0))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = zero.Optimizer(model.named_parameters(), weight_decay=0.1)
+    assert sum(bucket.master.numel() for bucket in optimizer.buckets) == lora.trainable_report(model)[0]
+    assert sorted(name for bucket in optimizer.buckets for name in bucket.names) == sorted(f"{n}.lora_{half}" for n in names for half in "AB")
+    for _ in range(3):
+        optimizer.backward(model(TOKENS).logsumexp(-1).square().mean())
+        assert not optimizer.step(1e-2).skipped
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == ("lora_" not in name), name
 
 
 def test_reward_adapter_keeps_its_head(tmp_path):
