@@ -344,6 +344,31 @@ def test_wrong_base_and_damaged_files_are_refused(tmp_path):
         load_adapter(small(), tmp_path)
 
 
+def test_config_of_wrong_types_and_foreign_files_are_refused(tmp_path):
+    file = peft_file(tmp_path) / lora.CONFIG
+    config, refused = json.loads(file.read_text()), 0
+    for key, value in [(key, value) for key in lora.KINDS for value in ("(", [1], {"a": "b"}, -1, 1.5, math.nan, True)]:
+        if type(value) in lora.KINDS[key] and not (key == "lora_alpha" and value != value or value == {"a": "b"}):
+            continue  # of the right kind, whatever it says
+        file.write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError) as error:
+            load_adapter(small(), tmp_path)
+        assert f"{file} has a value of the wrong kind (" in str(error.value) and str(error.value).endswith(": copy it again")
+        refused += 1
+    assert refused == 52
+    for whole in (None, "x", [1], 1):
+        file.write_text(json.dumps(whole))
+        with pytest.raises(ValueError, match="is not a JSON object: copy"):
+            load_adapter(small(), tmp_path)
+    file.write_text(json.dumps(config))
+    tensors = safetensors.torch.load_file(tmp_path / lora.WEIGHTS)
+    (tmp_path / lora.WEIGHTS).unlink()
+    for content in (None, [], {"a": 1}, {1: torch.zeros(1)}, {name: t.to(torch.int8) for name, t in tensors.items()}):
+        torch.save(content, tmp_path / lora.PICKLE)
+        with pytest.raises(ValueError, match="is no dictionary of named floating-point tensors: get"):
+            load_adapter(small(), tmp_path)
+
+
 def test_merge_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small().save_pretrained("base")
