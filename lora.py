@@ -300,9 +300,9 @@ def read_adapter_config(path: str | Path) -> dict:
         raise ValueError(f"{file} is not JSON ({error}): copy it again") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} is not a JSON object: copy it again")
-    numbers = [number for key in ("rank_pattern", "alpha_pattern") if isinstance(config.get(key), dict) for number in config[key].values()]
+    patterns = [config[key] for key in ("rank_pattern", "alpha_pattern") if isinstance(config.get(key), dict)]
     broken = [key for key, kinds in KINDS.items() if config.get(key) is not None and type(config[key]) not in kinds]
-    broken += [f"a pattern of {number!r}" for number in numbers if type(number) not in (int, float)]
+    broken += [f"a pattern of {number!r}" for pattern in patterns for number in pattern.values() if type(number) not in (int, float)]
     if isinstance(config.get("lora_alpha"), float) and not math.isfinite(config["lora_alpha"]):
         broken.append("lora_alpha")
     if broken:
@@ -359,7 +359,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = torch.load(file, map_location="cpu", weights_only=True)  # a pickle could run code otherwise
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{file} is damaged or not weights alone ({str(error).splitlines()[0]}): copy it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) and t.is_floating_point() for n, t in tensors.items()):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
+                                                for name, tensor in tensors.items()):
         raise ValueError(f"{file} is no dictionary of named floating-point tensors: get the adapter's own file")
     return {re.sub(r"\.(default|modules_to_save)(?=\.)", "", name.removeprefix("base_model.model.")): tensor
             for name, tensor in tensors.items()}

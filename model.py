@@ -63,7 +63,7 @@ class LlamaConfig:
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"):
-            value, most = getattr(self, name), 1000 if name == "n_layers" else 2**20  # what a broken file says may never end to build
+            value, most = getattr(self, name), 1000 if name == "n_layers" else 2**20  # building what a broken file says may never end
             if type(value) is not int or not 1 <= value <= most:  # True is an int too
                 raise ValueError(f"config: {name} is {value!r}, it must be a whole number from 1 to {most:,}")
         for name, most in (("norm_eps", 1.0), ("rope_theta", 1e30), ("rope_factor", 1e30)):
@@ -630,7 +630,7 @@ def config_from_meta(p: dict, directory: Path) -> LlamaConfig:
     except KeyError as error:
         raise ValueError(f"{directory}: params.json or consolidated.00.pth lacks {error}: it is no LLaMA of Meta's") from None
     except (TypeError, ZeroDivisionError):
-        raise ValueError(f"{directory}: params.json has no sizes that fit one another (dim {dim!r}, n_heads {n_heads!r}): copy it again") from None
+        raise ValueError(f"{directory}: params.json has dim {dim!r} and n_heads {n_heads!r}, which are no sizes: copy it again") from None
     if wq.shape[0] * n != rows:
         raise ValueError(f"{directory}: wq has {wq.shape[0]} rows in a part and {wq.shape[0] * n} in all ({n} consolidated.*.pth), "
                          f"by params.json it has {rows}: copy the missing parts, or the params.json that belongs to them")
@@ -671,8 +671,8 @@ def meta_parts(directory: Path) -> list[dict[str, Tensor]]:
     parts = [torch_load(file) for file in files]
     kinds = [{name: (tensor.shape, tensor.dtype) for name, tensor in part.items()} for part in parts]
     if any(other != kinds[0] for other in kinds):
-        raise ValueError(f"{directory}: its consolidated.*.pth differ in names, shapes or dtypes, they are not parts of one checkpoint: "
-                         "copy them again")
+        raise ValueError(f"{directory}: its consolidated.*.pth differ in names, shapes or dtypes, they are not parts of one "
+                         "checkpoint: copy them again")
     return parts
 
 

@@ -246,7 +246,7 @@ def test_training_goes_on_from_the_file_alone(tmp_path, dtype):
     save_adapter(model, tmp_path, base="base")
     again = small(dtype=dtype)
     load_adapter(again, tmp_path)
-    assert {name for name, p in again.named_parameters() if p.requires_grad} == {name for name, p in model.named_parameters() if "lora_" in name}
+    assert all(p.requires_grad == ("lora_" in name) for name, p in again.named_parameters())
     after, expected = steps(again, 3), steps(model, 3)
     assert after == expected and after[0] < before[0] - 0.1 and after[2] < after[0]
     small().save_pretrained(tmp_path / "full")
@@ -261,7 +261,8 @@ def test_optimizer_holds_the_adapters_alone():
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = zero.Optimizer(model.named_parameters(), weight_decay=0.1)
     assert sum(bucket.master.numel() for bucket in optimizer.buckets) == lora.trainable_report(model)[0]
-    assert sorted(name for bucket in optimizer.buckets for name in bucket.names) == sorted(f"{n}.lora_{half}" for n in names for half in "AB")
+    held = {name for bucket in optimizer.buckets for name in bucket.names}
+    assert held == {f"{name}.lora_{half}" for name in names for half in "AB"}
     for _ in range(3):
         optimizer.backward(model(TOKENS).logsumexp(-1).square().mean())
         assert not optimizer.step(1e-2).skipped
