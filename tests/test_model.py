@@ -517,6 +517,14 @@ def test_config_of_wrong_types_is_refused(key, harmless, tmp_path):
         assert type(error.value) is ValueError and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name, value", [("n_layers", 1001), ("dim", 2**20 + 1), ("vocab_size", 2**20 + 1), ("max_seq_len", 2**20 + 1)])
+def test_sizes_beyond_any_model_are_refused_at_once(name, value):
+    """A model of 10^12 layers or positions was begun, and took all time or all memory."""
+    with pytest.raises(ValueError, match=f"{name} is {value}, it must be a whole number from 1 to {value - 1:,}"):
+        LlamaConfig(**SIZES | {name: value})
+    LlamaConfig(**SIZES | {name: value - 1})
+
+
 @pytest.mark.parametrize("key, harmless", [
     ("dim", ()), ("n_layers", ()), ("n_heads", ()), ("n_kv_heads", (None,)), ("head_dim", (None, 0)), ("norm_eps", ()),
     ("max_seq_len", ()), ("rope_theta", (1.5, 10**30)), ("use_scaled_rope", (None, 0))])
