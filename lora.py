@@ -52,6 +52,9 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 UNSUPPORTED = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "layers_to_transform",
                "exclude_modules", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
                "kasa_config", "monteclora_config")
+# What adapter_config.json may hold where we read it; null is "not said".
+KINDS = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float), "target_modules": (str, list), "modules_to_save": (list,),
+         "rank_pattern": (dict,), "alpha_pattern": (dict,), "base_model_name_or_path": (str,), "use_rslora": (bool,)}
 # Initialisations that take B A out of the base matrix first, so that the file is right only on that altered base.
 ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
@@ -295,6 +298,15 @@ def read_adapter_config(path: str | Path) -> dict:
         config = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}): copy it again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not a JSON object: copy it again")
+    patterns = [config[key] for key in ("rank_pattern", "alpha_pattern") if isinstance(config.get(key), dict)]
+    broken = [key for key, kinds in KINDS.items() if config.get(key) is not None and type(config[key]) not in kinds]
+    broken += [f"a pattern of {number!r}" for pattern in patterns for number in pattern.values() if type(number) not in (int, float)]
+    if isinstance(config.get("lora_alpha"), float) and not math.isfinite(config["lora_alpha"]):
+        broken.append("lora_alpha")
+    if broken:
+        raise ValueError(f"{file} has a value of the wrong kind ({', '.join(broken)}): copy it again")
     if missing := [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]:
         raise ValueError(f"{file} does not say {', '.join(missing)}: copy it again, or name the folder of a LoRA adapter")
     wrong = [f"{key} = {config[key]!r}" for key in UNSUPPORTED if config.get(key)]
@@ -347,6 +359,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = torch.load(file, map_location="cpu", weights_only=True)  # a pickle could run code otherwise
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{file} is damaged or not weights alone ({str(error).splitlines()[0]}): copy it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
+                                                for name, tensor in tensors.items()):
+        raise ValueError(f"{file} is no dictionary of named floating-point tensors: get the adapter's own file")
     return {re.sub(r"\.(default|modules_to_save)(?=\.)", "", name.removeprefix("base_model.model.")): tensor
             for name, tensor in tensors.items()}
 

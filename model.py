@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import platform
 import re
@@ -57,15 +58,28 @@ class LlamaConfig:
     rope_factor: float = 1.0    # positions are divided by it (linear interpolation, Chen et al. 2023)
     tie_embeddings: bool = False
     dtype: str = "float32"      # of the file that was read, and so of the file that will be written
-    bos_id: int = 1
-    eos_id: int = 2
+    bos_id: int | None = 1
+    eos_id: int | None = 2
     extra: dict = field(default_factory=dict)  # further keys for config.json, such as a reward model's "reward_mean"
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"):
+            value, most = getattr(self, name), 1000 if name == "n_layers" else 2**20  # building what a broken file says may never end
+            if type(value) is not int or not 1 <= value <= most:  # True is an int too
+                raise ValueError(f"config: {name} is {value!r}, it must be a whole number from 1 to {most:,}")
+        for name, most in (("norm_eps", 1.0), ("rope_theta", 1e30), ("rope_factor", 1e30)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"config: {name} is {value!r}, it must be a whole number of at least 1")
+            if type(value) not in (int, float) or not 0 < value <= most:
+                raise ValueError(f"config: {name} is {value!r}, it must be a number above 0 and at most {most:g}")
+            setattr(self, name, float(value))
+        if type(self.tie_embeddings) is not bool:
+            raise ValueError(f"config: tie_embeddings is {self.tie_embeddings!r}, it must be true or false")
+        for name in ("bos_id", "eos_id"):
+            if type(getattr(self, name)) not in (int, type(None)):
+                raise ValueError(f"config: {name} is {getattr(self, name)!r}, it must be a whole number or null")
+        mean = self.extra.get("reward_mean", 0.0)
+        if type(mean) not in (int, float) or not abs(mean) < math.inf:
+            raise ValueError(f"config: reward_mean is {mean!r}, it must be a finite number")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"config: {self.n_heads} query heads cannot be shared out over {self.n_kv_heads} key/value heads")
         if self.head_dim % 2:
@@ -759,12 +773,15 @@ def config_from_hf(c: dict, directory: Path) -> LlamaConfig:
             raise ValueError(f"{directory}: config.json has {key} = {c[key]!r}, which is not supported: a LLaMA has {plain!r}")
     # transformers 5 moved rope_theta into rope_parameters; older files have the two older keys.
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{directory}/config.json has {rope!r} as rope_parameters or rope_scaling: copy it again")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "linear"):
         raise ValueError(f"{directory}: rotary scaling {rope_type!r} is not supported (default and linear are)")
     dtype = c.get("dtype") or c.get("torch_dtype") or stored_dtype(directory)
     try:
         dim, n_heads, eos = c["hidden_size"], c["num_attention_heads"], c.get("eos_token_id", 2)
+        thetas = (rope.get("rope_theta"), c.get("rope_theta"), 10000.0)
         context = c.get("max_position_embeddings", 2048)
         if c.get("sliding_window"):
             context = min(context, c["sliding_window"])  # Mistral: up to its window, sliding attention is plain attention
@@ -773,11 +790,10 @@ def config_from_hf(c: dict, directory: Path) -> LlamaConfig:
             dim=dim, n_layers=c["num_hidden_layers"], n_heads=n_heads, n_kv_heads=c.get("num_key_value_heads") or n_heads,
             head_dim=c.get("head_dim") or dim // n_heads, ffn_dim=c["intermediate_size"], vocab_size=c["vocab_size"],
             max_seq_len=context, norm_eps=c.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
-            rope_factor=float(rope["factor"]) if rope_type == "linear" else 1.0,
-            tie_embeddings=bool(c.get("tie_word_embeddings", False)),
+            rope_theta=next(theta for theta in thetas if theta is not None),
+            rope_factor=rope["factor"] if rope_type == "linear" else 1.0, tie_embeddings=c.get("tie_word_embeddings", False),
             dtype=str(dtype).removeprefix("torch."),
-            bos_id=c.get("bos_token_id", 1), eos_id=eos[0] if isinstance(eos, list) else eos,
+            bos_id=c.get("bos_token_id", 1), eos_id=eos[0] if isinstance(eos, list) and eos else eos,
             extra={key: c[key] for key in ("reward_mean",) if key in c})
     except KeyError as error:
         raise ValueError(f"{directory}/config.json lacks {error}: copy it again") from None
@@ -800,27 +816,40 @@ def config_from_meta(p: dict, directory: Path) -> LlamaConfig:
         dim, n_layers, n_heads = p["dim"], p["n_layers"], p["n_heads"]
         wq, wk = part["layers.0.attention.wq.weight"], part["layers.0.attention.wk.weight"]
         w1, embedding = part["layers.0.feed_forward.w1.weight"], part["tok_embeddings.weight"]
+        head_dim = p.get("head_dim") or dim // n_heads
+        rows = n_heads * head_dim
     except KeyError as error:
         raise ValueError(f"{directory}: params.json or consolidated.00.pth lacks {error}: it is no LLaMA of Meta's") from None
-    head_dim = p.get("head_dim") or dim // n_heads
-    if wq.shape[0] * n != n_heads * head_dim:
+    except (TypeError, ZeroDivisionError):
+        raise ValueError(f"{directory}: params.json has dim {dim!r} and n_heads {n_heads!r}, which are no sizes: copy it again") from None
+    if wq.shape[0] * n != rows:
         raise ValueError(f"{directory}: wq has {wq.shape[0]} rows in a part and {wq.shape[0] * n} in all ({n} consolidated.*.pth), "
-                         f"by params.json it has {n_heads * head_dim}: copy the missing parts")
+                         f"by params.json it has {rows}: copy the missing parts, or the params.json that belongs to them")
+    n_kv_heads = wk.shape[0] * n // head_dim
+    if p.get("n_kv_heads") not in (None, n_kv_heads):  # else a wrong n_heads would go unseen: other heads, the same shapes
+        raise ValueError(f"{directory}: wk has rows for {n_kv_heads} heads of {head_dim}, by params.json there are "
+                         f"{p['n_kv_heads']!r}: copy it again")
     tied = "output.weight" not in part
-    return LlamaConfig(
-        dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=wk.shape[0] * n // head_dim, head_dim=head_dim,
-        ffn_dim=w1.shape[0] * n, vocab_size=embedding.shape[0] if tied else part["output.weight"].shape[0] * n,
-        max_seq_len=p.get("max_seq_len", 2048),  # Meta's files do not say; LLaMA 1 has 2048
-        norm_eps=p.get("norm_eps", 1e-5), rope_theta=float(p.get("rope_theta", 10000.0)), tie_embeddings=tied,
-        dtype=str(wk.dtype).removeprefix("torch."))
+    try:
+        return LlamaConfig(
+            dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
+            ffn_dim=w1.shape[0] * n, vocab_size=embedding.shape[0] if tied else part["output.weight"].shape[0] * n,
+            max_seq_len=p.get("max_seq_len", 2048),  # Meta's files do not say; LLaMA 1 has 2048
+            norm_eps=p.get("norm_eps", 1e-5), rope_theta=p.get("rope_theta", 10000.0), tie_embeddings=tied,
+            dtype=str(wk.dtype).removeprefix("torch."))
+    except ValueError as error:
+        raise ValueError(f"{directory}/params.json does not describe a LLaMA ({error}): copy it again") from None
 
 
 def torch_load(file: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # zip, pickle and unpickling errors share no base class
         reason = str(error).partition("\n")[0][:120]
         raise ValueError(f"{file} cannot be read, it is cut short or not a checkpoint: copy it again ({reason})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()):
+        raise ValueError(f"{file} is no dictionary of named tensors: get the file with the weights alone")
+    return tensors
 
 
 def meta_parts(directory: Path) -> list[dict[str, Tensor]]:
@@ -829,10 +858,12 @@ def meta_parts(directory: Path) -> list[dict[str, Tensor]]:
         raise FileNotFoundError(f"{directory} has params.json but no consolidated.*.pth: copy the weights there")
     if [file.name for file in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
         raise FileNotFoundError(f"{directory} has {', '.join(f.name for f in files)}: a part is missing or misnamed, they are "
-                                "numbered from 00 without a gap")
+                                "numbered from 00 without a gap: copy all of them")
     parts = [torch_load(file) for file in files]
-    if any(part.keys() != parts[0].keys() for part in parts):
-        raise ValueError(f"{directory}: its consolidated.*.pth do not hold the same names, they are not parts of one checkpoint")
+    kinds = [{name: (tensor.shape, tensor.dtype) for name, tensor in part.items()} for part in parts]
+    if any(other != kinds[0] for other in kinds):
+        raise ValueError(f"{directory}: its consolidated.*.pth differ in names, shapes or dtypes, they are not parts of one "
+                         "checkpoint: copy them again")
     return parts
 
 
@@ -843,12 +874,21 @@ def join_meta(name: str, parts: list[dict[str, Tensor]], config: LlamaConfig) ->
         whole = tensors[0]
     else:
         by_input = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))  # these are cut along their input (dim 1)
-        whole = torch.cat(tensors, dim=1 if by_input else 0)
+        rows, columns = tensors[0].shape
+        whole = scratch((rows, columns * len(parts)) if by_input else (rows * len(parts), columns), tensors[0].dtype)
+        torch.cat(tensors, dim=1 if by_input else 0, out=whole)
     if name.endswith(("wq.weight", "wk.weight")):
-        D = config.head_dim
+        D, interleaved = config.head_dim, whole
+        whole = scratch(interleaved.shape, interleaved.dtype)
         # (H*D, C) -> (H, D/2 pairs, 2, C) -> (H, 2, D/2, C) -> (H*D, C)
-        whole = whole.view(-1, D // 2, 2, whole.shape[1]).transpose(1, 2).reshape(whole.shape)
+        whole.view(-1, 2, D // 2, whole.shape[1]).copy_(interleaved.view(-1, D // 2, 2, whole.shape[1]).transpose(1, 2))
     return whole
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory of its own from the system, for what lives shorter than the parameters around it: in malloc's heap it would leave
+    holes that no later matrix fits, 40 % of a model in two parts."""
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def read_tensors(directory: str | Path, config: LlamaConfig | None = None) -> dict[str, Callable[[], Tensor]]:
@@ -877,9 +917,11 @@ def hf_files(directory: Path) -> list[Path]:
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = directory / f"{stem}.{ending}.index.json", directory / f"{stem}.{ending}"
         if index.exists():
-            weight_map = read_json(index).get("weight_map", {})
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ValueError(f"{index} does not map names of tensors to names of files: copy it again")
             named = {directory / name for name in weight_map.values()}
-            missing = sorted(file.name for file in named if not file.exists())
+            missing = sorted(file.name for file in named if not file.is_file())
             unlisted = sorted(file.name for file in directory.glob(f"{stem}-*-of-*.{ending}") if file not in named)
             if missing or not named:
                 instead = f", or the index that belongs to {', '.join(unlisted)}" if unlisted else ""
@@ -923,6 +965,9 @@ def load_weights(model: nn.Module, tensors: dict[str, Callable[[], Tensor]], dty
     for name in names:
         module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         tensor, shape = tensors[name](), getattr(module, leaf).shape
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):  # int8 or fp8 lack their scales
+            raise ValueError(f"{source}: {shown(name)} is {str(tensor.dtype).removeprefix('torch.')}, plain weights are float32, "
+                             "bfloat16 or float16: get the model that is not quantized")
         if tensor.shape != shape:
             raise ValueError(f"{source}: {shown(name)} is {tuple(tensor.shape)}, by the config it should be {tuple(shape)}")
         # copy=True: parameters must not be views of the mapped file, which is read-only to us.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lora
+import zero
 from lora import adapters, attach, disabled, fold, load_adapter, merge, save_adapter, unmerge
 from model import Llama, LlamaConfig
 
@@ -222,6 +223,53 @@ def test_save_and_load_give_the_same_model(tmp_path):
     assert lora.is_adapter(tmp_path) and not lora.is_adapter(tmp_path / "empty")
 
 
+def steps(model: nn.Module, n: int) -> list[float]:
+    """n steps of plain gradient descent, which has no state to lose; the loss before each."""
+    found = []
+    for _ in range(n):
+        loss = nn.functional.cross_entropy(model(TOKENS[:, :-1]).flatten(0, 1), TOKENS[:, 1:].flatten())
+        loss.backward()
+        found.append(loss.item())
+        for p in model.parameters():
+            if p.grad is not None:
+                p.data -= 0.05 * p.grad
+                p.grad = None
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_goes_on_from_the_file_alone(tmp_path, dtype):
+    """L03: "resume" began from nothing, since only a full checkpoint was looked for."""
+    model = small(dtype=dtype)
+    attach(model, 4, dtype=torch.float32, generator=seeded(1))
+    before = steps(model, 5)
+    save_adapter(model, tmp_path, base="base")
+    again = small(dtype=dtype)
+    load_adapter(again, tmp_path)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in again.named_parameters())
+    after, expected = steps(again, 3), steps(model, 3)
+    assert after == expected and after[0] < before[0] - 0.1 and after[2] < after[0]
+    small().save_pretrained(tmp_path / "full")
+    with pytest.raises(FileNotFoundError, match="has no adapter_config.json: name the folder of a LoRA adapter"):
+        load_adapter(small(), tmp_path / "full")
+
+
+def test_optimizer_holds_the_adapters_alone():
+    """L08: frozen weights lay in ZeRO's flat buffer, which then fitted no gradient."""
+    model = small()
+    names = attach(model, 4, generator=seeded(0))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = zero.Optimizer(model.named_parameters(), weight_decay=0.1)
+    assert sum(bucket.master.numel() for bucket in optimizer.buckets) == lora.trainable_report(model)[0]
+    held = {name for bucket in optimizer.buckets for name in bucket.names}
+    assert held == {f"{name}.lora_{half}" for name in names for half in "AB"}
+    for _ in range(3):
+        optimizer.backward(model(TOKENS).logsumexp(-1).square().mean())
+        assert not optimizer.step(1e-2).skipped
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == ("lora_" not in name), name
+
+
 def test_reward_adapter_keeps_its_head(tmp_path):
     """L09: the head is trained in full and must travel with the adapter."""
     model = trained(Reward(seed=1))
@@ -295,6 +343,31 @@ def test_wrong_base_and_damaged_files_are_refused(tmp_path):
     (tmp_path / lora.WEIGHTS).unlink()
     with pytest.raises(OSError, match="neither"):
         load_adapter(small(), tmp_path)
+
+
+def test_config_of_wrong_types_and_foreign_files_are_refused(tmp_path):
+    file = peft_file(tmp_path) / lora.CONFIG
+    config, refused = json.loads(file.read_text()), 0
+    for key, value in [(key, value) for key in lora.KINDS for value in ("(", [1], {"a": "b"}, -1, 1.5, math.nan, True)]:
+        if type(value) in lora.KINDS[key] and not (key == "lora_alpha" and value != value or value == {"a": "b"}):
+            continue  # of the right kind, whatever it says
+        file.write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError) as error:
+            load_adapter(small(), tmp_path)
+        assert f"{file} has a value of the wrong kind (" in str(error.value) and str(error.value).endswith(": copy it again")
+        refused += 1
+    assert refused == 52
+    for whole in (None, "x", [1], 1):
+        file.write_text(json.dumps(whole))
+        with pytest.raises(ValueError, match="is not a JSON object: copy"):
+            load_adapter(small(), tmp_path)
+    file.write_text(json.dumps(config))
+    tensors = safetensors.torch.load_file(tmp_path / lora.WEIGHTS)
+    (tmp_path / lora.WEIGHTS).unlink()
+    for content in (None, [], {"a": 1}, {1: torch.zeros(1)}, {name: t.to(torch.int8) for name, t in tensors.items()}):
+        torch.save(content, tmp_path / lora.PICKLE)
+        with pytest.raises(ValueError, match="is no dictionary of named floating-point tensors: get"):
+            load_adapter(small(), tmp_path)
 
 
 def test_merge_command(tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -248,7 +249,8 @@ def test_padding_changes_nothing_m13_m14():
                 assert torch.isfinite(out).all() and torch.allclose(out[left:left + len(ids)], alone, atol=1e-5)
                 if not left:
                     assert torch.allclose(logits(model, row)[:len(ids)], alone, atol=1e-5)  # right padding needs no mask
-        assert torch.allclose(logits(model, ids[:-1]), alone[:-1], atol=1e-5)
+        for cut in range(1, len(ids)):
+            assert torch.allclose(logits(model, ids[:cut]), alone[:cut], atol=1e-5)
         mask = torch.ones(1, 2 * len(ids), dtype=torch.bool)  # holes in the middle, where wrong positions would show
         mask[0, 1:2 * len(ids):2] = False
         with torch.no_grad():
@@ -489,6 +491,9 @@ def test_tokenizer_files(tmp_path):
     shutil.move(tmp_path / "7B" / "tokenizer.model", tmp_path)
     with pytest.raises(FileNotFoundError, match="7B/tokenizer.model does not exist"):
         Tokenizer(tmp_path / "7B")
+    (tmp_path / "7B" / "tokenizer.json").touch()
+    with pytest.raises(FileNotFoundError, match="a tokenizer.json cannot be read here: put the sentencepiece file"):
+        Tokenizer(tmp_path / "7B")
     (tmp_path / "7B" / "params.json").touch()  # Meta's: one tokenizer beside all sizes
     assert Tokenizer(tmp_path / "7B").vocab_size == demo.vocab_size
     for junk in (b"", b"version https://git-lfs.github.com/spec/v1", demo.proto[:500]):
@@ -521,6 +526,19 @@ def test_real_weights_give_the_reference(layout):
     assert tokenizer.decode(ids).strip() == (STORIES / "greedy.txt").read_text().strip()
 
 
+def test_command_line_compares_tokenizer_and_embedding_m15(tmp_path, capsys):
+    pieces = Tokenizer(DEMO).vocab_size
+    for rows, fits in ((pieces - 1, False), (pieces, True), (pieces + 1, True)):
+        Tokenizer(DEMO).save(saved(tmp_path / str(rows), vocab_size=rows))
+        arguments = [str(tmp_path / str(rows)), "a fox", "a kite and a fox", "--max_new_tokens", "3"]
+        if fits:
+            M.main(arguments)
+            assert re.match("a fox.*\na kite and a fox", capsys.readouterr().out)
+            continue
+        with pytest.raises(ValueError, match=f"{pieces} pieces, the model's embedding {rows} rows: use the tokenizer.model"):
+            M.main(arguments)
+
+
 @needs_real
 def test_command_line(capsys):
     M.main([str(STORIES / "meta-mp2"), "Once upon a time", "--temperature", "0", "--max_new_tokens", "200"])
@@ -530,25 +548,117 @@ def test_command_line(capsys):
 
 
 @needs_real
-@pytest.mark.parametrize("layout, weights", [
-    ("hf", "model.safetensors"), ("hf-sharded", "model-00002-of-00002.safetensors"), ("hf-bin", "pytorch_model.bin"),
-    ("meta", "consolidated.00.pth"), ("meta-mp2", "consolidated.01.pth"), ("llama2c", "stories260K.bin")])
-def test_damaged_directories_are_refused_by_name_m07(layout, weights, tmp_path):
-    for damage in ("cut", "gone", "renamed", "config gone", "config cut"):
-        directory = Path(shutil.copytree(STORIES / layout, tmp_path / damage))
-        file, config = directory / weights, directory / ("params.json" if layout.startswith("meta") else "config.json")
-        if damage == "cut":
-            file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+@pytest.mark.parametrize("layout", ["hf", "hf-sharded", "hf-bin", "meta", "meta-mp2", "llama2c"])
+def test_damaged_directories_end_in_one_sentence_m07(layout, tmp_path, capsys):
+    """Every file of every layout cut, emptied, gone or renamed: a sentence, or the right text where the file is not needed."""
+    names = sorted(file.name for file in (STORIES / layout).iterdir())
+    weights = [name for name in names if not name.startswith("tokenizer") and not name.endswith(".json")]
+    for name, damage in itertools.product(names, ("cut", "emptied", "gone", "renamed", "of another name")):
+        directory = tmp_path / f"{name} {damage}"
+        directory.mkdir()
+        for other in names:  # not copytree, which copies the modes of a folder that is read-only
+            shutil.copyfile(STORIES / layout / other, directory / other)
+        file = directory / name
+        if damage in ("cut", "emptied"):
+            file.write_bytes(file.read_bytes()[:file.stat().st_size // 2 if damage == "cut" else 0])
         elif damage == "gone":
             file.unlink()
-        elif damage == "renamed":
-            file.rename(directory / ("other" + file.suffix))
-        elif config.exists():
-            config.unlink() if damage == "config gone" else config.write_bytes(config.read_bytes()[:40])
+        else:
+            file.rename(directory / (f"{name}.old" if damage == "renamed" else f"other{file.suffix}"))
+        arguments = [str(directory), "Once", "--temperature", "0", "--max_new_tokens", "6"]
+        if name == "tokenizer_config.json":
+            M.main(arguments)
+            assert capsys.readouterr().out == "Once upon a time, there was\n"
+            continue
+        with pytest.raises((ValueError, OSError)) as error:
+            M.main(arguments)
+        said = str(error.value)
+        assert type(error.value) in (ValueError, FileNotFoundError) and str(directory) in said and "\n" not in said
+        assert re.search(r"copy|get the|looked for|put the", said), said  # what to do
+        if damage in ("cut", "emptied") and (name in weights or layout != "llama2c"):
+            assert str(file) in said  # the one to copy again
+        assert capsys.readouterr().out == ""
+        shutil.rmtree(directory)
+
+
+WRONG = (None, "x", [1], {"a": 1}, -1, 0, 1.5, 10**30, math.nan, True)
+
+
+@pytest.mark.parametrize("key, harmless", [
+    ("hidden_size", ()), ("num_hidden_layers", ()), ("num_attention_heads", ()), ("num_key_value_heads", ()), ("intermediate_size", ()),
+    ("vocab_size", ()), ("max_position_embeddings", ()), ("rms_norm_eps", ()), ("head_dim", (None, 0)), ("tie_word_embeddings", ()),
+    ("rope_theta", (None, 1.5, 10**30)), ("rope_parameters", (None, 0, {"a": 1})), ("rope_scaling", (None, 0, {"a": 1})), ("model_type", ()),
+    ("quantization_config", (None, 0)), ("attention_bias", (None, 0)), ("mlp_bias", (None, 0)), ("hidden_act", (None,)),
+    ("sliding_window", (None, 0, 10**30, math.nan)), ("bos_token_id", (None, -1, 0, 10**30)), ("eos_token_id", (None, [1], -1, 0, 10**30)),
+    ("reward_mean", (-1, 0, 1.5, 10**30)), ("rope_parameters.rope_theta", (None, 1.5, 10**30)), ("rope_parameters.factor", (1.5, 10**30)),
+    ("rope_parameters.rope_type", ())])
+def test_config_of_wrong_types_is_refused(key, harmless, tmp_path):
+    text, (outer, _, inner) = (saved(tmp_path) / "config.json").read_text(), key.partition(".")
+    for value in WRONG:
+        (tmp_path / "config.json").write_text(text)
+        drop = ("rope_parameters",) if key in ("rope_theta", "rope_scaling") else ()
+        configure(tmp_path, drop, **{outer: {"rope_type": "linear" if inner == "factor" else "default", inner: value} if inner else value})
+        if any(value is other or value == other and type(value) is type(other) for other in harmless):
+            model = Llama.from_pretrained(tmp_path)
+            assert torch.isfinite(logits(model, some(9))).all()
+            assert key.endswith(("rope_theta", "factor")) or torch.equal(logits(model, some(9)), logits(tiny(), some(9)))
+            continue
+        with pytest.raises(ValueError) as error:
+            Llama.from_pretrained(tmp_path)
+        assert type(error.value) is ValueError and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, value", [("n_layers", 1001), ("dim", 2**20 + 1), ("vocab_size", 2**20 + 1), ("max_seq_len", 2**20 + 1)])
+def test_sizes_beyond_any_model_are_refused_at_once(name, value):
+    """A model of 10^12 layers or positions was begun, and took all time or all memory."""
+    with pytest.raises(ValueError, match=f"{name} is {value}, it must be a whole number from 1 to {value - 1:,}"):
+        LlamaConfig(**SIZES | {name: value})
+    LlamaConfig(**SIZES | {name: value - 1})
+
+
+@pytest.mark.parametrize("key, harmless", [
+    ("dim", ()), ("n_layers", ()), ("n_heads", ()), ("n_kv_heads", (None,)), ("head_dim", (None, 0)), ("norm_eps", ()),
+    ("max_seq_len", ()), ("rope_theta", (1.5, 10**30)), ("use_scaled_rope", (None, 0))])
+def test_params_of_wrong_types_are_refused(key, harmless, tmp_path):
+    file = write_meta(tiny(), tmp_path / "m") / "params.json"
+    params = json.loads(file.read_text())
+    for value in WRONG:
+        file.write_text(json.dumps(params | {key: value}))
+        if any(value is other or value == other and type(value) is type(other) for other in harmless):
+            assert key == "rope_theta" or same(Llama.from_pretrained(file.parent), tiny())
+            continue
+        with pytest.raises(ValueError) as error:
+            Llama.from_pretrained(file.parent)
+        assert type(error.value) is ValueError and str(file.parent) in str(error.value) and "\n" not in str(error.value)
+    file.write_text(json.dumps(params | {"n_heads": 8, "n_kv_heads": 2}))  # every shape is right, every head wrong
+    with pytest.raises(ValueError, match="wk has rows for 4 heads of 4, by params.json there are 2"):
+        Llama.from_pretrained(file.parent)
+
+
+def test_weights_of_wrong_kinds_are_refused(tmp_path):
+    """Integers would be read as weights a hundred times too large, and give text."""
+    up = "model.layers.1.mlp.up_proj.weight"
+    for dtype in (torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"{up} is {str(dtype)[6:]}, .*: get the model that is not quantized"):
+            Llama.from_pretrained(rewrite(saved(tmp_path / "a"), lambda t: t.update({up: t[up].to(dtype)})))
+    M.write_weights({Llama.hf_name(n): p for n, p in tiny().named_parameters()}, tiny().config, tmp_path / "b", "x", shard_bytes=20_000)
+    index = tmp_path / "b" / "model.safetensors.index.json"
+    for content in [*WRONG, *({"weight_map": value} for value in WRONG), {}, {"weight_map": {up: "../b"}}, {"weight_map": {up: None}}]:
+        index.write_text(json.dumps(content))
         with pytest.raises((ValueError, FileNotFoundError)) as error:
-            Llama.from_pretrained(directory)
-        assert str(directory) in str(error.value) and "\n" not in str(error.value)
-        assert damage != "cut" or weights in str(error.value)
+            Llama.from_pretrained(tmp_path / "b")
+        assert str(index) in str(error.value) and re.search("copy", str(error.value))
+    (tmp_path / "a" / "model.safetensors").unlink()
+    meta = write_meta(tiny(n_kv_heads=4), tmp_path / "meta", 2)
+    for content in (None, [], torch.zeros(1), {"model": {up: torch.zeros(1)}}, {1: torch.zeros(1)}, {up: 1}):
+        for file in (tmp_path / "a" / "pytorch_model.bin", meta / "consolidated.01.pth"):
+            torch.save(content, file)
+            with pytest.raises(ValueError, match=f"{file} is no dictionary of named tensors: get"):
+                Llama.from_pretrained(file.parent)
+    for change in (lambda t: t[:1], lambda t: t.to(torch.int8)):
+        torch.save({name: change(t) for name, t in torch.load(meta / "consolidated.00.pth").items()}, meta / "consolidated.01.pth")
+        with pytest.raises(ValueError, match="differ in names, shapes or dtypes"):
+            Llama.from_pretrained(meta)
 
 
 def test_wrong_folders_m06(tmp_path):
@@ -563,7 +673,8 @@ def test_wrong_folders_m06(tmp_path):
                            (dict(rope_scaling={"rope_type": "llama3"}, rope_parameters=None), "'llama3' is not supported"),
                            (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"),
                            (dict(hidden_size="32"), "does not describe"), (dict(num_key_value_heads=3), "4 query heads cannot"),
-                           (dict(hidden_size=33), "33"), (dict(num_hidden_layers=3), "missing model.layers.2")):
+                           (dict(hidden_size=33), "33"), (dict(eos_token_id=[]), r"eos_id is \[\]"),
+                           (dict(num_hidden_layers=3), "missing model.layers.2")):
         with pytest.raises(ValueError, match=sentence):
             Llama.from_pretrained(configure(saved(tmp_path / "m"), **keys))
     with pytest.raises(ValueError, match="lacks 'vocab_size'"):
@@ -618,6 +729,19 @@ def test_shards_index_and_leftovers_m07_m08(tmp_path):
         Llama.from_pretrained(tmp_path)
 
 
+def test_broken_shards_are_found_before_anything_is_built_m07(tmp_path, monkeypatch):
+    model, built = tiny(), []
+    tensors = {model.hf_name(name): p for name, p in model.named_parameters()}
+    monkeypatch.setattr(M.Block, "__init__", lambda *_: built.append(1))
+    for damage in ("gone", "cut", "emptied"):
+        M.write_weights(tensors, model.config, tmp_path, "LlamaForCausalLM", shard_bytes=50_000)
+        shard = sorted(tmp_path.glob("model-*-of-*.safetensors"))[1]
+        shard.unlink() if damage == "gone" else os.truncate(shard, shard.stat().st_size // 2 if damage == "cut" else 0)
+        with pytest.raises((ValueError, FileNotFoundError), match=shard.name):
+            Llama.from_pretrained(tmp_path)
+        assert not built
+
+
 def test_file_modes_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
@@ -669,6 +793,104 @@ def test_config_spellings_m03(tmp_path):
     assert (config.head_dim, config.norm_eps, config.n_kv_heads, config.max_seq_len) == (8, 1e-6, 4, 50)
 
 
+LLAMA = dict(model_type="llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
+             max_position_embeddings=2048, rms_norm_eps=1e-6, hidden_act="silu", tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+             pad_token_id=0, torch_dtype="float16", initializer_range=0.02, use_cache=True)
+LLAMA2 = LLAMA | dict(max_position_embeddings=4096, rms_norm_eps=1e-5, pretraining_tp=1, rope_scaling=None)
+CODE = LLAMA2 | dict(vocab_size=32016, max_position_embeddings=16384, torch_dtype="bfloat16", num_key_value_heads=32, rope_theta=1000000)
+PLAIN = LlamaConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, ffn_dim=11008, vocab_size=32000, max_seq_len=2048,
+                    norm_eps=1e-6, dtype="float16")
+
+
+def sizes_of(dim: int, ffn: int, layers: int, heads: int, kv_heads: int | None = None) -> tuple[dict, dict]:
+    """The same five numbers in Hugging Face's words and in ours."""
+    theirs = dict(hidden_size=dim, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads)
+    return (theirs | ({"num_key_value_heads": kv_heads} if kv_heads else {}),
+            dict(dim=dim, ffn_dim=ffn, n_layers=layers, n_heads=heads, n_kv_heads=kv_heads or heads, head_dim=dim // heads))
+
+
+@pytest.mark.parametrize("base, sizes, theirs, ours", [
+    (LLAMA, sizes_of(4096, 11008, 32, 32), {}, {}),                                                                # LLaMA 7B, 13B, 33B, 65B
+    (LLAMA, sizes_of(5120, 13824, 40, 40), {}, {}),
+    (LLAMA, sizes_of(6656, 17920, 60, 52), {}, {}),
+    (LLAMA, sizes_of(8192, 22016, 80, 64), dict(rms_norm_eps=1e-5), dict(norm_eps=1e-5)),
+    (LLAMA2, sizes_of(4096, 11008, 32, 32, 32), {}, dict(norm_eps=1e-5, max_seq_len=4096)),                        # Llama 2
+    (LLAMA2, sizes_of(5120, 13824, 40, 40, 40), {}, dict(norm_eps=1e-5, max_seq_len=4096)),
+    (LLAMA2, sizes_of(8192, 28672, 80, 64, 8), {}, dict(norm_eps=1e-5, max_seq_len=4096)),
+    (CODE, sizes_of(4096, 11008, 32, 32, 32), {},                                                                  # CodeLlama
+     dict(norm_eps=1e-5, max_seq_len=16384, vocab_size=32016, rope_theta=1e6, dtype="bfloat16")),
+    (CODE, sizes_of(4096, 11008, 32, 32, 32), dict(rope_theta=None, torch_dtype=None, dtype="bfloat16", rope_scaling=None,  # as saved by
+                                                   rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"}),  # transformers 5
+     dict(norm_eps=1e-5, max_seq_len=16384, vocab_size=32016, rope_theta=1e6, dtype="bfloat16")),
+    (CODE, sizes_of(8192, 22016, 48, 64, 8), dict(vocab_size=32000),
+     dict(norm_eps=1e-5, max_seq_len=16384, rope_theta=1e6, dtype="bfloat16")),
+    (LLAMA2, sizes_of(2048, 5632, 22, 32, 4), dict(max_position_embeddings=2048, torch_dtype="float32", rope_theta=10000.0),  # TinyLlama
+     dict(norm_eps=1e-5, dtype="float32")),
+    (LLAMA, sizes_of(4096, 11008, 32, 32), dict(max_sequence_length=2048), {}),                                    # Vicuna 1.3, 1.5, 1.5-16k
+    (LLAMA2, sizes_of(4096, 11008, 32, 32, 32), {}, dict(norm_eps=1e-5, max_seq_len=4096)),
+    (LLAMA2, sizes_of(4096, 11008, 32, 32, 32), dict(rope_scaling={"factor": 4.0, "type": "linear"}, max_sequence_length=16384),
+     dict(norm_eps=1e-5, max_seq_len=4096, rope_factor=4.0)),
+    (LLAMA, sizes_of(4096, 11008, 32, 32), dict(vocab_size=32001, torch_dtype="float32"), dict(vocab_size=32001, dtype="float32")),  # Alpaca
+    (LLAMA, sizes_of(3200, 8640, 26, 32), {}, {}),                                                                 # OpenLLaMA 3B
+    (LLAMA2, sizes_of(4096, 14336, 32, 32, 8), dict(model_type="mistral", max_position_embeddings=32768, sliding_window=4096,
+                                                    rope_theta=10000.0, torch_dtype="bfloat16"),                                       # Mistral 0.1 and 0.2
+     dict(norm_eps=1e-5, max_seq_len=4096, dtype="bfloat16")),
+    (LLAMA2, sizes_of(4096, 14336, 32, 32, 8), dict(model_type="mistral", max_position_embeddings=32768, sliding_window=None,
+                                                    rope_theta=1e6, torch_dtype="bfloat16"),
+     dict(norm_eps=1e-5, max_seq_len=32768, rope_theta=1e6, dtype="bfloat16")),
+    (LLAMA2, sizes_of(4096, 11008, 32, 32, 4), dict(vocab_size=64000, rope_theta=5000000.0, torch_dtype="bfloat16"),  # Yi-6B
+     dict(norm_eps=1e-5, max_seq_len=4096, vocab_size=64000, rope_theta=5e6, dtype="bfloat16"))])
+def test_published_configs_m03(base, sizes, theirs, ours, tmp_path):
+    dropped = {key for key, value in theirs.items() if value is None and key != "sliding_window"}
+    named = {key: value for key, value in (base | sizes[0] | theirs).items() if key not in dropped}
+    (tmp_path / "config.json").write_text(json.dumps(named))
+    assert read_config(tmp_path) == dataclasses.replace(PLAIN, **sizes[1] | ours)
+
+
+@pytest.mark.parametrize("parts, params, vocab, ffn, ours", [
+    (1, dict(dim=4096, n_heads=32, n_layers=32, multiple_of=256, norm_eps=1e-6), 32000, 11008, {}),
+    (2, dict(dim=5120, n_heads=40, n_layers=40, multiple_of=256, norm_eps=1e-6), 32000, 13824, {}),
+    (4, dict(dim=6656, n_heads=52, n_layers=60, multiple_of=256, norm_eps=1e-6), 32000, 17920, {}),
+    (8, dict(dim=8192, n_heads=64, n_layers=80, multiple_of=256, norm_eps=1e-5), 32000, 22016, {}),
+    (8, dict(dim=8192, n_heads=64, n_kv_heads=8, n_layers=80, multiple_of=4096, ffn_dim_multiplier=1.3, norm_eps=1e-5), 32000, 28672,
+     dict(n_kv_heads=8)),                                                                                          # Llama 2 70B
+    (1, dict(dim=4096, n_heads=32, n_layers=32, multiple_of=256, ffn_dim_multiplier=1.0, norm_eps=1e-5, rope_theta=1000000), 32016, 11008,
+     dict(rope_theta=1e6)),                                                                                        # CodeLlama 7B, 34B
+    (4, dict(dim=8192, n_heads=64, n_kv_heads=8, n_layers=48, multiple_of=256, ffn_dim_multiplier=1.0, norm_eps=1e-5, rope_theta=1000000),
+     32000, 22016, dict(n_kv_heads=8, rope_theta=1e6))])
+def test_published_params_m04(parts, params, vocab, ffn, ours, tmp_path):
+    dim, heads = params["dim"], params["n_heads"]
+    D, multiple = dim // heads, params["multiple_of"]
+    width = int(params.get("ffn_dim_multiplier", 1) * int(2 * 4 * dim / 3))
+    assert (width + multiple - 1) // multiple * multiple == ffn  # Meta's rule, which the files need not be asked by
+    rows = {"attention.wq": (heads * D, dim), "attention.wk": (params.get("n_kv_heads", heads) * D, dim), "feed_forward.w1": (ffn, dim)}
+    shapes = {f"layers.0.{name}.weight": (height // parts, width) for name, (height, width) in rows.items()}
+    shapes |= {"tok_embeddings.weight": (vocab, dim // parts), "output.weight": (vocab // parts, dim)}
+    for n in range(parts):  # one number each, spread over the shape
+        part = {name: torch.zeros((), dtype=torch.float16).expand(shape) for name, shape in shapes.items()}
+        torch.save(part, tmp_path / f"consolidated.{n:02d}.pth")
+    (tmp_path / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
+    sizes = dict(dim=dim, n_heads=heads, n_kv_heads=heads, n_layers=params["n_layers"], head_dim=D, ffn_dim=ffn, vocab_size=vocab,
+                 norm_eps=params["norm_eps"])
+    assert read_config(tmp_path) == dataclasses.replace(PLAIN, **sizes | ours)
+
+
+@pytest.mark.parametrize("keys, sentence", [
+    (dict(model_type="gpt2"), "model_type 'gpt2' is not a LLaMA"), (dict(model_type="gemma"), "model_type 'gemma' is not a LLaMA"),
+    (dict(model_type="qwen2"), "model_type 'qwen2' is not a LLaMA"), (dict(model_type="Yi"), "model_type 'Yi' is not a LLaMA"),
+    (dict(attention_bias=True), "attention_bias = True, which is not supported"), (dict(mlp_bias=True), "mlp_bias = True"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "scaling 'llama3' is not supported"),
+    (dict(rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}), "scaling 'llama3' is not supported"),
+    (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "scaling 'dynamic' is not supported"),
+    (dict(rope_scaling={"type": "yarn", "factor": 2.0}), "scaling 'yarn' is not supported"),
+    (dict(quantization_config={"quant_method": "gptq"}), "is quantized: open it with quantize.load")])
+def test_other_architectures_are_refused_by_name(keys, sentence, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA2 | keys))
+    with pytest.raises(ValueError, match=sentence) as error:
+        Llama.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_names_must_agree_m12_m10(tmp_path):
     model, lost, embedding = tiny(), "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
     fine = rewrite(saved(tmp_path / "a"), lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
@@ -688,6 +910,8 @@ def test_names_must_agree_m12_m10(tmp_path):
 
 
 def test_meta_layouts_m01_m04(tmp_path):
+    grouped = tiny()  # two key heads, one a part
+    assert same(Llama.from_pretrained(write_meta(grouped, tmp_path / "grouped", 2)), grouped)
     for sizes in ({}, dict(tie_embeddings=True)):
         model, at = tiny(n_kv_heads=4, **sizes), tmp_path / str(len(sizes))
         at.mkdir()
@@ -725,6 +949,62 @@ def test_loading_holds_one_tensor_at_a_time(layout, tmp_path, monkeypatch):
         return call
     monkeypatch.setattr(M, "read_tensors", lambda *args: {name: watched(get) for name, get in read(*args).items()})
     assert same(Llama.from_pretrained(tmp_path / layout), model) and len(alive) == 16
+
+
+WATCHED_LOAD = """
+import os, sys, threading
+import torch
+from model import DTYPES, Llama, LlamaConfig
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon:")) * 1024
+
+with torch.device("meta"):  # the first time, PyTorch imports 70 MB of Python for it
+    Llama(LlamaConfig())
+for directory, dtype in zip(sys.argv[1::2], sys.argv[2::2]):
+    if os.fork() == 0:  # a process for each: what one load leaves behind would hide the peak of the next
+        start, seen, done = anonymous(), [], threading.Event()
+        def watch():
+            while not done.wait(0.0005):
+                seen.append(anonymous())
+        thread = threading.Thread(target=watch)
+        thread.start()
+        model = Llama.from_pretrained(directory, DTYPES[dtype])
+        seen.append(anonymous())  # a busy machine may not have let the other thread look
+        done.set()
+        thread.join()
+        print(max(seen) - start, sum(p.nbytes for p in model.parameters()), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts anonymous memory in /proc")
+def test_loading_holds_one_copy(tmp_path):
+    """The promise is a peak of 1.15 N + 300 MB over the start, for a model of N bytes in memory. 300 MB would hide a second copy
+    of one this small (160 MB), so it gets 20: the largest matrix is 4. Matrices this small come from malloc's heap, with its holes."""
+    model = Llama(LlamaConfig(dim=512, n_layers=12, n_heads=8, n_kv_heads=8, head_dim=64, ffn_dim=1408, vocab_size=2048, max_seq_len=64))
+    tensors = {model.hf_name(name): p.detach() for name, p in model.named_parameters()}
+    model.save_pretrained(tmp_path / "safetensors")
+    model.config.dtype = "bfloat16"
+    model.save_pretrained(tmp_path / "cast")
+    model.config.dtype = "float32"
+    (tmp_path / "bin").mkdir()
+    shutil.copyfile(tmp_path / "safetensors" / "config.json", tmp_path / "bin" / "config.json")
+    torch.save(tensors, tmp_path / "bin" / "pytorch_model.bin")
+    write_meta(model, tmp_path / "meta", 2)
+    layouts = ("safetensors", "cast", "bin", "meta")
+    try:
+        words = [word for name in layouts for word in (str(tmp_path / name), "fp32")]
+        out = subprocess.run([sys.executable, "-c", WATCHED_LOAD, *words], cwd=Path(M.__file__).parent, capture_output=True, text=True,
+                             check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
+    finally:
+        for name in layouts:  # pytest keeps the folders of three runs
+            shutil.rmtree(tmp_path / name)
+    for name, line in zip(layouts, out.splitlines(), strict=True):
+        peak, held = map(int, line.split())
+        assert held == sum(p.nbytes for p in model.parameters()) > 140e6, name
+        assert 0.9 * held < peak < 1.15 * held + 20e6, f"{name}: {peak / 1e6:.0f} MB for {held / 1e6:.0f}"
 
 
 def test_a_model_with_adapters_is_not_saved_as_plain(tmp_path):
