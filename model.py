@@ -5,6 +5,9 @@ RMSNorm before each half of a block (Zhang & Sennrich 2019), rotary positions (S
 grouped-query attention (Ainslie et al. 2023), no biases.
 
     python model.py DIR "Once upon a time" [--max_new_tokens 200 --temperature 0]     prints prompts and their continuations
+    python model.py out/ppo --chat "Write a story about a fox and a kite."             answers by the directory's prompt template
+    python model.py DIR|SHAPE --benchmark [--batch 1 16 --dtype bf16 --compile]        tokens/s and the memory bandwidth in use
+    python model.py convert IN OUT                                                     Meta's layout to Hugging Face's, or back
 
 Names are those of Meta's own files (wq, w1, tok_embeddings, ...), so a checkpoint maps name by name. The one trap is rotary
 embedding: Meta's files rotate neighbouring pairs (0,1) (2,3) ..., Hugging Face's rotate the two halves (0,D/2) (1,D/2+1) ...
@@ -26,7 +29,9 @@ import mmap
 import os
 import platform
 import re
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +91,16 @@ class LlamaConfig:
             raise ValueError(f"config: head_dim {self.head_dim} is odd, rotary embedding needs pairs")
         if self.dtype not in DTYPES:
             self.dtype = "float32"  # float64 and the like
+
+
+def shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int, vocab_size: int = 32000, context: int = 2048) -> LlamaConfig:
+    return LlamaConfig(dim, n_layers, n_heads, n_kv_heads, dim // n_heads, ffn_dim, vocab_size, context)
+
+
+# To measure with, and LLaMA's own (Touvron et al. 2023, table 2). big is TinyLlama-1.1B.
+SHAPES = {"tiny": shape(256, 6, 8, 4, 704, 2048), "small": shape(512, 8, 8, 8, 1376), "mid": shape(768, 12, 12, 12, 2048),
+          "big": shape(2048, 22, 32, 4, 5632), "7B": shape(4096, 32, 32, 32, 11008), "13B": shape(5120, 40, 40, 40, 13824),
+          "33B": shape(6656, 60, 52, 52, 17920), "65B": shape(8192, 80, 64, 64, 22016), "70B": shape(8192, 80, 64, 8, 28672, 32000, 4096)}
 
 
 # ---- transformer ----------------------------------------------------------------------------------------------------
@@ -376,7 +391,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, head: bool = True, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        self.fused = False
+        self.fused = self.graphs = False
         self.grad_checkpoint = False  # recompute each block in backward instead of keeping its activations
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -416,6 +431,12 @@ class Llama(nn.Module):
             self.output = joined([self.output], rows) or self.output
         self.fused = True
         return self
+
+    def compile_decode(self) -> None:
+        """torch.compile the step of one token. On CUDA as a graph, which needs the same shapes and addresses at every step:
+        there each step looks at all slots of the cache, and a mask hides those that are empty."""
+        self.graphs = self.device.type == "cuda"
+        self.decode = torch.compile(self.decode, dynamic=not self.graphs, mode="reduce-overhead" if self.graphs else None)
 
     @property
     def device(self) -> torch.device:
@@ -516,6 +537,9 @@ class Llama(nn.Module):
         longest = max(len(prompts[i]) for i in rows)
         tokens = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in rows], device=device)  # (B, T)
         cache = KVCache(self.config, len(rows), max(len(prompts[i]) + limit[i] for i in rows), self.norm.weight.dtype, device)
+        if self.graphs:
+            for kv in cache.kv:
+                torch._dynamo.mark_static_address(kv)  # else a graph may not write to it
         seen = None
         if repetition_penalty != 1.0:
             seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
@@ -549,8 +573,9 @@ class Llama(nn.Module):
                 cache.keep(kept)
                 seen = seen[kept] if seen is not None else None
             # A finished row that stays for now runs on unreported; locate() keeps it inside its own cache row.
-            slots = max(len(prompts[i]) + made[i] for i in rows)
-            even = all(len(prompts[i]) + made[i] == slots for i in rows)
+            ends = [len(prompts[i]) + made[i] for i in rows]
+            slots = cache.kv[0].shape[2] if self.graphs else max(ends)
+            even = min(ends) == slots
             x = self.decode(token, cache, length, slots, even)  # (B, C)
             length = length + 1
 
@@ -1049,36 +1074,171 @@ def config_to_hf(config: LlamaConfig, architecture: str) -> dict:
             "eos_token_id": config.eos_id, "torch_dtype": config.dtype, "dtype": config.dtype, **config.extra}
 
 
+# ---- converting -----------------------------------------------------------------------------------------------------
+
+def write_meta(model: Llama, directory: Path) -> None:
+    """params.json and one consolidated.00.pth, wq and wk brought back into Meta's order, a tied head written out."""
+    c, dim = model.config, model.config.dim
+    if c.rope_factor != 1.0:
+        raise ValueError(f"rotary scaling by {c.rope_factor} has no place in Meta's params.json: keep the Hugging Face layout")
+    tensors = {}
+    for name, p in model.named_parameters():
+        t = p.detach().to("cpu", DTYPES[c.dtype])
+        if name.endswith(("wq.weight", "wk.weight")):  # the inverse of join_meta's
+            t = t.view(-1, 2, c.head_dim // 2, t.shape[1]).transpose(1, 2).reshape(t.shape)
+        tensors[name] = t
+    tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
+    # Meta's code derives the feed-forward's width: 8/3 dim, times ffn_dim_multiplier, up to the next multiple_of.
+    multiple = next((m for m in (256, 512, 1024, 2048, 4096, 128, 64, 32, 16, 8, 4, 2) if -(int(8 * dim / 3) // -m) * m == c.ffn_dim), None)
+    width = {"multiple_of": multiple} if multiple else {"multiple_of": 1, "ffn_dim_multiplier": (c.ffn_dim + 0.5) / int(8 * dim / 3)}
+    params = {"dim": dim, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads, "vocab_size": c.vocab_size,
+              "norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "max_seq_len": c.max_seq_len} | width
+    if c.head_dim != dim // c.n_heads:
+        params["head_dim"] = c.head_dim
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / "consolidated.00.pth.tmp"
+    torch.save(tensors, temporary)
+    os.replace(temporary, directory / "consolidated.00.pth")
+    write_file(directory / "params.json", json.dumps(params, indent=1).encode())
+
+
+@torch.no_grad()
+def convert(argv: list[str]) -> None:
+    """`python model.py convert IN OUT`: from Meta's layout to Hugging Face's or back, same dtype, compared afterwards."""
+    parser = argparse.ArgumentParser(prog="model.py convert", description="Write a model in the other layout: Meta's becomes Hugging Face's, Hugging Face's becomes Meta's (one part).")
+    parser.add_argument("source", type=Path, metavar="IN", help="weights directory to read")
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory to write, new or empty")
+    args = parser.parse_args(argv)
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"{args.out} is there already and not empty: name a new directory")
+    to_meta = (args.source / "config.json").exists()
+    tokenizer = Tokenizer(args.source)
+    model = Llama.from_pretrained(args.source).eval()
+    tokens = torch.arange(min(64, model.config.max_seq_len))[None] % model.config.vocab_size  # (1, T), a fixed text
+    before = model(tokens)
+    if to_meta:
+        write_meta(model, args.out)
+        write_file(args.out / "tokenizer.model", tokenizer.proto)
+    else:
+        model.save_pretrained(args.out)
+        tokenizer.save(args.out)
+    del model  # never two
+    if not torch.equal(Llama.from_pretrained(args.out).eval()(tokens), before):
+        raise ValueError(f"{args.out} does not give the logits of {args.source}: this is a fault of ours, do not use it")
+    print(f"wrote {args.out} in {'Meta' if to_meta else 'Hugging Face'} layout, {before.shape[1]} tokens have the same logits to the bit")
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+def read_bandwidth(device) -> float:
+    """Bytes a second that this machine reads, by the dot product of two vectors far larger than any cache; median of 5."""
+    a, b = (torch.ones(2**27, device=device) for _ in range(2))
+    times = []
+    for _ in range(6):
+        started = time.perf_counter()
+        torch.dot(a, b).item()
+        times.append(time.perf_counter() - started)
+    return 2 * a.nbytes / statistics.median(times[1:])
+
+
+def benchmark(model: Llama, batches: list[int], prompt: int, new: int, repeats: int = 3) -> list[dict]:
+    """Time prefill and decode of random prompts, greedy, EOS ignored. The weights a step reads are every matrix but the
+    embedding, of which it reads one row. Medians; call it on a fused model."""
+    c = model.config
+    per_layer = c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.ffn_dim
+    read = (c.n_layers * per_layer + c.vocab_size * c.dim) * model.norm.weight.dtype.itemsize
+    bandwidth, rows = read_bandwidth(model.device), []
+    for batch in batches:
+        prompts = torch.randint(3, c.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).tolist()
+
+        def seconds(tokens: int) -> float:
+            times = []
+            for _ in range(repeats):
+                started = time.perf_counter()
+                model.generate(prompts, tokens, temperature=0, eos_id=-1)
+                times.append(time.perf_counter() - started)
+            return statistics.median(times)
+
+        model.generate(prompts, min(8, new), temperature=0, eos_id=-1)  # warms up, and compiles
+        prefill, whole = seconds(1), seconds(new)
+        decode = (new - 1) / (whole - prefill)  # steps a second
+        row = {"batch": batch, "prompt": prompt, "new": new, "prefill_ms": prefill * 1e3, "prefill_tokens_per_second": batch * prompt / prefill,
+               "decode_tokens_per_second": batch * decode, "tokens_per_second": batch * new / whole, "weights_bytes_per_second": read * decode,
+               "read_bandwidth": bandwidth, "share": read * decode / bandwidth}
+        rows.append(row)
+        print(f"batch {batch:3d} | prefill {prompt} tokens {row['prefill_ms']:.0f} ms, {row['prefill_tokens_per_second']:,.0f} tokens/s | decode {row['decode_tokens_per_second']:,.1f} tokens/s, "
+              f"with prefill {row['tokens_per_second']:,.1f} | weights {read / 1e6:,.0f} MB a step, {row['weights_bytes_per_second'] / 1e9:.1f} GB/s, "
+              f"{100 * row['share']:.0f} % of the {bandwidth / 1e9:.1f} GB/s that torch.dot reads", flush=True)
+    return rows
+
+
+def random_model(config: LlamaConfig, dtype: torch.dtype, device, head: bool = True) -> Llama:
+    """A model of random weights, made in `dtype`: for speed they are as good as others."""
+    with torch.device("meta"):
+        model = Llama(config, head)
+    model = model.to(dtype).to_empty(device=device)
+    model.init_weights()
+    model.make_rope()
+    return model
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Continue prompts with a LLaMA.")
-    parser.add_argument("directory", help="weights directory, Hugging Face or Meta layout")
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="text to continue; several are continued one after the other")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="longest continuation in tokens")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+def main(argv: list[str] | None = None) -> list[dict] | None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["convert"]:
+        return convert(argv[1:])
+    parser = argparse.ArgumentParser(description="Continue prompts with a LLaMA, or measure its speed. `model.py convert IN OUT` changes between Meta's and Hugging Face's layout.")
+    parser.add_argument("directory", help=f"weights directory, Hugging Face or Meta layout; for --benchmark also a shape with random weights: {' '.join(SHAPES)}")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; several are continued one after the other")
+    parser.add_argument("--chat", action="store_true", help="each PROMPT is an instruction: put it into the directory's prompt template, print the answer alone")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="longest continuation in tokens (200)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1)")
     parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens (0 = all)")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens that make up this probability (1 = all)")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes tokens already seen less likely")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes tokens already seen less likely (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: bf16 on CUDA, fp32 elsewhere")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda where there is one, else cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the step of one token: starts some 15 s later, then small models are faster; on CUDA with graphs")
+    parser.add_argument("--benchmark", action="store_true", help="print tokens/s of prefill and decode, and the share of the memory bandwidth in use")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="rows of the benchmark's batches, one figure each (1)")
     args = parser.parse_args(argv)
 
     check_sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)  # before minutes of loading
+    if args.benchmark and args.prompts or not (args.benchmark or args.prompts):
+        raise ValueError("give at least one PROMPT, or --benchmark without any (see --help)")
+    if min(args.batch) < 1:
+        raise ValueError(f"--batch {min(args.batch)} is no number of rows: it must be at least 1")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    dtype = ("bf16" if device == "cuda" else "fp32") if args.dtype == "auto" else args.dtype
-    config = read_config(args.directory)
-    tokenizer = Tokenizer(args.directory)
-    check_tokenizer(tokenizer, config)
-    model = Llama.from_pretrained(args.directory, DTYPES[dtype], device).eval()
+    dtype = DTYPES[("bf16" if device == "cuda" else "fp32") if args.dtype == "auto" else args.dtype]
+    if args.benchmark and args.directory in SHAPES and not Path(args.directory).exists():
+        model = random_model(SHAPES[args.directory], dtype, device).eval()
+    else:
+        config = read_config(args.directory)
+        tokenizer = Tokenizer(args.directory)
+        check_tokenizer(tokenizer, config)
+        model = Llama.from_pretrained(args.directory, dtype, device).eval()
+    model.fuse(max(args.batch) if args.benchmark else 1)
+    if args.compile:
+        model.compile_decode()
+    if args.benchmark:
+        context = model.config.max_seq_len
+        print(f"{args.directory} {str(dtype).removeprefix('torch.')} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        return benchmark(model, args.batch, min(32, context // 4), min(128, context // 2))
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in args.prompts:
-        ids = tokenizer.encode(prompt)
+        if args.chat:
+            import data  # here, not above: the model itself needs nothing of ours
+            name = read_template(args.directory)
+            template = data.TEMPLATES[name if name in data.TEMPLATES else "plain"]
+            ids, shown = data.encode_prompt([{"role": "user", "content": prompt}], tokenizer, template), []
+        else:
+            ids = shown = tokenizer.encode(prompt)
         steps = model.generate_steps([ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.eos_id,
                                      generator, args.repetition_penalty)
         # Decoding prompt and answer as one stream keeps the space between them.
-        for piece in tokenizer.stream(itertools.chain(ids, (token for _, new in steps for token in new))):
+        for piece in tokenizer.stream(itertools.chain(shown, (token for _, new in steps for token in new))):
             print(piece, end="", flush=True)
         print()
 
@@ -1089,3 +1249,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         print(f"model.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=2 sft.py                     the same on two processes, the same losses
     python sft.py --pretrain LLAMA_DIR --dataset alpaca_data.json       fine-tune real weights
     python sft.py --pretrain LLAMA_DIR --dataset alpaca_data.json --lora_rank 16 --batch_size 1 --accumulation_steps 8
+    python sft.py --benchmark mid [--dtype bf16 --compile]              how long an update takes on this machine
 
 Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), section 3.5, first step. What matters and is easy to get wrong:
 
@@ -37,7 +38,7 @@ import data
 import lora
 import zero
 from data import demo
-from model import DTYPES, Linear, Llama, LlamaConfig, Tokenizer, check_tokenizer, cpu_has_bf16, read_template, write_file
+from model import DTYPES, SHAPES, Linear, Llama, LlamaConfig, Tokenizer, check_tokenizer, cpu_has_bf16, read_template, write_file
 
 # The demo's preset, used only when the input is the demo world; real weights get FINETUNE.
 DEMO = {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "lr": 2e-3, "batch_size": 16, "accumulation_steps": 1, "max_epochs": 2, "max_len": 160, "weight_decay": 0.1}
@@ -531,7 +532,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_len", type=whole(2), help="longest example in tokens; longer ones are cut (512, or the model's context)")
     parser.add_argument("--eval_size", type=whole(0), default=128, help="records held out for the evaluation loss, at most a tenth of all")
     parser.add_argument("--eval_interval", type=whole(0), default=0, help="updates between two evaluations (0 = at the end only)")
+    parser.add_argument("--benchmark", choices=sorted(SHAPES), metavar="SHAPE", help=f"train nothing, time updates of a model of random weights on random tokens: {' '.join(SHAPES)}")
     args = parser.parse_args(argv)
+    if args.benchmark:
+        return args
     if args.pretrain is None and args.dataset is not None:
         raise ValueError("--dataset needs --pretrain: without weights, only the demo is trained from scratch")
     if args.pretrain is None and args.lora_rank:
@@ -566,9 +570,41 @@ def read_examples(args: argparse.Namespace, tokenizer: Tokenizer, world: zero.Wo
     return data.split_held_out(examples, args.eval_size, args.seed)
 
 
+def benchmark(args: argparse.Namespace, world: zero.World, repeats: int = 7) -> dict:
+    """Time whole updates (forward, backward, clipping, AdamW) on random tokens, every one but the first a target."""
+    dtype = compute_dtype(args, world)
+    resolve(args, {"batch_size": 4 if args.benchmark == "mid" else 8, "max_len": 256, "accumulation_steps": 1, "weight_decay": 0.0, "lr": 1e-4})
+    model = Llama(SHAPES[args.benchmark]).to(world.device).train()
+    if args.lora_rank:
+        add_adapters(model.to(dtype), args)
+        model.make_rope()
+    set_up(model, args)
+    optimizer = make_optimizer(model, args, dtype)
+    B, T = args.batch_size, args.max_len
+    tokens = torch.randint(3, model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(args.seed + world.rank))
+    target = torch.ones(B, T, dtype=torch.bool)
+    target[:, 0] = False
+    seconds = []
+    for step in range(-2, repeats):  # two to warm up, and compile
+        started = time.perf_counter()
+        for micro in range(args.accumulation_steps):
+            loss = lm_loss(model, tokens, target) / (B * (T - 1) * args.accumulation_steps * world.world)
+            optimizer.backward(loss, last=micro == args.accumulation_steps - 1)
+        optimizer.flush()
+        optimizer.step(args.lr)  # waits for the device
+        seconds += [time.perf_counter() - started] if step >= 0 else []
+    seconds = sorted(seconds)[len(seconds) // 2]
+    figures = {"seconds": seconds, "tokens_per_second": B * T * args.accumulation_steps * world.world / seconds, "peak_memory_bytes": zero.peak_memory_bytes(world.device)}
+    say(world, f"{args.benchmark} {str(dtype).removeprefix('torch.')}{' compiled' if args.compile else ''}, {args.accumulation_steps} x {B} x {T} tokens x {world.world} processes: {1e3 * seconds:.0f} ms an update (median of {repeats}), "
+               f"{figures['tokens_per_second']:,.0f} tokens/s, peak memory {figures['peak_memory_bytes'] / 1e9:.2f} GB")
+    return figures
+
+
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     world = zero.start(args.device, args.strategy)
+    if args.benchmark:
+        return benchmark(args, world)
     is_demo = args.pretrain is None
     check_save_path(args)
     tokenizer = open_tokenizer(args, args.pretrain, world)

@@ -327,6 +327,13 @@ def test_fused_is_plain(monkeypatch, dtype, has_bf16):
             fused.save_pretrained("nowhere")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_are_the_same():
+    plain, compiled = tiny(n_layers=1), tiny(n_layers=1).fuse()
+    compiled.compile_decode()
+    assert compiled.generate(PROMPTS[:2], 20, 0, eos_id=-1) == plain.generate(PROMPTS[:2], 20, 0, eos_id=-1)
+
+
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2 ** -8)])
 def test_packed_is_the_product(dtype, bound):
     g = torch.Generator().manual_seed(0)
@@ -512,6 +519,67 @@ def saved(directory: Path, **sizes) -> Path:
 def same(a: Llama, b: Llama) -> bool:
     pairs = list(zip(a.named_parameters(), b.named_parameters(), strict=True))
     return all(n == m and torch.equal(p, q) and p.dtype == q.dtype for (n, p), (m, q) in pairs) and torch.equal(a.cos, b.cos)
+
+
+@needs_real
+def test_convert_there_and_back(tmp_path, capsys):
+    for source, out, layout in (("meta-mp2", "hf", "Hugging Face"), ("hf-sharded", "meta", "Meta")):
+        M.main(["convert", str(STORIES / source), str(tmp_path / out)])
+        assert f"in {layout} layout, 64 tokens have the same logits to the bit" in capsys.readouterr().out
+    first, back = torch.load(STORIES / "meta" / "consolidated.00.pth", weights_only=True), torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
+    assert all(torch.equal(first[name], back[name]) for name in first if "rope" not in name) and "output.weight" in back
+    theirs, ours = (json.loads((folder / "params.json").read_text()) for folder in (STORIES / "meta", tmp_path / "meta"))
+    assert all(ours[key] == theirs[key] for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps"))
+    assert -(int(8 * 64 / 3) // -ours["multiple_of"]) * ours["multiple_of"] == 172  # as Meta's code has it
+    M.main([str(tmp_path / "meta"), "Once upon a time", "--temperature", "0", "--max_new_tokens", "200"])
+    assert capsys.readouterr().out.strip() == (STORIES / "greedy.txt").read_text().strip()
+    with pytest.raises(ValueError, match="not empty: name a new directory"):
+        M.main(["convert", str(STORIES / "hf"), str(tmp_path / "meta")])
+
+
+@pytest.mark.parametrize("name, ffn", [("7B", 11008), ("13B", 13824), ("70B", 28672), ("mid", 2048), ("tiny", 704)])
+def test_width_that_metas_code_derives(name, ffn, tmp_path):
+    c = dataclasses.replace(M.SHAPES[name], n_layers=1, vocab_size=8)
+    with torch.device("meta"):
+        model = Llama(c)
+    model.named_parameters = lambda: [("tok_embeddings.weight", torch.zeros(8, 2))]  # the numbers do not matter here
+    M.write_meta(model, tmp_path)
+    p = json.loads((tmp_path / "params.json").read_text())
+    hidden = int(p.get("ffn_dim_multiplier", 1) * int(2 * 4 * p["dim"] / 3))  # llama/model.py of Meta's release
+    assert p["multiple_of"] * ((hidden + p["multiple_of"] - 1) // p["multiple_of"]) == ffn == c.ffn_dim
+
+
+def test_benchmark_counts_what_it_says(capsys, monkeypatch):
+    """V19: one number for everything. A model whose steps take as long as the clock of the test says."""
+    model, clock = tiny(), itertools.count()
+    monkeypatch.setattr(M, "read_bandwidth", lambda device: 1e6)
+    made = []
+    model.generate = lambda prompts, new, **how: made.append((len(prompts), len(prompts[0]), new, how))
+    ticks = []
+    monkeypatch.setattr(M.time, "perf_counter", lambda: ticks.append(made[-1][2] * 0.001 + 0.009 if made and len(ticks) % 2 else 0.0) or ticks[-1])
+    (row,) = M.benchmark(model, [4], 5, 101, repeats=1)
+    assert [m[:3] for m in made] == [(4, 5, 8), (4, 5, 1), (4, 5, 101)] and all(m[3] == {"temperature": 0, "eos_id": -1} for m in made)
+    read = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name != "tok_embeddings.weight") * 4
+    expected = {"prefill_ms": 10, "prefill_tokens_per_second": 2000, "decode_tokens_per_second": 4000, "tokens_per_second": 404 / 0.11, "weights_bytes_per_second": read * 1000, "share": read * 1e-3}
+    assert {key: row[key] for key in expected} == pytest.approx(expected)
+    assert "decode 4,000.0 tokens/s" in capsys.readouterr().out
+
+
+def test_chat_and_benchmark_command(tmp_path, capsys, monkeypatch):
+    Tokenizer(DEMO).save(saved(tmp_path / "m", vocab_size=Tokenizer(DEMO).vocab_size), "alpaca", "")
+    asked = []
+    monkeypatch.setattr(Llama, "generate_steps", lambda self, prompts, *rest: asked.append(prompts[0]) or iter([([0], Tokenizer(DEMO).encode("a fox", bos=False)[:1])]))
+    M.main([str(tmp_path / "m"), "Write a story about a fox.", "--chat"])
+    assert "### Instruction:\nWrite a story about a fox.\n\n### Response:" in Tokenizer(DEMO).decode(asked[0]) and asked[0][0] == 1
+    assert "Instruction" not in capsys.readouterr().out  # the answer alone
+    monkeypatch.undo()
+    monkeypatch.setattr(M, "read_bandwidth", lambda device: 1e9)
+    rows = M.main([str(tmp_path / "m"), "--benchmark", "--batch", "1", "3", "--dtype", "bf16"])
+    assert [row["batch"] for row in rows] == [1, 3] and all(row["decode_tokens_per_second"] > 0 for row in rows)
+    for wrong, words in ((["x"], "does not exist|not a directory"), ([str(tmp_path / "m")], "at least one PROMPT"), ([str(tmp_path / "m"), "--benchmark", "--batch", "0"], "at least 1"),
+                         ([str(tmp_path / "m"), "hello", "--benchmark"], "without any")):
+        with pytest.raises((ValueError, OSError), match=words):
+            M.main([*wrong, *(["hello"] if wrong == ["x"] else [])])
 
 
 @needs_real

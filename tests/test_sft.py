@@ -291,6 +291,19 @@ def test_skipped_step_is_logged_as_json(base, tmp_path, monkeypatch):
     assert losses(tmp_path, "skipped") == [1, 2]
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_learn_the_same(base, tmp_path):
+    for name, flags in (("plain", ()), ("compiled", ("--compile",))):
+        run(base, tmp_path / name, "--max_steps", 3, "--log_interval", 1, *flags)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+def test_benchmark_times_updates(capsys, monkeypatch):
+    monkeypatch.setitem(sft.SHAPES, "tiny", LlamaConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=16, vocab_size=50, max_seq_len=64))
+    figures = sft.main(["--benchmark", "tiny", "--max_len", "32", "--batch_size", "2", "--accumulation_steps", "3"])
+    assert figures["tokens_per_second"] == pytest.approx(2 * 3 * 32 / figures["seconds"]) and "3 x 2 x 32 tokens" in capsys.readouterr().out
+
+
 def test_recomputed_activations_change_nothing(base, tmp_path):
     for name, more in (("plain", ()), ("again", ("--grad_checkpoint", "--strategy", "naive"))):
         run(base, tmp_path / name, "--lora_rank", 2, "--lora_dropout", 0.1, *more)
