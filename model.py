@@ -243,11 +243,12 @@ def joined(linears: list[nn.Module], rows: int) -> nn.Module | None:
     if any(type(linear) is not Linear for linear in linears):
         return None  # an adapter, or quantized
     weight = linears[0].weight
-    quick = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and (rows <= 2 or linears[0].cpu_has_bf16)
-    # A call of oneDNN's kernel costs 25 us; what it gains is small for one row in fp32, where PyTorch's own kernel is good.
-    least = 2**24 if weight.dtype == torch.float32 and rows == 1 else 2**21
-    large = sum(linear.weight.nbytes for linear in linears) >= least
-    if weight.device.type == "cpu" and quick and large and torch.backends.mkldnn.is_available():
+    if weight.dtype == torch.float32:
+        pays = rows > 1  # for one row PyTorch's own kernel reads as fast
+    else:
+        pays = weight.dtype == torch.bfloat16 and (rows <= 2 or linears[0].cpu_has_bf16)
+    large = sum(linear.weight.nbytes for linear in linears) >= 2**21  # a call of oneDNN's kernel costs 25 us
+    if pays and large and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return Packed(linears)
     if len(linears) == 1:
         return linears[0]
