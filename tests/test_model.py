@@ -193,6 +193,19 @@ def test_norm_gradient_by_hand_is_autograds(dtype, bound):
         assert a.dtype == dtype and (a.double() - b).abs().max() <= bound * b.abs().max()
 
 
+def test_swiglu_gradient_by_hand_is_autograds():
+    g = torch.Generator().manual_seed(0)
+    gate, up, dy = (torch.randn(3, 5, generator=g) * 3 for _ in range(3))
+    exact = [t.double().requires_grad_() for t in (gate, up)]
+    want = exact[0] / (1 + torch.exp(-exact[0])) * exact[1]
+    want.backward(dy.double())
+    ours = [t.requires_grad_() for t in (gate, up)]
+    y = M.SwiGLUFunction.apply(*ours)
+    y.backward(dy)
+    for a, b in ((y, want), (ours[0].grad, exact[0].grad), (ours[1].grad, exact[1].grad)):
+        assert (a.double() - b).abs().max() < 1e-6 * b.abs().max()
+
+
 def test_wide_products_are_bf16_products_rounded_once():
     g = torch.Generator().manual_seed(0)
     x, weight, dy = torch.randn(3, 7, 64, generator=g), torch.randn(48, 64, generator=g), torch.randn(3, 7, 48, generator=g)
