@@ -51,7 +51,11 @@ Departures: a reduce-scatter is direct messages and a local sum in rank order, s
 loss is already divided by the number of tokens over all processes); the fp32 gradient, see above; epsilon as torch has it.
 """
 
+import argparse
+import json
 import os
+import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -248,6 +252,12 @@ def fused_adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, low: Tensor | None, 
             low[span].copy_(p[span])
 
 
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Of a flat tensor. On a CPU in chunks: torch adds a long vector up in a few fp32 sums, and is 5e-4 off after 12 million."""
+    chunks = x.split(2**16) if x.device.type == "cpu" else [x]
+    return torch.stack([torch.dot(chunk, chunk) for chunk in chunks]).sum()
+
+
 @dataclass
 class Bucket:
     names: list[str]
@@ -423,7 +433,7 @@ class ZeRO2:
         self.flush()
         if self.crossing is not None:
             self.crossing.land_all()
-        squares = torch.stack([torch.linalg.vector_norm(bucket.grad) for bucket in self.buckets]).square().sum()
+        squares = torch.stack([sum_of_squares(bucket.grad) for bucket in self.buckets]).sum()
         if self.sharded:
             squares = squares.to(self.device)
             dist.all_reduce(squares)
@@ -688,3 +698,201 @@ class Timeline:
             what = what if bucket is None else f"bucket {bucket} {what}, {elements:,} elements"
             lines.append(f"{ms:9.1f} ms  {what:<50}{under_way / 1e6:9.1f} MB under way")
         return "\n".join(lines)
+
+
+# ---- the memory plan ------------------------------------------------------------------------------------------------
+
+SHAPES = {  # dim, layers, heads, key/value heads, feed-forward, vocabulary; Touvron et al. 2023, table 2, but for the first
+    "mid": (768, 12, 12, 12, 2048, 32000), "7B": (4096, 32, 32, 32, 11008, 32000), "13B": (5120, 40, 40, 40, 13824, 32000),
+    "30B": (6656, 60, 52, 52, 17920, 32000), "65B": (8192, 80, 64, 64, 22016, 32000)}
+CARDS = (8, 12, 16, 24, 32, 40, 80)  # GiB
+
+
+class Size(NamedTuple):
+    """What the plan must know of a model: LLaMA's widths, and how many of its parameters are trained."""
+    dim: int
+    n_layers: int
+    q_dim: int        # query heads x head width
+    kv_dim: int
+    ffn_dim: int
+    vocab: int        # rows of the head; 0 without one
+    total: int        # parameters
+    trained: int
+    largest: int      # elements of the largest trained parameter
+    rank: int = 0     # of adapters
+
+
+def size_of(name: str, lora_rank: int = 0) -> Size:
+    """Of a shape in SHAPES."""
+    C, L, heads, kv_heads, F, V = SHAPES[name]
+    K = C // heads * kv_heads
+    linears = [(C, C), (C, K), (C, K), (C, C), (C, F), (F, C), (C, F)]
+    total = 2 * V * C + L * (sum(i * o for i, o in linears) + 2 * C) + C
+    trained = L * sum(lora_rank * (i + o) for i, o in linears) if lora_rank else total
+    return Size(C, L, C, K, F, V, total, trained, lora_rank * F if lora_rank else V * C, lora_rank)
+
+
+def activation_bytes(size: Size, tokens: int, element: int, grad_checkpoint: bool) -> int:
+    """What a block keeps for backward, a token: both norms' input and output (4 C), rotated queries, keys, values and the
+    attention's output (2 Q + 2 K), and in the feed-forward w1 x, its silu, w3 x and their product (4 F). With gradient
+    checkpointing only the input of every block, and all of the block that is recomputed. The final norm: 2 C."""
+    block = 4 * size.dim + 2 * size.q_dim + 2 * size.kv_dim + 4 * size.ffn_dim + 7 * size.rank
+    kept = size.n_layers * size.dim + block if grad_checkpoint else size.n_layers * block
+    return tokens * element * (kept + 2 * size.dim)
+
+
+def logits_bytes(size: Size, tokens: int, element: int, rows: int = 512) -> int:
+    """`sft.HeadLoss`: so many rows of logits at a time, and the gradients of head and hidden states, which it makes in the forward."""
+    return 4 * min(tokens, rows) * size.vocab + 4 * tokens * size.dim + (4 * size.vocab * size.dim if size.trained == size.total else 0)
+
+
+class Plan(NamedTuple):
+    """Bytes of one process."""
+    device: dict[str, int]
+    cpu: dict[str, int]
+    peak: int        # most on the device at once
+    sent: int        # to other processes, a step
+    crossed: int     # between device and CPU memory, a step
+
+
+def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, grad_checkpoint: bool = False, micro_batches: int = 1, gpu: bool = True) -> Plan:
+    """tokens: of a micro-batch. element: bytes of what the model computes in. Sources beside each line."""
+    strategy = ALIASES.get(strategy, strategy)
+    shards, offload = (nproc if strategy.startswith("zero2") else 1), strategy == "zero2_cpu" and gpu
+    mine = -(-size.trained // shards)
+    master = 0 if element == 4 and not offload else 4 * mine                    # in fp32 it is a part of the weights
+    state = {"gradient": 4 * mine, "master": master, "moments": 8 * mine}       # Rajbhandari et al. 2020, section 3.1, but an fp32 gradient
+    pinned = ZeRO2.PINNED * 4 * -(-size.largest // shards)
+    # A bucket on the way: what is sent, what is received, and its sum. The largest is a matrix alone (`group`).
+    flight = size.largest * element + (size.largest * element + 4 * size.largest) // shards if shards > 1 else size.largest * element * (element < 4)
+    device = {"weights": size.total * element} | ({} if offload else state) | {
+        "buckets": flight, "activations": activation_bytes(size, tokens, element, grad_checkpoint), "logits": logits_bytes(size, tokens, element)}
+    cpu = (state if offload else {}) | ({"pinned": pinned} if offload else {})
+    # Activations are freed while gradients come: the peak is where backward begins or where it ends.
+    stays = sum(device.get(key, 0) for key in ("weights", "master", "moments"))
+    peak = stays + max(device["activations"] + device["logits"], device.get("gradient", 0)) + flight
+    share = (nproc - 1) / nproc
+    sent = share * size.trained * (element * (micro_batches + 1) if shards > 1 else 8)
+    return Plan(device, cpu, peak, int(sent), (micro_batches * (element if nproc == 1 else 4) + element) * mine if offload else 0)
+
+
+def plan_table(name: str, plans: dict[str, Plan]) -> str:
+    rows = [("", *plans)]
+    for where in ("device", "cpu"):
+        for key in dict.fromkeys(key for p in plans.values() for key in getattr(p, where)):
+            rows.append((f"{where}: {key}", *(gb(getattr(p, where).get(key, 0)) for p in plans.values())))
+    rows.append(("device: peak at once", *(gb(p.peak) for p in plans.values())))
+    rows.append(("cpu: all", *(gb(sum(p.cpu.values())) for p in plans.values())))
+    # A gigabyte for the CUDA context, cuBLAS and what the allocator cannot use.
+    rows.append(("fits a card of", *(next((f"{card} GB" for card in CARDS if p.peak + 2**30 <= card * 2**30), "none") for p in plans.values())))
+    rows.append(("sent a step", *(gb(p.sent) for p in plans.values())))
+    rows.append(("device <-> cpu a step", *(gb(p.crossed) for p in plans.values())))
+    return name + "\n" + "\n".join(f"  {row[0]:<24}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows)
+
+
+def gb(n: float) -> str:
+    return "-" if not n else f"{n / 1e9:.2f} GB"
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+def bench_adamw(n: int = 100_000_000) -> None:
+    """AdamW on n fp32 parameters with a bf16 copy, as `step` does it, beside torch's and a plain copy of as many bytes (30 a parameter)."""
+    p, g, m, v = torch.randn(n) * 0.02, torch.randn(n) * 1e-3, torch.zeros(n), torch.zeros(n)
+    low = torch.zeros(n, dtype=torch.bfloat16)
+    lone = nn.Parameter(p.clone())
+    lone.grad = g.clone()
+    reference = torch.optim.AdamW([lone], lr=1e-4, weight_decay=0.01, fused=True)
+    a, b = torch.ones(n * 30 // 8), torch.zeros(n * 30 // 8)
+    for name, work in (("ours", lambda: fused_adamw(p, g, m, v, low, 2, 1e-4, (0.9, 0.95), 1e-8, 0.01)),
+                       ("torch.optim.AdamW(fused=True) and copy_", lambda: (reference.step(), low.copy_(lone.detach()))), ("copy of the same bytes", lambda: b.copy_(a))):
+        seconds = timed(work, 1, 5)
+        print(f"AdamW on {n / 1e6:.0f} M parameters, {name}: {1000 * seconds:.0f} ms, {30 * n / seconds / 1e9:.1f} GB/s", flush=True)
+
+
+def timed(work, warm_up: int, repeats: int) -> float:
+    """Median seconds."""
+    taken = []
+    for i in range(warm_up + repeats):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[warm_up:])
+
+
+def bench_step(args: argparse.Namespace) -> None:
+    """One process of a training run on random tokens: step time and peak memory."""
+    import lora
+    import sft
+    from model import DTYPES, Llama, LlamaConfig
+    world = start("auto", args.strategy)
+    before = peak_memory_bytes(world.device)
+    C, L, heads, kv_heads, F, V = SHAPES[args.shape]
+    dtype, size = DTYPES[args.dtype], size_of(args.shape, args.lora_rank)
+    model = Llama(LlamaConfig(C, L, heads, kv_heads, C // heads, F, V, args.max_len), generator=torch.Generator().manual_seed(0)).to(world.device)
+    model.grad_checkpoint = args.grad_checkpoint
+    if args.lora_rank:
+        model.to(dtype)
+        lora.attach(model, args.lora_rank, None, 0.0, dtype=torch.float32)
+    optimizer = ZeRO2(model.named_parameters(), dtype, strategy=args.strategy, trace=args.trace)
+    tokens = torch.randint(3, V, (args.batch_size, args.max_len), generator=torch.Generator().manual_seed(world.rank))
+    target = torch.ones_like(tokens, dtype=torch.bool)
+    target[:, 0] = False
+
+    def step() -> None:
+        optimizer.backward(sft.lm_loss(model, tokens, target) / (target.sum() * world.world))
+        optimizer.step(1e-4)
+        barrier()
+
+    seconds, peak = timed(step, 2, args.steps), peak_memory_bytes(world.device)
+    if world.rank == 0:
+        planned = plan(size, args.strategy, world.world, tokens.numel(), dtype.itemsize, args.grad_checkpoint, gpu=world.device.type == "cuda").peak
+        print(json.dumps({"shape": args.shape, "strategy": args.strategy, "dtype": args.dtype, "lora_rank": args.lora_rank, "processes": world.world, "ms_per_step": round(1000 * seconds),
+                          "peak_gb": round(peak / 1e9, 2), "peak_above_start_up_gb": round((peak - before) / 1e9, 3), "planned_gb": round(planned / 1e9, 3)}), flush=True)
+    stop()
+
+
+def bench(args: argparse.Namespace) -> None:
+    """AdamW alone, then a step under each strategy, two processes that share out the cores."""
+    bench_adamw()
+    for strategy in ("ddp", "zero2", "zero2_cpu"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}", __file__, "--bench", "--strategy", strategy, "--dtype", args.dtype,
+                   "--shape", args.shape, "--batch_size", str(args.batch_size), "--max_len", str(args.max_len), "--lora_rank", str(args.lora_rank), "--steps", str(args.steps)]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.nproc))})
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="What a training run needs (--plan), and how fast the sharded optimizer is here (--bench).")
+    parser.add_argument("--plan", choices=sorted(SHAPES), help="print bytes a process needs for this LLaMA")
+    parser.add_argument("--bench", action="store_true", help="measure the AdamW step, and training steps under every strategy")
+    parser.add_argument("--nproc", type=int, help="processes (plan: 1, bench: 2)")
+    parser.add_argument("--strategy", choices=STRATEGIES, help="only this one")
+    parser.add_argument("--batch_size", type=int, help="examples a process and micro-batch (plan: 4, bench: 2)")
+    parser.add_argument("--accumulation_steps", type=int, default=1, help="micro-batches a step")
+    parser.add_argument("--max_len", type=int, help="tokens of an example (plan: 512, bench: 256)")
+    parser.add_argument("--lora_rank", type=int, default=0, help="train adapters of this rank; 0 trains all weights")
+    parser.add_argument("--grad_checkpoint", action="store_true", help="recompute activations in backward")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="to compute in")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="mid", help="model of the bench")
+    parser.add_argument("--steps", type=int, default=5, help="steps of the bench that are timed")
+    parser.add_argument("--trace", action="store_true", help="bench: print when each bucket left and arrived")
+    args = parser.parse_args(argv)
+    for key, planned, benched in (("nproc", 1, 2), ("batch_size", 4, 2), ("max_len", 512, 256)):
+        if getattr(args, key) is None:
+            setattr(args, key, planned if args.plan else benched)
+    if args.plan:
+        size, element = size_of(args.plan, args.lora_rank), 4 if args.dtype == "fp32" else 2
+        names = [args.strategy] if args.strategy else ["naive" if args.nproc == 1 else "ddp", "zero2", "zero2_cpu"]
+        plans = {name: plan(size, name, args.nproc, args.batch_size * args.max_len, element, args.grad_checkpoint, args.accumulation_steps) for name in names}
+        print(plan_table(f"LLaMA {args.plan}, {size.total / 1e9:.2f} G parameters, {size.trained / 1e6:,.1f} M trained, {args.dtype}, {args.nproc} processes, "
+                         f"micro-batches of {args.batch_size} x {args.max_len} tokens: bytes of one process", plans))
+    elif args.bench and args.strategy:
+        bench_step(args)
+    elif args.bench:
+        bench(args)
+    else:
+        parser.print_help()
+
+
+if __name__ == "__main__":
+    main()
