@@ -767,10 +767,11 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     flight = size.largest * element + (size.largest * element + 4 * size.largest) // shards if shards > 1 else size.largest * element * (element < 4)
     device = {"weights": size.total * element} | ({} if offload else state) | {
         "buckets": flight, "activations": activation_bytes(size, tokens, element, grad_checkpoint), "logits": logits_bytes(size, tokens, element)}
+    device |= {} if gpu else {"libraries": 120_000_000}                         # pages of torch and MKL that training touches first; measured
     cpu = (state if offload else {}) | ({"pinned": pinned} if offload else {})
     # Activations are freed while gradients come: the peak is where backward begins or where it ends.
     stays = sum(device.get(key, 0) for key in ("weights", "master", "moments"))
-    peak = stays + max(device["activations"] + device["logits"], device.get("gradient", 0)) + flight
+    peak = stays + max(device["activations"] + device["logits"], device.get("gradient", 0)) + flight + device.get("libraries", 0)
     share = (nproc - 1) / nproc
     sent = share * size.trained * (element * (micro_batches + 1) if shards > 1 else 8)
     return Plan(device, cpu, peak, int(sent), (micro_batches * (element if nproc == 1 else 4) + element) * mine if offload else 0)
