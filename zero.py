@@ -729,7 +729,7 @@ def size_of(name: str, lora_rank: int = 0) -> Size:
     linears = [(C, C), (C, K), (C, K), (C, C), (C, F), (F, C), (C, F)]
     total = 2 * V * C + L * (sum(i * o for i, o in linears) + 2 * C) + C
     trained = L * sum(lora_rank * (i + o) for i, o in linears) if lora_rank else total
-    return Size(C, L, C, K, F, V, total, trained, lora_rank * F if lora_rank else V * C, lora_rank)
+    return Size(C, L, C, K, F, V, total + (trained if lora_rank else 0), trained, lora_rank * F if lora_rank else V * C, lora_rank)
 
 
 def activation_bytes(size: Size, tokens: int, element: int, grad_checkpoint: bool) -> int:
@@ -845,7 +845,7 @@ def bench_step(args: argparse.Namespace) -> None:
         optimizer.step(1e-4)
         barrier()
 
-    seconds, peak = timed(step, 2, args.steps), peak_memory_bytes(world.device)
+    seconds, peak = timed(step, min(2, args.steps), args.steps), peak_memory_bytes(world.device)
     if world.rank == 0:
         planned = plan(size, args.strategy, world.world, tokens.numel(), dtype.itemsize, args.grad_checkpoint, gpu=world.device.type == "cuda").peak
         print(json.dumps({"shape": args.shape, "strategy": args.strategy, "dtype": args.dtype, "lora_rank": args.lora_rank, "processes": world.world, "ms_per_step": round(1000 * seconds),
