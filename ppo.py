@@ -285,7 +285,7 @@ def check_ratio(first: float, dtype: torch.dtype, world: zero.World) -> None:
         sft.say(world, f"warning: before the first update log-probabilities differ by {first:.3f} on average: {dtype} is too coarse for this model, try --dtype fp32")
 
 
-def update(models: Models, optimizers: tuple[zero.Optimizer, zero.Optimizer], e: Experience, ptx, examples: list, schedule: float, step: int,
+def update(models: Models, optimizers: tuple[zero.ZeRO2, zero.ZeRO2], e: Experience, ptx, examples: list, schedule: float, step: int,
            args: argparse.Namespace, world: zero.World, total, dtype: torch.dtype) -> dict:
     """Step 5: --max_epochs over the buffer in minibatches, at `schedule` times each learning rate. Returns the means of what is logged."""
     actor_opt, critic_opt = optimizers
@@ -333,7 +333,7 @@ def update(models: Models, optimizers: tuple[zero.Optimizer, zero.Optimizer], e:
     return {name: x / steps for name, x in zip(names, sums.tolist())} | {"loss/ptx_avg": total(torch.tensor([float(ptx_sum)])).item() / steps, "early_stop": early, "minibatches": steps}
 
 
-def ptx_backward(actor: Llama, optimizer: zero.Optimizer, indices: list[int], examples: list, args: argparse.Namespace, world: zero.World) -> float:
+def ptx_backward(actor: Llama, optimizer: zero.ZeRO2, indices: list[int], examples: list, args: argparse.Namespace, world: zero.World) -> float:
     """The SFT loss of one ptx batch, weighted and sent backward as the step's last micro-batch; returns this process's share."""
     targets, nll = sum(sum(examples[i][1]) for i in indices), 0.0
     for micro in data.micro_batches(indices, [len(ids) for ids, _ in examples], args.ptx_batch_size, world.rank, world.world):
@@ -515,9 +515,10 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
     updates = min(math.ceil(rollouts / args.update_timesteps), args.max_steps or 10**9)
     step = first = drawn = prompts_seen = ptx_seen = 0  # drawn: rollouts so far
     if args.resume:
-        meta, state, _ = sft.load_checkpoint(args.save_path, world, marks)
+        meta, states, _ = sft.load_checkpoint(args.save_path, world, marks, optimizers[0].strategy)
         for optimizer, key in zip(optimizers, ("actor", "critic")):
-            optimizer.load_state_dict(state[key])
+            optimizer.load_state_dict([state[key] for state in states])
+        del states
         step = first = meta["step"]
         drawn, prompts_seen, ptx_seen = meta["drawn"], meta["prompts_seen"], meta["ptx_seen"]
     before = meta["before"] if args.resume else measure()
@@ -553,8 +554,9 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
         if row["objective/kl"] > KL_WARNING or row["objective/kl"] < -1:
             sft.say(world, f"warning: the KL to the SFT model is {row['objective/kl']:.1f} nats an answer: {'raise --kl_coef or lower --lr' if row['objective/kl'] > 0 else 'log-probabilities and samples disagree'}")
         if args.save_interval and (step % args.save_interval == 0 or step == args.max_steps):
-            meta = {"step": step, "drawn": drawn, "prompts_seen": prompts_seen, "ptx_seen": ptx_seen, "world": world.world, "marks": marks, "before": before}
-            sft.save_checkpoint(args.save_path, world, meta, {"actor": optimizers[0].state_dict(), "critic": optimizers[1].state_dict()}, {})
+            meta = {"step": step, "drawn": drawn, "prompts_seen": prompts_seen, "ptx_seen": ptx_seen, "world": world.world,
+                    "strategy": optimizers[0].strategy, "marks": marks, "before": before}
+            sft.save_checkpoint(args.save_path, world, meta, {"actor": optimizers[0].state_dict(), "critic": optimizers[1].state_dict()})
     seconds = time.perf_counter() - started
     sft.save_model(models.actor, optimizers[0], args, tokenizer, base, world)
     after = measure()

@@ -97,11 +97,13 @@ def make_parser(description: str, save_path: str) -> argparse.ArgumentParser:
     parser.add_argument("--lora_alpha", type=number(), help="adapters are scaled by alpha / rank (2 * rank)")
     parser.add_argument("--lora_dropout", type=number(), default=0.0, help="dropout on the input of the adapters")
     # run
-    parser.add_argument("--strategy", choices=zero.STRATEGIES, default="ddp", help="naive is for one process; ddp sums gradients over all")
+    parser.add_argument("--strategy", choices=zero.STRATEGIES, default="ddp", help="naive is for one process; ddp sums gradients over all; zero2 also shards gradients and optimizer, "
+                        "zero2_cpu keeps them in CPU memory; the others are Coati's names for these")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights, order of the data, dropout and sampling")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="to compute in; the master weights are fp32 (auto: bf16 on CUDA, fp32 elsewhere)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda where there is one, else cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: slower start, faster steps")
+    parser.add_argument("--trace", action="store_true", help="print when each gradient bucket of the first update left and arrived")
     parser.add_argument("--log_interval", type=whole(1), default=10, help="updates between two lines of metrics.jsonl")
     parser.add_argument("--save_interval", type=whole(0), default=500, help="updates between two checkpoints for --resume (0 = none)")
     parser.add_argument("--resume", action="store_true", help="continue from SAVE_PATH/resume")
@@ -208,8 +210,8 @@ def set_up(model: Llama, args: argparse.Namespace) -> None:
             layer.compile()  # dynamic shapes from the second length on
 
 
-def make_optimizer(model: torch.nn.Module, args: argparse.Namespace, dtype: torch.dtype) -> zero.Optimizer:
-    return zero.Optimizer(model.named_parameters(), dtype, weight_decay=args.weight_decay, max_norm=args.clip_grad)
+def make_optimizer(model: torch.nn.Module, args: argparse.Namespace, dtype: torch.dtype) -> zero.ZeRO2:
+    return zero.ZeRO2(model.named_parameters(), dtype, weight_decay=args.weight_decay, max_norm=args.clip_grad, strategy=args.strategy, trace=args.trace)
 
 
 def base_for_adapter(model: Llama, args: argparse.Namespace, tokenizer: Tokenizer, world: zero.World) -> str:
@@ -222,12 +224,13 @@ def base_for_adapter(model: Llama, args: argparse.Namespace, tokenizer: Tokenize
     return "base"
 
 
-def save_model(model: torch.nn.Module, optimizer: zero.Optimizer, args: argparse.Namespace, tokenizer: Tokenizer, base: str | None, world: zero.World, extra: dict | None = None) -> None:
+def save_model(model: torch.nn.Module, optimizer: zero.ZeRO2, args: argparse.Namespace, tokenizer: Tokenizer, base: str | None, world: zero.World, extra: dict | None = None) -> None:
     """Write the model, or its adapter, and remove what an earlier run of the other kind left, which would be read instead."""
-    if world.rank == 0:
-        adapter = base is not None
-        with optimizer.masters():
+    adapter = base is not None
+    with optimizer.masters():
+        if world.rank == 0:
             lora.save_adapter(model, args.save_path, base, extra) if adapter else model.save_pretrained(args.save_path)
+    if world.rank == 0:
         for pattern in ("config.json", "model*.safetensors*") if adapter else ("adapter_*",):
             for file in args.save_path.glob(pattern):
                 file.unlink()
@@ -261,8 +264,8 @@ def checkpoints(save_path: Path) -> list[Path]:
     return sorted(path for path in (save_path / "resume").glob("step-*") if path.suffix != ".tmp")
 
 
-def save_checkpoint(save_path: Path, world: zero.World, meta: dict, state: dict, own: dict) -> None:
-    """SAVE_PATH/resume/step-N: meta.json, state.pt (the same on all processes, written by rank 0), rank-R.pt (each its own).
+def save_checkpoint(save_path: Path, world: zero.World, meta: dict, state: dict) -> None:
+    """SAVE_PATH/resume/step-N: meta.json, and of each process rank-R.pt, its part of the optimizer and its random state.
     Written under another name and renamed when whole; only then the previous one goes. A kill at any moment leaves one."""
     folder = save_path / "resume"
     new = folder / f"step-{meta['step']:08d}"
@@ -270,10 +273,9 @@ def save_checkpoint(save_path: Path, world: zero.World, meta: dict, state: dict,
     if world.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        torch.save(state, temporary / "state.pt")
         write_file(temporary / "meta.json", json.dumps(meta, indent=1).encode())
     zero.barrier()
-    torch.save(own | {"random": random_state(world)}, temporary / f"rank-{world.rank}.pt")
+    torch.save({"optimizer": state, "random": random_state(world)}, temporary / f"rank-{world.rank}.pt")
     zero.barrier()
     if world.rank == 0:
         shutil.rmtree(new, ignore_errors=True)
@@ -283,25 +285,25 @@ def save_checkpoint(save_path: Path, world: zero.World, meta: dict, state: dict,
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(save_path: Path, world: zero.World, marks: dict[str, str]) -> tuple[dict, dict, dict | None]:
-    """(meta, state, this rank's own part or None if there was no such rank). Refuses another model, dataset or seed."""
+def load_checkpoint(save_path: Path, world: zero.World, marks: dict[str, str], strategy: str) -> tuple[dict, list[dict], dict | None]:
+    """(meta, the optimizer states of all processes that wrote it, this one's random state or None if they were not as many).
+    Refuses another model, dataset or seed."""
     found = checkpoints(save_path)
     if not found:
         raise FileNotFoundError(f"--resume, but {save_path / 'resume'} holds no checkpoint: run without --resume first (a checkpoint every --save_interval updates)")
     try:
         meta = json.loads((found[-1] / "meta.json").read_text())
-        state = torch.load(found[-1] / "state.pt", map_location=world.device, weights_only=True)
-        own_file = found[-1] / f"rank-{world.rank}.pt"
-        own = torch.load(own_file, map_location="cpu", weights_only=True) if own_file.exists() else None
+        # mmap: each process reads of each file only what it needs
+        ranks = [torch.load(found[-1] / f"rank-{rank}.pt", map_location="cpu", weights_only=True, mmap=True) for rank in range(meta["world"])]
     except Exception as error:  # zip, pickle and JSON errors share no base class
         raise ValueError(f"the checkpoint {found[-1]} cannot be read: remove it and start again ({error})") from None
     for what, mark in marks.items():
         if meta["marks"].get(what) != mark:
             raise ValueError(f"{found[-1]} is of another {what} than this run: resume with the flags of the first run, or use another --save_path")
-    if meta["world"] != world.world:
-        say(world, f"note: the checkpoint was written by {meta['world']} processes, this run has {world.world}: its state is loaded on each, the rest of the epoch is shared out anew")
-        own = None
-    return meta, state, own
+    if (meta["world"], meta["strategy"]) != (world.world, strategy):
+        say(world, f"note: the checkpoint was written by {meta['world']} processes with {meta['strategy']}, this run has {world.world} with {strategy}: "
+                   "optimizer state and the rest of the epoch are shared out anew")
+    return meta, [rank["optimizer"] for rank in ranks], ranks[world.rank]["random"] if meta["world"] == world.world else None
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -421,6 +423,7 @@ def run(main: Callable[[], dict]) -> None:
         if sys.flags.dev_mode:
             raise
         print(f"{name}: {error}", file=sys.stderr, flush=True)
+        zero.failed(error)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
@@ -437,15 +440,16 @@ class Task(NamedTuple):
     evaluate: Callable[[], dict]
 
 
-def train(model: torch.nn.Module, optimizer: zero.Optimizer, task: Task, marks: dict, args: argparse.Namespace, world: zero.World) -> dict:
+def train(model: torch.nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict, args: argparse.Namespace, world: zero.World) -> dict:
     """The loop of stages 1 and 2. Returns what summary.json takes: last loss, steps, seconds, tokens_per_second, ..."""
     batch = args.batch_size * args.accumulation_steps * world.world
     epoch, step, seen, old_batch = 0, 0, 0, batch  # seen: samples of this epoch that are done; old_batch: what its order was made with
     if args.resume:
-        meta, state, own = load_checkpoint(args.save_path, world, marks)
-        optimizer.load_state_dict(state)
-        if own is not None:
-            set_random_state(own["random"], world)
+        meta, states, random = load_checkpoint(args.save_path, world, marks, optimizer.strategy)
+        optimizer.load_state_dict(states)
+        del states
+        if random is not None:
+            set_random_state(random, world)
         epoch, step, seen, old_batch = meta["epoch"], meta["step"], meta["seen"], meta["batch"]
     before = meta["before"] if args.resume else {f"{key}_before": value for key, value in task.evaluate().items()}
     append = open_metrics(args.save_path, world, step)
@@ -485,8 +489,8 @@ def train(model: torch.nn.Module, optimizer: zero.Optimizer, task: Task, marks: 
             if log or "eval_loss" in row:
                 append(row)
             if args.save_interval and (step % args.save_interval == 0 or step == args.max_steps):
-                meta = {"step": step, "epoch": epoch, "seen": seen, "batch": old_batch, "world": world.world, "marks": marks, "before": before}
-                save_checkpoint(args.save_path, world, meta, optimizer.state_dict(), {})
+                meta = {"step": step, "epoch": epoch, "seen": seen, "batch": old_batch, "world": world.world, "strategy": optimizer.strategy, "marks": marks, "before": before}
+                save_checkpoint(args.save_path, world, meta, optimizer.state_dict())
         epoch, seen, old_batch = epoch + 1, 0, batch
         updates = data.global_batches(task.lengths, batch, args.seed, epoch)
     seconds = time.perf_counter() - started

@@ -259,7 +259,7 @@ def test_optimizer_holds_the_adapters_alone():
     model = small()
     names = attach(model, 4, generator=seeded(0))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer = zero.Optimizer(model.named_parameters(), weight_decay=0.1)
+    optimizer = zero.ZeRO2(model.named_parameters(), weight_decay=0.1)
     assert sum(bucket.master.numel() for bucket in optimizer.buckets) == lora.trainable_report(model)[0]
     held = {name for bucket in optimizer.buckets for name in bucket.names}
     assert held == {f"{name}.lora_{half}" for name in names for half in "AB"}

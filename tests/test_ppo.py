@@ -247,11 +247,16 @@ def fixed(args: argparse.Namespace, models: Models) -> Experience:
 def update(models: Models, e: Experience, examples: list, args: argparse.Namespace, world: zero.World = WORLD, schedule: float = 0.0) -> tuple[dict, list[dict], tuple]:
     """One update -> what it logs, and the gradient of its last minibatch by name, actor's and critic's. eps 1e-3: Adam's
     usual one blows rounding errors of a gradient near 0 up to whole steps."""
-    optimizers = tuple(zero.Optimizer(m.named_parameters(), torch.float32, eps=1e-3, max_norm=0.0) for m in models[:2])
+    optimizers = tuple(zero.ZeRO2(m.named_parameters(), torch.float32, eps=1e-3, max_norm=0.0) for m in models[:2])
     ptx = ppo.ptx_batches(examples, args.ptx_batch_size * world.world, 0, 0) if examples else None
     total = lambda x: zero.all_reduce(x.clone())
+    gradients = [{}, {}]
+    for o, kept in zip(optimizers, gradients):  # a step frees its gradient
+        def look(lr, divisor, o=o, kept=kept, update=o.update):
+            kept.update({name: b.grad[span].clone() for b in o.buckets for name, span in zip(b.names, b.spans)})
+            update(lr, divisor)
+        o.update = look
     figures = ppo.update(models, optimizers, e, ptx, examples, schedule, 1, args, world, total, torch.float32)
-    gradients = [{name: b.grad[span].clone() for b in o.buckets for name, span in zip(b.names, b.spans)} for o in optimizers]
     return figures, gradients, optimizers
 
 
@@ -471,7 +476,7 @@ def test_toy_reward_is_raised(base, tmp_path, monkeypatch, kl_coef):
     small, scores, kl = LlamaConfig(**SIZES | {"vocab_size": 16}), [], []
     actor, critic = Llama(small, generator=drawn(1)).eval(), RewardModel(Llama(small, head=False, generator=drawn(2)), drawn(2)).eval()
     models = Models(actor, critic, *(ppo.frozen_copy(m, torch.float32) for m in (actor, critic)))
-    optimizers = tuple(zero.Optimizer(m.named_parameters(), torch.float32) for m in (actor, critic))
+    optimizers = tuple(zero.ZeRO2(m.named_parameters(), torch.float32) for m in (actor, critic))
     for step in range(1, 16):
         e, _, _ = ppo.experience(models, [[1, 4, 5], [1, 6]] * 16, ("rollout", 0, step), SimpleNamespace(eos_id=2), args, WORLD)
         figures = ppo.objective(e, lambda x: x) | ppo.update(models, optimizers, e, None, [], 1.0, step, args, WORLD, lambda x: x, torch.float32)
