@@ -604,4 +604,4 @@ def test_plan_is_what_is_measured(tmp_path, world, flags):
     result, = processes(tmp_path, world, code, "--bench", "--dtype", "fp32", "--steps", 1, "--batch_size", 1, *flags, MALLOC_MMAP_THRESHOLD_="65536")
     assert result.returncode == 0, result.stderr
     row = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
-    assert row["planned_gb"] == pytest.approx(row["peak_above_start_up_gb"], rel=0.1), row
+    assert row["planned_gb"] == pytest.approx(row["peak_above_start_up_gb"], rel=0.15), row
