@@ -750,12 +750,13 @@ def activation_bytes(size: Size, tokens: int, element: int, grad_checkpoint: boo
     checkpointing only the input of every block, and all of the block that is recomputed. The final norm: 2 C."""
     block = 4 * size.dim + 2 * size.q_dim + 2 * size.kv_dim + 3 * size.ffn_dim + 7 * size.rank
     kept = size.n_layers * size.dim + block if grad_checkpoint else size.n_layers * block
-    return tokens * element * (kept + 2 * size.dim)
+    return tokens * element * (kept + 2 * size.dim + 4 * size.ffn_dim)
 
 
 def logits_bytes(size: Size, tokens: int, element: int, rows: int = 512) -> int:
-    """`sft.HeadLoss`: so many rows of logits at a time, and the gradients of head and hidden states, which it makes in the forward."""
-    return 4 * min(tokens, rows) * size.vocab + 4 * tokens * size.dim + (4 * size.vocab * size.dim if size.trained == size.total else 0)
+    """`sft.HeadLoss`: so many rows of logits at a time (twice: the next are computed before the last are freed), and the gradients
+    of head and hidden states, which it makes in the forward."""
+    return 4 * min(tokens, 2 * rows) * size.vocab + 4 * tokens * size.dim + (4 * size.vocab * size.dim if size.trained == size.total else 0)
 
 
 class Plan(NamedTuple):
@@ -779,7 +780,7 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     flight = size.largest * element + (size.largest * element + 4 * size.largest) // shards if shards > 1 else size.largest * element * (element < 4)
     device = {"weights": size.total * element} | ({} if offload else state) | {
         "buckets": flight, "activations": activation_bytes(size, tokens, element, grad_checkpoint), "logits": logits_bytes(size, tokens, element)}
-    device |= {} if gpu else {"libraries": 120_000_000}                         # pages of torch and MKL that training touches first; measured
+    device |= {} if gpu else {"libraries": 30_000_000}                          # code and buffers of torch and MKL that training touches first; measured
     cpu = (state if offload else {}) | ({"pinned": pinned} if offload else {})
     # Activations are freed while gradients come: the peak is where backward begins or where it ends.
     stays = sum(device.get(key, 0) for key in ("weights", "master", "moments"))

@@ -601,7 +601,7 @@ def test_plan_is_what_is_measured(tmp_path, world, flags):
     """S18: a plan without activations, logits and buckets. glibc hands every tensor back to the system here: what its heap
     loses between tensors is no part of the plan."""
     code = "import sys, zero; zero.main(sys.argv[1:])"
-    result, = processes(tmp_path, world, code, "--bench", "--dtype", "fp32", "--steps", 1, "--batch_size", 1, *flags, MALLOC_MMAP_THRESHOLD_="65536")
+    result, = processes(tmp_path, world, code, "--bench", "--dtype", "fp32", "--steps", 1, "--batch_size", 1, "--max_len", 256 // world, *flags, MALLOC_MMAP_THRESHOLD_="65536")
     assert result.returncode == 0, result.stderr
     row = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
     assert row["planned_gb"] == pytest.approx(row["peak_above_start_up_gb"], rel=0.15), row
