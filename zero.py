@@ -84,6 +84,7 @@ class World(NamedTuple):
     rank: int            # this process, 0 .. world - 1
     world: int           # number of processes
     device: torch.device
+    idle: int = 0        # bytes that this process had taken before it loaded anything
 
 
 def start(device: str = "auto", strategy: str = "ddp") -> World:
@@ -109,7 +110,8 @@ def start(device: str = "auto", strategy: str = "ddp") -> World:
         # Hours, because writing a large model takes rank 0 long; that a process has died is found out by Watch.
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
         Watch(rank, world).start()
-    return World(rank, world, torch.device(device))
+    device = torch.device(device)
+    return World(rank, world, device, peak_memory_bytes(device))
 
 
 def keep_freed_memory() -> None:
@@ -790,6 +792,26 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     return Plan(device, cpu, peak, int(sent), (micro_batches * (element if nproc == 1 else 4) + element) * mine if offload else 0)
 
 
+def run_plan(trained: list[tuple[nn.Module, object]], frozen: list[nn.Module], strategy: str, world: World, tokens: int, dtype: torch.dtype,
+             lora_rank: int = 0, grad_checkpoint: bool = False) -> tuple[str, int]:
+    """The plan of a run in one line, and its peak: (model, its LlamaConfig) of each that is trained, and what is only computed with."""
+    plans = []
+    for model, config in trained:
+        numel = [p.numel() for p in model.parameters()]
+        mine = [p.numel() for p in model.parameters() if p.requires_grad]
+        size = Size(config.dim, config.n_layers, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.ffn_dim,
+                    config.vocab_size if hasattr(model, "output") else 0, sum(numel), sum(mine), max(mine), lora_rank)
+        plans.append(plan(size, strategy, world.world, tokens, dtype.itemsize, grad_checkpoint, gpu=world.device.type == "cuda"))
+    parts = {key: sum(p.device.get(key, 0) for p in plans) for key in plans[0].device}
+    parts |= {key: max(p.device[key] for p in plans) for key in ("activations", "logits", "buckets")}  # one model at a time
+    parts["weights"] = sum({p.data_ptr(): p.nbytes for model in [m for m, _ in trained] + frozen for p in model.parameters()}.values())  # some are shared
+    gradient = parts.get("gradient", 0)
+    peak = sum(parts.values()) - gradient - parts["activations"] - parts["logits"] + max(parts["activations"] + parts["logits"], gradient)
+    cpu = sum(sum(p.cpu.values()) for p in plans)
+    text = ", ".join(f"{key} {gb(n)}" for key, n in parts.items() if n >= 5e6)
+    return f"memory of a process: {text or 'next to nothing'}; at most {gb(peak)} at once" + (f", and {gb(cpu)} in CPU memory" if cpu else ""), peak
+
+
 def plan_table(name: str, plans: dict[str, Plan]) -> str:
     rows = [("", *plans)]
     for where in ("device", "cpu"):
@@ -840,7 +862,6 @@ def bench_step(args: argparse.Namespace) -> None:
     import sft
     from model import DTYPES, Llama, LlamaConfig
     world = start("auto", args.strategy)
-    before = peak_memory_bytes(world.device)
     C, L, heads, kv_heads, F, V = SHAPES[args.shape]
     dtype, size = DTYPES[args.dtype], size_of(args.shape, args.lora_rank)
     model = Llama(LlamaConfig(C, L, heads, kv_heads, C // heads, F, V, args.max_len), generator=torch.Generator().manual_seed(0)).to(world.device)
@@ -862,7 +883,7 @@ def bench_step(args: argparse.Namespace) -> None:
     if world.rank == 0:
         planned = plan(size, args.strategy, world.world, tokens.numel(), dtype.itemsize, args.grad_checkpoint, gpu=world.device.type == "cuda").peak
         print(json.dumps({"shape": args.shape, "strategy": args.strategy, "dtype": args.dtype, "lora_rank": args.lora_rank, "processes": world.world, "ms_per_step": round(1000 * seconds),
-                          "peak_gb": round(peak / 1e9, 2), "peak_above_start_up_gb": round((peak - before) / 1e9, 3), "planned_gb": round(planned / 1e9, 3)}), flush=True)
+                          "peak_gb": round(peak / 1e9, 2), "peak_above_start_up_gb": round((peak - world.idle) / 1e9, 3), "planned_gb": round(planned / 1e9, 3)}), flush=True)
     stop()
 
 
