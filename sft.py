@@ -482,7 +482,7 @@ def train(model: torch.nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict
             tokens_done += tokens
             now = time.perf_counter()
             row = {"step": step, "loss": loss, "lr": lr, "seconds": now - started, "tokens_per_second": tokens / (now - began),
-                   "grad_norm": stats.grad_norm, "skipped": optimizer.skipped} | task.figures(further)
+                   "grad_norm": stats.grad_norm, "skipped": optimizer.skipped, "seconds/optimizer": stats.seconds, "seconds/copies": stats.copying} | task.figures(further)
             log = step % args.log_interval == 0 or step == total
             progress(world, step, total, started, describe(row), log, first)
             if args.eval_interval and step % args.eval_interval == 0 and step < total:
@@ -500,7 +500,7 @@ def train(model: torch.nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict
 
 def describe(row: dict) -> str:
     """A row of metrics as the progress line has it."""
-    own = "".join(f" | {key} {row[key]:.3f}" for key in row if key not in ("step", "loss", "lr", "seconds", "tokens_per_second", "grad_norm", "skipped"))
+    own = "".join(f" | {key} {row[key]:.3f}" for key in row if key not in ("step", "loss", "lr", "seconds", "tokens_per_second", "grad_norm", "skipped") and not key.startswith("seconds/"))
     return f"loss {row['loss']:.4f}{own} | lr {row['lr']:.1e} | {row['tokens_per_second']:,.0f} tokens/s" + (f" | skipped {row['skipped']}" if row["skipped"] else "")
 
 

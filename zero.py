@@ -256,7 +256,11 @@ def fused_adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, low: Tensor | None, 
     """`adamw` in place, on flat tensors; the gradient is divided by `divisor` on the way; low gets a rounded copy of p.
 
     On a CPU in chunks of 5 MB, which are still in the cache when the copy reads p again: that halves the time of both."""
-    t, scale = torch.tensor(float(step), device=p.device), None if divisor == 1.0 else torch.tensor(divisor, device=p.device)
+    if divisor != 1.0 and p.device.type == "mps":  # whose kernel knows no grad_scale
+        g.div_(divisor)
+        divisor = 1.0
+    # full, not tensor: that one copies from the host, for which a GPU is waited for
+    t, scale = torch.full((), float(step), device=p.device), None if divisor == 1.0 else torch.full((), divisor, device=p.device)
     chunk = chunk if low is not None and p.device.type == "cpu" else max(p.numel(), 1)
     for i in range(0, p.numel(), chunk):
         span = slice(i, i + chunk)
@@ -307,6 +311,8 @@ class Flight(NamedTuple):
 class StepStats(NamedTuple):
     grad_norm: float   # over all parameters and processes, before clipping
     skipped: bool      # the gradient was not finite, nothing was changed
+    seconds: float     # of norm, update and gather, without the wait for gradients
+    copying: float     # seconds that this process waited for, or spent on, copies between GPU and CPU memory
 
 
 class ZeRO2:
@@ -447,6 +453,7 @@ class ZeRO2:
         self.flush()
         if self.crossing is not None:
             self.crossing.land_all()
+        began = time.perf_counter()
         squares = torch.stack([sum_of_squares(bucket.grad) for bucket in self.buckets]).sum()
         if self.sharded:
             squares = squares.to(self.device)
@@ -469,7 +476,7 @@ class ZeRO2:
             if self.rank == 0:
                 print(self.timeline.text(self.rank), flush=True)
             self.timeline = None
-        return StepStats(grad_norm, not finite)
+        return StepStats(grad_norm, not finite, time.perf_counter() - began, 0.0 if self.crossing is None else self.crossing.take_seconds())
 
     def update(self, lr: float, divisor: float) -> None:
         works: list[dist.Work] = []
@@ -547,7 +554,8 @@ class ZeRO2:
         pieces = {}
         for bucket in self.buckets if self.sharded or self.rank == 0 else ():  # of ddp one is enough
             # A view would drag all of flat into the file.
-            held = {"master": bucket.master if bucket.master.numel() * 4 == bucket.master.untyped_storage().nbytes() else bucket.master.clone(), "m": bucket.m, "v": bucket.v}
+            master = bucket.master if bucket.master.nbytes == bucket.master.untyped_storage().nbytes() else bucket.master.clone()
+            held = {"master": master, "m": bucket.m, "v": bucket.v}
             for name, p, span in zip(bucket.names, bucket.params, bucket.spans):
                 mine = overlap(span, bucket.own)
                 if mine.start < mine.stop:
@@ -644,6 +652,7 @@ class Crossing:
         size = 4 * max(len(bucket.m) for bucket in buckets)
         self.free = [torch.empty(size, dtype=torch.uint8, pin_memory=cuda) for _ in range(buffers)]
         self.busy: deque[tuple[Tensor, Tensor, Bucket | None, torch.cuda.Event | None]] = deque()  # buffer, the part in use, whose gradient, copied when
+        self.seconds = 0.0
 
     def buffer(self, like: Tensor) -> Tensor:
         """A pinned tensor; waits for the oldest copy when all are in use."""
@@ -675,6 +684,7 @@ class Crossing:
             torch.cuda.default_stream(self.device).wait_event(self.busy[-1][3])
 
     def land(self) -> None:
+        began = time.perf_counter()
         buffer, pinned, bucket, event = self.busy.popleft()
         if event is not None:
             event.synchronize()
@@ -683,10 +693,15 @@ class Crossing:
         elif bucket is not None:
             bucket.grad.add_(pinned)
         self.free.append(buffer)
+        self.seconds += time.perf_counter() - began
 
     def land_all(self) -> None:
         while self.busy:
             self.land()
+
+    def take_seconds(self) -> float:
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 class Timeline:
@@ -784,7 +799,8 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
         "buckets": flight, "activations": activation_bytes(size, tokens, element, grad_checkpoint), "logits": logits_bytes(size, tokens, element)}
     device |= {} if gpu else {"libraries": 30_000_000}                          # code and buffers of torch and MKL that training touches first; measured
     cpu = (state if offload else {}) | ({"pinned": pinned} if offload else {})
-    # Activations are freed while gradients come: the peak is where backward begins or where it ends.
+    # Activations are freed while gradients come: the peak is where backward begins or where it ends. Two kinds of bytes are
+    # left out: an optimizer step's (a bucket) and, on a CPU, what the C library's heap loses between tensors (5 to 50 %).
     stays = sum(device.get(key, 0) for key in ("weights", "master", "moments"))
     peak = stays + max(device["activations"] + device["logits"], device.get("gradient", 0)) + flight + device.get("libraries", 0)
     share = (nproc - 1) / nproc
