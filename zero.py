@@ -767,7 +767,7 @@ def activation_bytes(size: Size, tokens: int, element: int, grad_checkpoint: boo
     checkpointing only the input of every block, and all of the block that is recomputed. The final norm: 2 C."""
     block = 4 * size.dim + 2 * size.q_dim + 2 * size.kv_dim + 3 * size.ffn_dim + 7 * size.rank
     kept = size.n_layers * size.dim + block if grad_checkpoint else size.n_layers * block
-    return tokens * element * (kept + 2 * size.dim + 4 * size.ffn_dim)
+    return tokens * element * (kept + 2 * size.dim)
 
 
 def logits_bytes(size: Size, tokens: int, element: int, rows: int = 512) -> int:
@@ -796,7 +796,8 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     # A bucket on the way: what is sent, what is received, and its sum. The largest is a matrix alone (`group`).
     flight = size.largest * element + (size.largest * element + 4 * size.largest) // shards if shards > 1 else size.largest * element * (element < 4)
     device = {"weights": size.total * element} | ({} if offload else state) | {
-        "buckets": flight, "activations": activation_bytes(size, tokens, element, grad_checkpoint), "logits": logits_bytes(size, tokens, element)}
+        "buckets": flight, "activations": activation_bytes(size, tokens, element, grad_checkpoint) + tokens * element * 4 * size.ffn_dim,  # + a block's backward
+        "logits": logits_bytes(size, tokens, element)}
     device |= {} if gpu else {"libraries": 30_000_000}                          # code and buffers of torch and MKL that training touches first; measured
     cpu = (state if offload else {}) | ({"pinned": pinned} if offload else {})
     # Activations are freed while gradients come: the peak is where backward begins or where it ends. Two kinds of bytes are
