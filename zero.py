@@ -798,12 +798,12 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     device = {"weights": size.total * element} | ({} if offload else state) | {
         "buckets": flight, "activations": activation_bytes(size, tokens, element, grad_checkpoint) + tokens * element * 4 * size.ffn_dim,  # + a block's backward
         "logits": logits_bytes(size, tokens, element)}
-    device |= {} if gpu else {"libraries": 30_000_000}                          # code and buffers of torch and MKL that training touches first; measured
+    if not gpu:  # measured: code and buffers of torch and MKL, and what the C library's heap loses between tensors
+        device["heap"] = 200_000_000 + device["activations"] // 4
     cpu = (state if offload else {}) | ({"pinned": pinned} if offload else {})
-    # Activations are freed while gradients come: the peak is where backward begins or where it ends. Two kinds of bytes are
-    # left out: an optimizer step's (a bucket) and, on a CPU, what the C library's heap loses between tensors (5 to 50 %).
+    # Activations are freed while gradients come: the peak is where backward begins or where it ends.
     stays = sum(device.get(key, 0) for key in ("weights", "master", "moments"))
-    peak = stays + max(device["activations"] + device["logits"], device.get("gradient", 0)) + flight + device.get("libraries", 0)
+    peak = stays + max(device["activations"] + device["logits"], device.get("gradient", 0)) + flight + device.get("heap", 0)
     share = (nproc - 1) / nproc
     sent = share * size.trained * (element * (micro_batches + 1) if shards > 1 else 8)
     return Plan(device, cpu, peak, int(sent), (micro_batches * (element if nproc == 1 else 4) + element) * mine if offload else 0)

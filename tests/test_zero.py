@@ -637,10 +637,9 @@ def test_nobody_waits_for_a_dead_process(tmp_path, how, who, word):
 
 @pytest.mark.parametrize("world, flags", [(1, ["--strategy", "naive"]), (1, ["--strategy", "naive", "--lora_rank", "16"]), (2, ["--strategy", "zero2"]), (2, ["--strategy", "zero2_cpu", "--lora_rank", "16"])])
 def test_plan_is_what_is_measured(tmp_path, world, flags):
-    """S18: a plan without activations, logits and buckets. glibc hands every tensor back to the system here: what its heap
-    loses between tensors is no part of the plan."""
+    """S18: a plan without activations, logits and buckets."""
     code = "import sys, zero; zero.main(sys.argv[1:])"
-    result, = processes(tmp_path, world, code, "--bench", "--dtype", "fp32", "--steps", 1, "--batch_size", 1, "--max_len", 256 // world, *flags, MALLOC_MMAP_THRESHOLD_="65536")
+    result, = processes(tmp_path, world, code, "--bench", "--dtype", "fp32", "--steps", 1, "--batch_size", 4 // world, *flags)
     assert result.returncode == 0, result.stderr
     row = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
-    assert row["planned_gb"] == pytest.approx(row["peak_above_start_up_gb"], rel=0.15), row
+    assert row["planned_gb"] == pytest.approx(row["peak_above_start_up_gb"], rel=0.1), row
