@@ -793,17 +793,17 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     master = 0 if element == 4 and not offload else 4 * mine                    # in fp32 it is a part of the weights
     state = {"gradient": 4 * mine, "master": master, "moments": 8 * mine}       # Rajbhandari et al. 2020, section 3.1, but an fp32 gradient
     pinned = ZeRO2.PINNED * 4 * -(-size.largest // shards)
-    # A bucket on the way: what is sent, what is received, and its sum. The largest is a matrix alone (`group`).
-    flight = size.largest * element + (size.largest * element + 4 * size.largest) // shards if shards > 1 else size.largest * element * (element < 4)
+    # A bucket on the way: autograd's gradient, which is sent, and what is received and its sum. The largest is a matrix alone (`group`).
+    flight = size.largest * element + ((size.largest * element + 4 * size.largest) // shards if shards > 1 else 0)
     device = {"weights": size.total * element} | ({} if offload else state) | {
         "buckets": flight, "activations": activation_bytes(size, tokens, element, grad_checkpoint) + tokens * element * 4 * size.ffn_dim,  # + a block's backward
         "logits": logits_bytes(size, tokens, element)}
-    if not gpu:  # measured: code and buffers of torch and MKL, and what the C library's heap loses between tensors
-        device["heap"] = 200_000_000 + device["activations"] // 4
+    if not gpu:  # measured: code and buffers of torch and MKL, what the C library's heap loses between tensors, a bf16 head in fp32
+        device["heap"] = 70_000_000 + device["activations"] * 9 // 25 + (4 * size.vocab * size.dim if element < 4 else 0)
     cpu = (state if offload else {}) | ({"pinned": pinned} if offload else {})
-    # Activations are freed while gradients come: the peak is where backward begins or where it ends.
+    # Activations are freed while gradients come: the peak is where backward begins or where it ends, with the embeddings'.
     stays = sum(device.get(key, 0) for key in ("weights", "master", "moments"))
-    peak = stays + max(device["activations"] + device["logits"], device.get("gradient", 0)) + flight + device.get("heap", 0)
+    peak = stays + max(device["activations"] + device["logits"], device.get("gradient", 0) + element * size.largest) + flight + device.get("heap", 0)
     share = (nproc - 1) / nproc
     sent = share * size.trained * (element * (micro_batches + 1) if shards > 1 else 8)
     return Plan(device, cpu, peak, int(sent), (micro_batches * (element if nproc == 1 else 4) + element) * mine if offload else 0)
@@ -822,8 +822,8 @@ def run_plan(trained: list[tuple[nn.Module, object]], frozen: list[nn.Module], s
     parts = {key: sum(p.device.get(key, 0) for p in plans) for key in plans[0].device}
     parts |= {key: max(p.device[key] for p in plans) for key in ("activations", "logits", "buckets")}  # one model at a time
     parts["weights"] = sum({p.data_ptr(): p.nbytes for model in [m for m, _ in trained] + frozen for p in model.parameters()}.values())  # some are shared
-    gradient = parts.get("gradient", 0)
-    peak = sum(parts.values()) - gradient - parts["activations"] - parts["logits"] + max(parts["activations"] + parts["logits"], gradient)
+    gradient, largest = parts.get("gradient", 0), max(p.numel() for model, _ in trained for p in model.parameters() if p.requires_grad)
+    peak = sum(parts.values()) - gradient - parts["activations"] - parts["logits"] + max(parts["activations"] + parts["logits"], gradient + dtype.itemsize * largest)
     cpu = sum(sum(p.cpu.values()) for p in plans)
     text = ", ".join(f"{key} {gb(n)}" for key, n in parts.items() if n >= 5e6)
     return f"memory of a process: {text or 'next to nothing'}; at most {gb(peak)} at once" + (f", and {gb(cpu)} in CPU memory" if cpu else ""), peak

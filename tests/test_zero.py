@@ -639,7 +639,7 @@ def test_nobody_waits_for_a_dead_process(tmp_path, how, who, word):
 def test_plan_is_what_is_measured(tmp_path, world, flags):
     """S18: a plan without activations, logits and buckets."""
     code = "import sys, zero; zero.main(sys.argv[1:])"
-    result, = processes(tmp_path, world, code, "--bench", "--dtype", "fp32", "--steps", 1, "--batch_size", 4 // world, *flags)
+    result, = processes(tmp_path, world, code, "--bench", "--dtype", "fp32", "--steps", 1, "--batch_size", 2 // world, *flags)
     assert result.returncode == 0, result.stderr
     row = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
     assert row["planned_gb"] == pytest.approx(row["peak_above_start_up_gb"], rel=0.1), row
