@@ -63,7 +63,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -731,9 +731,6 @@ class Timeline:
 
 # ---- the memory plan ------------------------------------------------------------------------------------------------
 
-SHAPES = {  # dim, layers, heads, key/value heads, feed-forward, vocabulary; Touvron et al. 2023, table 2, but for the first
-    "mid": (768, 12, 12, 12, 2048, 32000), "7B": (4096, 32, 32, 32, 11008, 32000), "13B": (5120, 40, 40, 40, 13824, 32000),
-    "30B": (6656, 60, 52, 52, 17920, 32000), "65B": (8192, 80, 64, 64, 22016, 32000)}
 CARDS = (8, 12, 16, 24, 32, 40, 80)  # GiB
 
 
@@ -751,14 +748,14 @@ class Size(NamedTuple):
     rank: int = 0     # of adapters
 
 
-def size_of(name: str, lora_rank: int = 0) -> Size:
-    """Of a shape in SHAPES."""
-    C, L, heads, kv_heads, F, V = SHAPES[name]
-    K = C // heads * kv_heads
-    linears = [(C, C), (C, K), (C, K), (C, C), (C, F), (F, C), (C, F)]
-    total = 2 * V * C + L * (sum(i * o for i, o in linears) + 2 * C) + C
-    trained = L * sum(lora_rank * (i + o) for i, o in linears) if lora_rank else total
-    return Size(C, L, C, K, F, V, total + (trained if lora_rank else 0), trained, lora_rank * F if lora_rank else V * C, lora_rank)
+def size_of(config, lora_rank: int = 0) -> Size:
+    """Of the language model of a `model.LlamaConfig`."""
+    C, L, D, F, V = config.dim, config.n_layers, config.head_dim, config.ffn_dim, config.vocab_size
+    Q, K = config.n_heads * D, config.n_kv_heads * D
+    linears = [(C, Q), (C, K), (C, K), (Q, C), (C, F), (F, C), (C, F)]
+    total = (1 if config.tie_embeddings else 2) * V * C + L * (sum(i * o for i, o in linears) + 2 * C) + C
+    adapters = L * sum(lora_rank * (i + o) for i, o in linears)
+    return Size(C, L, Q, K, F, V, total + adapters, adapters or total, lora_rank * F or max(V, F) * C, lora_rank)
 
 
 def activation_bytes(size: Size, tokens: int, element: int, grad_checkpoint: bool) -> int:
@@ -877,17 +874,17 @@ def bench_step(args: argparse.Namespace) -> None:
     """One process of a training run on random tokens: step time and peak memory."""
     import lora
     import sft
-    from model import DTYPES, Llama, LlamaConfig
+    from model import DTYPES, SHAPES, Llama
     world = start("auto", args.strategy)
-    C, L, heads, kv_heads, F, V = SHAPES[args.shape]
-    dtype, size = DTYPES[args.dtype], size_of(args.shape, args.lora_rank)
-    model = Llama(LlamaConfig(C, L, heads, kv_heads, C // heads, F, V, args.max_len), generator=torch.Generator().manual_seed(0)).to(world.device)
+    config = replace(SHAPES[args.shape], max_seq_len=args.max_len)
+    dtype, size = DTYPES[args.dtype], size_of(config, args.lora_rank)
+    model = Llama(config, generator=torch.Generator().manual_seed(0)).to(world.device)
     model.grad_checkpoint = args.grad_checkpoint
     if args.lora_rank:
         model.to(dtype)
         lora.attach(model, args.lora_rank, None, 0.0, dtype=torch.float32)
     optimizer = ZeRO2(model.named_parameters(), dtype, strategy=args.strategy, trace=args.trace)
-    tokens = torch.randint(3, V, (args.batch_size, args.max_len), generator=torch.Generator().manual_seed(world.rank))
+    tokens = torch.randint(3, config.vocab_size, (args.batch_size, args.max_len), generator=torch.Generator().manual_seed(world.rank))
     target = torch.ones_like(tokens, dtype=torch.bool)
     target[:, 0] = False
 
@@ -914,26 +911,34 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    from model import SHAPES, read_config
+    from sft import whole
     parser = argparse.ArgumentParser(description="What a training run needs (--plan), and how fast the sharded optimizer is here (--bench).")
-    parser.add_argument("--plan", choices=sorted(SHAPES), help="print bytes a process needs for this LLaMA")
+    parser.add_argument("--plan", metavar="MODEL", help=f"print the bytes that a process needs: a weights directory, or one of {' '.join(SHAPES)}")
     parser.add_argument("--bench", action="store_true", help="measure the AdamW step, and training steps under every strategy")
-    parser.add_argument("--nproc", type=int, help="processes (plan: 1, bench: 2)")
+    parser.add_argument("--nproc", type=whole(1), help="processes (plan: 1, bench: 2)")
     parser.add_argument("--strategy", choices=STRATEGIES, help="only this one")
-    parser.add_argument("--batch_size", type=int, help="examples a process and micro-batch (plan: 4, bench: 2)")
-    parser.add_argument("--accumulation_steps", type=int, default=1, help="micro-batches a step")
-    parser.add_argument("--max_len", type=int, help="tokens of an example (plan: 512, bench: 256)")
-    parser.add_argument("--lora_rank", type=int, default=0, help="train adapters of this rank; 0 trains all weights")
+    parser.add_argument("--batch_size", type=whole(1), help="examples a process and micro-batch (plan: 4, bench: 2)")
+    parser.add_argument("--accumulation_steps", type=whole(1), default=1, help="micro-batches a step")
+    parser.add_argument("--max_len", type=whole(2), help="tokens of an example (plan: 512, bench: 256)")
+    parser.add_argument("--lora_rank", type=whole(0), default=0, help="train adapters of this rank; 0 trains all weights")
     parser.add_argument("--grad_checkpoint", action="store_true", help="recompute activations in backward")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="to compute in")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="mid", help="model of the bench")
-    parser.add_argument("--steps", type=int, default=5, help="steps of the bench that are timed")
+    parser.add_argument("--shape", choices=list(SHAPES), default="mid", help="model of the bench")
+    parser.add_argument("--steps", type=whole(1), default=5, help="steps of the bench that are timed")
     parser.add_argument("--trace", action="store_true", help="bench: print when each bucket left and arrived")
     args = parser.parse_args(argv)
     for key, planned, benched in (("nproc", 1, 2), ("batch_size", 4, 2), ("max_len", 512, 256)):
         if getattr(args, key) is None:
             setattr(args, key, planned if args.plan else benched)
     if args.plan:
-        size, element = size_of(args.plan, args.lora_rank), 4 if args.dtype == "fp32" else 2
+        if args.plan not in SHAPES and not os.path.isdir(args.plan):
+            parser.error(f"--plan {args.plan}: neither a weights directory nor one of {' '.join(SHAPES)}")
+        try:
+            config = SHAPES.get(args.plan) or read_config(args.plan)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        size, element = size_of(config, args.lora_rank), 4 if args.dtype == "fp32" else 2
         names = [args.strategy] if args.strategy else ["naive" if args.nproc == 1 else "ddp", "zero2", "zero2_cpu"]
         plans = {name: plan(size, name, args.nproc, args.batch_size * args.max_len, element, args.grad_checkpoint, args.accumulation_steps) for name in names}
         print(plan_table(f"LLaMA {args.plan}, {size.total / 1e9:.2f} G parameters, {size.trained / 1e6:,.1f} M trained, {args.dtype}, {args.nproc} processes, "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import lora
 import zero
-from model import Llama, LlamaConfig
+from model import SHAPES, Llama, LlamaConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIG = LlamaConfig(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=20, vocab_size=37, max_seq_len=16)
@@ -326,12 +326,14 @@ def test_aliases_of_coati(capsys):
 # ---- the memory plan ----
 
 def test_size_of_the_published_models():
-    assert zero.size_of("7B").total == 6_738_415_616 and zero.size_of("13B").total == 13_015_864_320
-    model = Llama(LlamaConfig(**vars(CONFIG) | {"n_kv_heads": 2}))  # and counted on a model
-    shape = {"x": (16, 2, 2, 2, 20, 37)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zero, "SHAPES", shape)
-        size, adapted = zero.size_of("x"), zero.size_of("x", 4)
+    assert zero.size_of(SHAPES["7B"]).total == 6_738_415_616 and zero.size_of(SHAPES["13B"]).total == 13_015_864_320
+    assert zero.size_of(SHAPES["70B"]).total == 68_976_648_192  # Llama 2's, with grouped queries
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_size_of_a_model(tied):
+    model = Llama(LlamaConfig(**vars(CONFIG) | {"n_kv_heads": 1, "tie_embeddings": tied}))
+    size, adapted = zero.size_of(model.config), zero.size_of(model.config, 4)
     assert size.total == size.trained == sum(p.numel() for p in model.parameters()) and size.largest == 37 * 16
     lora.attach(model, 4)
     assert (adapted.total, adapted.trained) == tuple(sum(p.numel() for p in model.parameters() if p.requires_grad or not frozen) for frozen in (False, True))
@@ -357,7 +359,7 @@ def test_activations_are_what_autograd_keeps(dtype, rank):
 
 
 def test_plan_is_the_papers_table():
-    size, P = zero.size_of("7B"), zero.size_of("7B").total
+    size, P = zero.size_of(SHAPES["7B"]), zero.size_of(SHAPES["7B"]).total
     ddp, zero2, offloaded = (zero.plan(size, name, 4, 512) for name in ("ddp", "zero2", "colossalai_zero2_cpu"))
     for p, shards in ((ddp, 1), (zero2, 4)):
         assert (p.device["weights"], p.device["gradient"], p.device["master"], p.device["moments"]) == (2 * P, 4 * P / shards, 4 * P / shards, 8 * P / shards) and not p.cpu
@@ -373,6 +375,15 @@ def test_plan_on_the_command_line(capsys):
     zero.main(["--plan", "7B", "--nproc", "4", "--lora_rank", "16", "--grad_checkpoint", "--strategy", "zero2"])
     text = capsys.readouterr().out
     assert re.search(r"fits a card of +16 GB", text) and re.search(r"device: weights +13\.5\d GB", text) and "sent a step" in text
+
+
+def test_plan_of_a_directory(tmp_path, capsys):
+    Llama(LlamaConfig(**vars(CONFIG))).save_pretrained(tmp_path)
+    zero.main(["--plan", str(tmp_path)])
+    assert f"{zero.size_of(LlamaConfig(**vars(CONFIG))).trained / 1e6:,.1f} M trained" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        zero.main(["--plan", "8B"])
+    assert "--plan 8B: neither a weights directory nor one of tiny" in capsys.readouterr().err
 
 
 def processes(tmp_path: Path, world: int, code: str, *args, launcher: bool = True, timeout: int = 240, **env) -> list[subprocess.CompletedProcess]:
