@@ -422,8 +422,8 @@ def run(main: Callable[[], dict]) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
-        zero.failed(error)
+        if not zero.failed(error):
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)

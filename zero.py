@@ -165,11 +165,24 @@ class Watch(threading.Thread):
                 self.end("process 0, or the torchrun that started it, has died")
             for rank, word in enumerate(words):
                 if word.startswith("failed"):
+                    if self.over.wait(4 * self.INTERVAL):  # this process meets the same error, and says so itself
+                        return
                     self.end(f"process {rank} {word}")
                 if word != heard[rank][0]:
                     heard[rank] = word, time.monotonic()
                 elif word != "done" and time.monotonic() - heard[rank][1] > self.SILENCE:
                     self.end(f"process {rank} has died or hangs: no sign of life for {self.SILENCE:.0f} s")
+
+    def hears(self, word: str) -> bool:
+        """Whether process 0 ends with this word, within two beats."""
+        for _ in range(40):
+            try:
+                if self.store.get("0").decode() == word:
+                    return True
+            except RuntimeError:  # it has ended
+                return False
+            time.sleep(self.INTERVAL / 20)
+        return False
 
     def leave(self, word: str) -> None:
         self.over.set()
@@ -185,15 +198,19 @@ def watches() -> list[Watch]:
     return [thread for thread in threading.enumerate() if isinstance(thread, Watch)]
 
 
-def failed(error: BaseException) -> None:
-    """Tell the other processes why this one ends. An error of the communication is only an echo of another's death: then
-    the watch finds out whose, and ends this process with its name."""
+def failed(error: BaseException) -> bool:
+    """Tell the other processes why this one ends; returns whether process 0 ends for the same reason, and will say it for all.
+    An error of the communication is only an echo of another's death: then the watch finds out whose, and ends this process
+    with its name."""
+    heard, word = False, f"failed: {type(error).__name__}: {error}"
     for watch in watches():
         if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
             watch.join(watch.SILENCE + 5)
-        watch.leave(f"failed: {type(error).__name__}: {error}")
+        heard = watch.rank > 0 and watch.hears(word)
+        watch.leave(word)
         if watch.rank == 0 and not os.environ.get("TORCHELASTIC_USE_AGENT_STORE"):
             time.sleep(2 * watch.INTERVAL)  # the store ends with this process: let the others read it first
+    return heard
 
 
 def all_reduce(x: Tensor) -> Tensor:

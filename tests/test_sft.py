@@ -528,6 +528,9 @@ def test_exit_codes(base, tmp_path):
     runs = [start(), start("--dataset", tmp_path / "none.json", "--save_path", tmp_path / "b"), start("--pretrain", tmp_path / "model", "--save_path", tmp_path / "c")]
     out, err = zip(*(run.communicate(timeout=60) for run in runs))
     assert [run.returncode for run in runs] == [0, 2, 1], err
+    both = subprocess.run([*TORCHRUN, str(ROOT / "sft.py"), *flags(base, tmp_path / "d", "--dataset", tmp_path / "none.json")], env=ENV, capture_output=True, text=True, timeout=60)
+    assert both.stderr.count("none.json does not exist") == 1 and "stops" not in both.stderr  # once, by process 0, and before torchrun's own report
+    assert both.stderr.index("sft.py: ") < both.stderr.index("exitcode: 2)")
     assert re.fullmatch(r"sft\.py: \S+none\.json does not exist; .*\n", err[1])
     assert re.fullmatch(r"sft\.py: the loss is nan at step 1 with learning rate 0\.003: .*\n", err[2]) and not (tmp_path / "c" / "config.json").exists()
     assert err[0] == "" and "flags: " in out[0] and "lr=0.003" in out[0] and "step 1/1" in out[0]
