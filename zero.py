@@ -152,7 +152,7 @@ class Watch(threading.Thread):
         sys.excepthook = lambda kind, error, trace: (failed(error), sys.__excepthook__(kind, error, trace))
 
     def run(self) -> None:
-        heard = [("", time.monotonic())] * self.world
+        heard = [("", 0)] * self.world  # the last word of each, and the beat of its coming: a job that was suspended has missed none
         for beat in range(10**9):
             if self.over.wait(self.INTERVAL):
                 return
@@ -169,8 +169,8 @@ class Watch(threading.Thread):
                         return
                     self.end(f"process {rank} {word}")
                 if word != heard[rank][0]:
-                    heard[rank] = word, time.monotonic()
-                elif word != "done" and time.monotonic() - heard[rank][1] > self.SILENCE:
+                    heard[rank] = word, beat
+                elif word != "done" and (beat - heard[rank][1]) * self.INTERVAL > self.SILENCE:
                     self.end(f"process {rank} has died or hangs: no sign of life for {self.SILENCE:.0f} s")
 
     def hears(self, word: str) -> bool:
