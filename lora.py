@@ -306,6 +306,11 @@ def read_adapter_config(path: str | Path) -> dict:
     broken += [f"a pattern of {number!r}" for pattern in patterns for number in pattern.values() if type(number) not in (int, float)]
     if isinstance(config.get("lora_alpha"), float) and not math.isfinite(config["lora_alpha"]):
         broken.append("lora_alpha")
+    for expression in [config.get("target_modules"), *(key for pattern in patterns for key in pattern)]:
+        try:
+            re.compile(expression if isinstance(expression, str) else "")
+        except re.error:
+            broken.append(f"{expression!r}, which is no regular expression")
     if broken:
         raise ValueError(f"{file} has a value of the wrong kind ({', '.join(broken)}): copy it again")
     if missing := [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]:

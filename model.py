@@ -872,13 +872,17 @@ def config_from_meta(p: dict, directory: Path) -> LlamaConfig:
     if p.get("n_kv_heads") not in (None, n_kv_heads):  # else a wrong n_heads would go unseen: other heads, the same shapes
         raise ValueError(f"{directory}: wk has rows for {n_kv_heads} heads of {head_dim}, by params.json there are "
                          f"{p['n_kv_heads']!r}: copy it again")
-    tied = "output.weight" not in part
+    tied, eps, theta = "output.weight" not in part, p.get("norm_eps", 1e-5), p.get("rope_theta", 10000.0)
+    if not all(type(value) in (int, float) for value in (eps, theta)):
+        raise ValueError(f"{directory}: params.json has norm_eps {eps!r} and rope_theta {theta!r}, which are no numbers: copy it again")
     try:
         return LlamaConfig(
             dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
             ffn_dim=w1.shape[0] * n, vocab_size=embedding.shape[0] if tied else part["output.weight"].shape[0] * n,
-            max_seq_len=p.get("max_seq_len", 2048),  # Meta's files do not say; LLaMA 1 has 2048
-            norm_eps=p.get("norm_eps", 1e-5), rope_theta=p.get("rope_theta", 10000.0), tie_embeddings=tied,
+            # Meta's files do not say. LLaMA 1 has 2048, CodeLlama 16384; Llama 2, which they do not tell from LLaMA 1, has 4096:
+            # write "max_seq_len": 4096 into its params.json.
+            max_seq_len=p.get("max_seq_len", 16384 if theta > 1e4 else 2048),
+            norm_eps=eps, rope_theta=theta, tie_embeddings=tied,
             dtype=str(wk.dtype).removeprefix("torch."))
     except ValueError as error:
         raise ValueError(f"{directory}/params.json does not describe a LLaMA ({error}): copy it again") from None

@@ -936,9 +936,9 @@ def test_published_configs_m03(base, sizes, theirs, ours, tmp_path):
     (8, dict(dim=8192, n_heads=64, n_kv_heads=8, n_layers=80, multiple_of=4096, ffn_dim_multiplier=1.3, norm_eps=1e-5), 32000, 28672,
      dict(n_kv_heads=8)),                                                                                          # Llama 2 70B
     (1, dict(dim=4096, n_heads=32, n_layers=32, multiple_of=256, ffn_dim_multiplier=1.0, norm_eps=1e-5, rope_theta=1000000), 32016, 11008,
-     dict(rope_theta=1e6)),                                                                                        # CodeLlama 7B, 34B
+     dict(rope_theta=1e6, max_seq_len=16384)),                                                                     # CodeLlama 7B, 34B
     (4, dict(dim=8192, n_heads=64, n_kv_heads=8, n_layers=48, multiple_of=256, ffn_dim_multiplier=1.0, norm_eps=1e-5, rope_theta=1000000),
-     32000, 22016, dict(n_kv_heads=8, rope_theta=1e6))])
+     32000, 22016, dict(n_kv_heads=8, rope_theta=1e6, max_seq_len=16384))])
 def test_published_params_m04(parts, params, vocab, ffn, ours, tmp_path):
     dim, heads = params["dim"], params["n_heads"]
     D, multiple = dim // heads, params["multiple_of"]
