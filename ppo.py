@@ -256,7 +256,8 @@ def show_tokens(e: Experience, tokenizer: Tokenizer) -> str:
     start, n = int(e.prompt_len[b]), int(e.mask[b].sum())
     lines = [f"prompt: {tokenizer.decode(e.tokens[b, :start].tolist())}", f"{'token':>16} mask    logp ref_logp      kl   value  reward     adv     ret"]
     for t in range(min(n + 1, e.mask.shape[1])):
-        piece = tokenizer.sp.id_to_piece(int(e.tokens[b, start + t])) if e.mask[b, t] else "(padding)"
+        i = int(e.tokens[b, start + t])  # a model's embedding may have more rows than the tokenizer pieces
+        piece = "(padding)" if not e.mask[b, t] else tokenizer.sp.id_to_piece(i) if i < tokenizer.vocab_size else f"({i})"
         figures = " ".join(f"{x[b, t].item():7.3f}" for x in (e.logp, e.ref_logp, kl, e.value, e.reward, e.adv, e.ret))
         lines.append(f"{piece:>16} {int(e.mask[b, t]):4d} {figures}")
     return "\n".join([*lines, f"score {e.score[b]:.3f}, {'ended' if e.ended[b] else 'never ended'}"])

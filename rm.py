@@ -254,8 +254,7 @@ def main(argv: list[str] | None = None) -> dict:
         chosen, rejected, weight = score_rankings(model, [rankings[i] for i in micro])
         return (LOSSES[args.loss_fn](chosen, rejected) * weight).sum(), pair_sums(chosen.detach(), rejected.detach())
 
-    task = sft.Task([max(map(len, ranking)) for ranking in rankings], len, loss_of, 3, pair_figures, partial(evaluate, model, held, args.loss_fn, args, world),
-                    max(map(len, rankings)))
+    task = sft.Task([list(map(len, ranking)) for ranking in rankings], len, loss_of, 3, pair_figures, partial(evaluate, model, held, args.loss_fn, args, world))
     figures = sft.train(model, optimizer, task, marks, args, world)
     model.config.extra["reward_mean"] = mean_score(model, answers)
     figures["reward_mean"] = model.reward_mean

@@ -432,18 +432,22 @@ def run(main: Callable[[], dict]) -> None:
 
 class Task(NamedTuple):
     """What the loop of stages 1 and 2 must know of a stage."""
-    lengths: list[int]                                        # tokens of each example
+    rows: list[list[int]]                                     # tokens of each example's rows: one, or one a response of a ranking
     units: Callable[[list[int]], int]                         # examples -> what a step's loss is divided by: target tokens, rankings
     loss_of: Callable[[list[int]], tuple[Tensor, Tensor]]     # micro-batch -> summed loss (), further sums (S,)
     sums: int                                                 # S
     figures: Callable[[list[float]], dict]                    # further sums of a whole step -> the stage's own metrics
     evaluate: Callable[[], dict]
-    rows: int = 1                                             # of an example in a batch
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the longest row of each, by which examples are put together."""
+        return [max(rows) for rows in self.rows]
 
 
 def train(model: torch.nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict, args: argparse.Namespace, world: zero.World) -> dict:
     """The loop of stages 1 and 2. Returns what summary.json takes: last loss, steps, seconds, tokens_per_second, ..."""
-    batch = args.batch_size * args.accumulation_steps * world.world
+    batch, lengths = args.batch_size * args.accumulation_steps * world.world, task.lengths
     epoch, step, seen, old_batch = 0, 0, 0, batch  # seen: samples of this epoch that are done; old_batch: what its order was made with
     if args.resume:
         meta, states, random = load_checkpoint(args.save_path, world, marks, optimizer.strategy)
@@ -454,8 +458,8 @@ def train(model: torch.nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict
         epoch, step, seen, old_batch = meta["epoch"], meta["step"], meta["seen"], meta["batch"]
     before = meta["before"] if args.resume else {f"{key}_before": value for key, value in task.evaluate().items()}
     append = open_metrics(args.save_path, world, step)
-    updates = data.global_batches(task.lengths, batch, args.seed, epoch, seen, old_batch) if epoch < args.max_epochs else []
-    total = step + len(updates) + max(0, args.max_epochs - epoch - 1) * math.ceil(len(task.lengths) / batch)
+    updates = data.global_batches(lengths, batch, args.seed, epoch, seen, old_batch) if epoch < args.max_epochs else []
+    total = step + len(updates) + max(0, args.max_epochs - epoch - 1) * math.ceil(len(lengths) / batch)
     total = min(total, args.max_steps or total)
     planned = say_plan(model, task, batch, total, args, world)
     first, started, tokens_done, row = step, time.perf_counter(), 0, {}
@@ -466,7 +470,7 @@ def train(model: torch.nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict
             began, step = time.perf_counter(), step + 1
             lr = cosine_lr(step, total, args.lr, args.warmup)
             divisor, sums = task.units(indices), torch.zeros(1 + task.sums, device=world.device)
-            mine = data.micro_batches(indices, task.lengths, args.batch_size, world.rank, world.world)
+            mine = data.micro_batches(indices, lengths, args.batch_size, world.rank, world.world)
             for micro in mine:
                 summed, further = task.loss_of(micro)
                 optimizer.backward(summed / divisor, last=micro is mine[-1])
@@ -478,7 +482,7 @@ def train(model: torch.nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict
             stats = optimizer.step(lr)
             # ---- log, evaluate, save ----
             seen += len(indices)
-            tokens = sum(task.lengths[i] for i in indices)
+            tokens = sum(sum(task.rows[i]) for i in indices)
             tokens_done += tokens
             now = time.perf_counter()
             row = {"step": step, "loss": loss, "lr": lr, "seconds": now - started, "tokens_per_second": tokens / (now - began),
@@ -493,7 +497,7 @@ def train(model: torch.nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict
                 meta = {"step": step, "epoch": epoch, "seen": seen, "batch": old_batch, "world": world.world, "strategy": optimizer.strategy, "marks": marks, "before": before}
                 save_checkpoint(args.save_path, world, meta, optimizer.state_dict())
         epoch, seen, old_batch = epoch + 1, 0, batch
-        updates = data.global_batches(task.lengths, batch, args.seed, epoch)
+        updates = data.global_batches(lengths, batch, args.seed, epoch)
     seconds = time.perf_counter() - started
     return {"planned_memory_bytes": planned, "loss": row.get("loss"), "steps": step, "seconds": seconds, "tokens_per_second": tokens_done / seconds, "skipped": optimizer.skipped} | before | task.evaluate()
 
@@ -507,11 +511,11 @@ def describe(row: dict) -> str:
 def say_plan(model: torch.nn.Module, task: Task, batch: int, total: int, args: argparse.Namespace, world: zero.World) -> int:
     """Print what the run will do and take; returns the planned peak of memory above start-up."""
     lengths = task.lengths
-    padding = data.padding_share(lengths, [data.micro_batches(b, lengths, args.batch_size, 0, 1) for b in data.global_batches(lengths, batch, args.seed, 0)])
+    padding = data.padding_share(task.rows, [data.micro_batches(b, lengths, args.batch_size, 0, 1) for b in data.global_batches(lengths, batch, args.seed, 0)])
     trainable, everything = lora.trainable_report(model)
-    say(world, f"{len(lengths)} examples, {sum(lengths):,} tokens, padding {100 * padding:.1f} % | {total} updates of {args.batch_size} x {args.accumulation_steps} accumulated "
+    say(world, f"{len(lengths)} examples, {sum(map(sum, task.rows)):,} tokens, padding {100 * padding:.1f} % | {total} updates of {args.batch_size} x {args.accumulation_steps} accumulated "
                f"x {world.world} processes = {batch} examples | {trainable:,} of {everything:,} parameters trained")
-    tokens = args.batch_size * task.rows * max(lengths, default=0)  # of the largest micro-batch
+    tokens = args.batch_size * max((len(rows) * max(rows) for rows in task.rows), default=0)  # of the largest micro-batch
     line, peak = zero.run_plan([(model, model.config)], [], args.strategy, world, tokens, compute_dtype(args, world), args.lora_rank, args.grad_checkpoint)
     say(world, line)
     return peak
@@ -637,7 +641,7 @@ def main(argv: list[str] | None = None) -> dict:
         tokens, _, target = data.collate([examples[i] for i in micro])
         return lm_loss(model, tokens, target), torch.zeros(0)
 
-    task = Task([len(ids) for ids, _ in examples], lambda indices: sum(sum(examples[i][1]) for i in indices), loss_of, 0, lambda sums: {},
+    task = Task([[len(ids)] for ids, _ in examples], lambda indices: sum(sum(examples[i][1]) for i in indices), loss_of, 0, lambda sums: {},
                 partial(evaluate, model, held, args, world))
     figures = train(model, optimizer, task, marks, args, world)
     save_model(model, optimizer, args, tokenizer, base, world)

@@ -489,11 +489,10 @@ def micro_batches(indices: list[int], lengths: list[int], batch_size: int, rank:
     return _chunks(sorted(indices, key=lengths.__getitem__), batch_size)[rank::world]
 
 
-def padding_share(lengths: list[int], batches: list[list[list[int]]]) -> float:
-    """The share of padding among all tokens, 0 to 1; each batch is a list of micro-batches."""
-    micro = [indices for batch in batches for indices in batch]
-    real = sum(lengths[i] for indices in micro for i in indices)
-    return 1 - real / sum(len(indices) * max(lengths[i] for i in indices) for indices in micro)
+def padding_share(rows: list[list[int]], batches: list[list[list[int]]]) -> float:
+    """The share of padding among all tokens, 0 to 1. rows: tokens of each example's rows; each batch is a list of micro-batches."""
+    micro = [[n for i in indices for n in rows[i]] for batch in batches for indices in batch]
+    return 1 - sum(map(sum, micro)) / sum(len(lengths) * max(lengths) for lengths in micro)
 
 
 def pad(rows: list[list[int]], filler: int = 0) -> tuple[Tensor, Tensor]:

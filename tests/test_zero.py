@@ -131,6 +131,13 @@ def test_bf16_learns_what_is_smaller_than_its_step():
     assert p.dtype == torch.bfloat16 and torch.equal(p.detach(), bucket.flat)
 
 
+def test_masters_are_the_files_weights():
+    """Not what bf16 leaves of them."""
+    p = nn.Parameter(torch.linspace(1, 1.01, 64))
+    optimizer, exact = zero.ZeRO2([("w", p)], torch.bfloat16), p.detach().clone()
+    assert torch.equal(optimizer.buckets[0].master, exact) and torch.equal(p.detach(), exact.bfloat16())
+
+
 def test_clipping_is_by_the_norm_before_it():
     """Z04: clipping that did nothing while another norm was reported."""
     for max_norm, small in ((0.5, 0.01), (0, 0.01), (100.0, 0.01), (1e-5, 1e-5)):  # at the last torch's 1e-6 shows
