@@ -1,0 +1,470 @@
+"""Stage 4, smaller weights: round-to-nearest (RTN), GPTQ, the linear layers that run the result, and perplexity.
+
+    python quantize.py                                                        the demo: reads out/ppo, writes out/ppo-int4
+    python quantize.py DIR --calibration FILE --text FILE --save_path OUT     4 bits by GPTQ, and a table of what it cost
+    python quantize.py DIR --bits 8 --text FILE --save_path OUT               8 bits by RTN
+    python quantize.py DIR --eval --text FILE                                 perplexity, of a quantized directory too
+
+Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv 2210.17323).
+A weight becomes a code of 4 or 8 bits on a grid that all weights of a group (some neighbours in a row) share:
+
+    w ~ (q - zero) * scale        symmetric: zero is the middle code;  asymmetric: the grid spans smallest to largest weight
+
+RTN takes the nearest code. GPTQ takes the codes one column after another and lets the columns not yet fixed make up for the
+error, by how the layer's inputs X correlate: it minimizes |W X - Q X|^2 and not |W - Q|^2. All it needs of X is H = X X^T.
+
+Four-bit layers are stored as AutoGPTQ stores them. Eight codes of one output o, of neighbouring inputs i, share a word:
+
+    qweight[r, o], an int32     bit 31      28                                   7     4 3     0
+    r = i / 8                      | i=8r+7  | i=8r+6  |  ...  | i=8r+2  | i=8r+1  | i=8r    |     shape (I/8, O)
+
+    qzeros (G, O/8)  the same, eight outputs of one group to a word; "gptq" files hold zero - 1, "gptq_v2" files zero itself
+    scales (G, O)    float16                     g_idx (I,)  the group of each input, i / group_size unless act-order moved it
+
+Eight-bit layers are two tensors: `weight` (O, I) int8 and `scale` (O,) float32, w ~ weight * scale.
+
+Where this differs from the paper, by what measured best on a small trained LLaMA (perplexity lost, as a share of RTN's loss):
+1. Grids are set before the first column is fixed (AutoGPTQ's "static groups"). So columns may be taken in any order and a
+   group still is a run of neighbours, which the fast kernels need.
+2. Columns are taken by falling H_jj (the authors' --act-order) unless --file_order is given.
+3. A grid is shrunk, down to 0.6 of its span, where that lowers the error that GPTQ counts, sum (w - q)^2 / U_jj^2. Clipping
+   is in the authors' code too, there unweighted. `rtn` has it with equal weights, off unless asked for.
+4. A dead input (H_jj = 0) keeps its plainly rounded weights; the authors set them to zero.
+5. The factor U comes from one Cholesky and one triangular inverse, see `inverse_factor`.
+
+Letters: O outputs and I inputs of a layer, G groups, S columns of a group, N rows of a product (tokens); B, T, C as in model.py.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+from data import demo
+from model import DTYPES, Linear, Llama, LlamaConfig, Tokenizer, Where, check_tokenizer, config_from_hf, cpu_has_bf16, load_weights, read_config, read_json, read_template, read_tensors, write_weights
+
+SHRINK = tuple(1 - i / 40 for i in range(17))  # of a grid's span: 1, 0.975, ... 0.6; finer steps changed nothing measurable
+SMALLEST = 2.0**-24                            # of a scale: the smallest number of float16, where scales are stored
+BATCH = 8                                      # windows that pass through a block at a time
+
+
+# ---- grids and rounding to nearest ----------------------------------------------------------------------------------
+
+class Quantized(NamedTuple):
+    """A matrix W (O, I) as w[o, i] ~ (q[o, i] - zero[o, group[i]]) * scale[o, group[i]]."""
+    q: Tensor        # (O, I) uint8, 0 .. 2^bits - 1
+    scale: Tensor    # (O, G) float32; for 4 bits they are numbers of float16
+    zero: Tensor     # (O, G) uint8
+    group: Tensor    # (I,) int32
+
+    def dequantize(self) -> Tensor:
+        g = self.group.long()
+        return (self.q.float() - self.zero.float()[:, g]) * self.scale[:, g]  # (O, I)
+
+
+def check_grid(bits: int, group_size: int, sym: bool = True) -> None:
+    if bits not in (4, 8):
+        raise ValueError(f"{bits} bits are not offered: choose 4 or 8")
+    if type(group_size) is not int or group_size != -1 and group_size < 1:
+        raise ValueError(f"group size {group_size!r} is no number of columns: give a whole number above 0, or -1 for whole rows")
+
+
+def code(w: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
+    """The nearest code of each w, as a float; shapes broadcast."""
+    return (w / scale + zero).round_().clamp_(0, most)
+
+
+def grids(w: Tensor, bits: int, group_size: int, sym: bool, clip: bool = False, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """scale and zero, (O, G) fp32 each, of the groups of w (O, I). With clip, of every SHRINK the one with the least
+    sum of importance (I,) * (w - its code's value)^2; None is 1 for all."""
+    O, I = w.shape
+    S, most = I if group_size == -1 else min(group_size, I), 2**bits - 1
+    G = -(-I // S)
+    importance = F.pad(torch.ones(I, device=w.device) if importance is None else importance, (0, G * S - I)).view(G, S)
+    scales, zeros = torch.empty(O, G, device=w.device), torch.empty(O, G, device=w.device)
+    rows = max(1, 2**16 // I)  # as many as stay in the processor's cache over all tries: 256 KB
+    for start in range(0, O, rows if w.device.type == "cpu" else O):
+        part = F.pad(w[start:start + (rows if w.device.type == "cpu" else O)], (0, G * S - I)).view(-1, G, S)  # (o, I) -> (o, G, S)
+        low, high = part.amin(-1).clamp_(max=0), part.amax(-1).clamp_(min=0)                                  # (o, G); 0 has a code
+        if sym:
+            high = torch.maximum(high, -low)
+            low = -high
+        least = None
+        for shrink in SHRINK if clip else (1.0,):
+            scale = ((high - low) * (shrink / most)).clamp_(min=SMALLEST)
+            if bits == 4:
+                scale = scale.half().float()  # before the codes are chosen: they fit what the file will say
+            zero = torch.full_like(scale, 2**(bits - 1)) if sym else (-low * shrink / scale).round_().clamp_(0, most)
+            if not clip:
+                best_scale, best_zero = scale, zero
+                continue
+            q = code(part, scale[..., None], zero[..., None], most)
+            error = q.sub_(zero[..., None]).mul_(scale[..., None]).sub_(part).square_().mul_(importance).sum(-1)  # (o, G)
+            if least is None:
+                best_scale, best_zero, least = scale, zero, error
+            else:
+                better = error < least
+                best_scale, best_zero, least = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero), torch.minimum(error, least)
+        scales[start:start + part.shape[0]], zeros[start:start + part.shape[0]] = best_scale, best_zero
+    return scales, zeros
+
+
+def groups_of(I: int, group_size: int, device=None) -> Tensor:
+    """The group of each column, (I,) int32."""
+    return torch.arange(I, dtype=torch.int32, device=device) // (I if group_size == -1 else group_size)
+
+
+def rtn(w: Tensor, bits: int, group_size: int, sym: bool, clip: bool = False) -> Quantized:
+    """Round W (O, I) to nearest, every group of group_size columns (-1: the whole row, the last one may be smaller) on a grid
+    of its own. clip shrinks grids where that lowers the squared error. Raises ValueError for other bits or no group size."""
+    check_grid(bits, group_size, sym)
+    w = w.float()
+    scale, zero = grids(w, bits, group_size, sym, clip)
+    group = groups_of(w.shape[1], group_size, w.device)
+    q = code(w, scale[:, group.long()], zero[:, group.long()], 2**bits - 1)
+    return Quantized(q.to(torch.uint8), scale, zero.to(torch.uint8), group)
+
+
+# ---- GPTQ -----------------------------------------------------------------------------------------------------------
+
+def add_hessian(H: Tensor, x: Tensor) -> None:
+    """Add X X^T of some rows x (N, I) to the lower triangle of H (I, I), in slabs, which spares nearly half the products."""
+    x = x.float()
+    for start in range(0, H.shape[0], 512):
+        H[start:, start:start + 512].addmm_(x[:, start:].T, x[:, start:start + 512])  # (I - start, N) @ (N, 512)
+
+
+def hessian(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """H = X X^T (I, I) in fp32 of inputs x (..., I); mask (...) is True where a row is real, others do not count."""
+    x = x.flatten(0, -2) if mask is None else x[mask]  # (N, I)
+    H = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+    add_hessian(H, x)
+    return H.tril() + H.tril(-1).T
+
+
+def inverse_factor(H: Tensor, damp: float) -> Tensor:
+    """Upper triangular U with U^T U = (H + damp * mean(diag H) * 1)^-1: "the Cholesky of the inverse" of the paper.
+
+    With J the reversal of rows, J H J = L L^T gives H = R R^T for the upper triangular R = J L J, so U = R^-1. That is one
+    inversion less than inverting H and factoring the inverse, and so half the rounding. More damping is tried where the
+    factor does not exist, if there was any; ValueError otherwise."""
+    eye = torch.eye(len(H), device=H.device)
+    for factor in (1, 10, 100):
+        damped = H + factor * damp * H.diagonal().mean() * eye
+        L, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        # L_jj^2 / H_jj is the share of an input that the others do not explain; in fp32, 1e-6 of it is rounding.
+        if not failed and (damp or (L.diagonal().square() > 1e-6 * damped.diagonal().flip(0)).all()):
+            return torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True)
+        if damp == 0:
+            raise ValueError(f"the inputs of this layer span fewer than its {len(H)} dimensions, so its Hessian has no inverse: calibrate on more text, or with --damp 0.01")
+    raise ValueError("the Hessian has no inverse even with 100 times the damping: look at the calibration text")
+
+
+def gptq(w: Tensor, hessian: Tensor, bits: int, group_size: int, sym: bool, act_order: bool = False, clip: bool = False,
+         damp: float = 0.01, block: int = 128) -> Quantized:
+    """Quantize W (O, I) so that |W X - Q X|^2 is small, hessian = X X^T (I, I); with the identity it is `rtn` to the bit.
+
+    block: columns after which the rest of W is updated (any number gives the same result but for rounding). Raises
+    ValueError for other bits or no group size, or with damp 0 where H is singular."""
+    check_grid(bits, group_size, sym)
+    I, most = w.shape[1], 2**bits - 1
+    H = hessian.float().clone()
+    # 1. A dead input never has a value: row and column of H are 0, and with H_jj = 1 it is tied to no other column.
+    dead = H.diagonal() == 0
+    H.diagonal()[dead] = 1
+    # 2. The order of the columns. A stable sort: where all H_jj are equal it is the file's order.
+    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(I, device=w.device)
+    # 3. U, upper triangular, with U^T U = (H + lambda)^-1.  U_jj^2 is [H_F^-1]_jj, F being the columns from j on.
+    U = inverse_factor(H[order][:, order], damp)
+    diagonal = U.diagonal()
+    # 4. The grid of every group. An error of one in column j will cost 1 / U_jj^2, by the paper's equation (2).
+    importance = torch.empty_like(diagonal)
+    importance[order] = (diagonal.min() / diagonal).square()
+    importance[dead] = 0
+    scale, zero = grids(w.float(), bits, group_size, sym, clip, importance)
+    group = groups_of(I, group_size, w.device)
+    at = group.long()[order]                          # (I,)
+    # 5. Column after column; W is held transposed, so that a column of the paper is a row in memory.
+    W = w.float().T[order].contiguous()               # (I, O)
+    Q = torch.empty(W.shape, dtype=torch.uint8, device=w.device)
+    scale_t, zero_t, d = scale.T.contiguous(), zero.T.contiguous(), diagonal.tolist()  # (G, O) each
+    E = torch.empty(min(block, I), W.shape[1], device=w.device)
+    for first in range(0, I, block):
+        last = min(first + block, I)
+        for j in range(first, last):
+            s, z = scale_t[at[j]], zero_t[at[j]]      # (O,) each
+            q = code(W[j], s, z, most)
+            Q[j] = q
+            e = torch.div(W[j] - q.sub_(z).mul_(s), d[j], out=E[j - first])            # E_j = (W_j - Q_j) / U_jj
+            W[j + 1:last].addr_(U[j, j + 1:last], e, alpha=-1)                         # the columns left in this block ...
+        W[last:].addmm_(U[first:last, last:].T, E[:last - first], alpha=-1)           # ... and lazily all after it
+    codes = torch.empty_like(Q)
+    codes[order] = Q
+    return Quantized(codes.T.contiguous(), scale, zero.to(torch.uint8), group)
+
+
+def layer_error(w: Tensor, approximation: Tensor, H: Tensor) -> float:
+    """|W X - Q X|^2 / |W X|^2, by way of H = X X^T."""
+    difference = w.float() - approximation
+    return (((difference @ H) * difference).sum() / ((w.float() @ H) * w.float()).sum().clamp(min=1e-30)).item()
+
+
+# ---- packing --------------------------------------------------------------------------------------------------------
+
+def shifts(device) -> Tensor:
+    return torch.arange(0, 32, 4, dtype=torch.int32, device=device)[:, None]  # (8, 1)
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """Codes q (O, I), whole numbers 0 .. 15 -> words (ceil(I / 8), O) int32, input 8r in the lowest four bits of word r.
+    Where 8 does not divide I, the last word is filled with 0."""
+    if q.numel() and (q.min() < 0 or q.max() > 15):
+        raise ValueError(f"codes reach from {q.min()} to {q.max()}, four bits hold 0 to 15")
+    q = F.pad(q.to(torch.int32), (0, -q.shape[1] % 8)).T.reshape(-1, 8, q.shape[0])      # (O, I) -> (I/8, 8, O)
+    return (q << shifts(q.device)).sum(1, dtype=torch.int32)                             # (I/8, O): disjoint bits, so + is |
+
+
+def unpack_int4(words: Tensor, width: int | None = None) -> Tensor:
+    """Words (R, O) int32 -> codes (O, 8R) uint8, or the first `width` columns of them: the inverse of pack_int4."""
+    q = (words[:, None] >> shifts(words.device)) & 15                                    # (R, 8, O)
+    return q.reshape(-1, words.shape[1]).T[:, :width].to(torch.uint8)                    # (O, 8R)
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+class QuantizedProduct(torch.autograd.Function):
+    """y = x W^T of a frozen quantized layer. Nothing but the layer is kept: backward dequantizes W again (QLoRA, Dettmers et
+    al. 2023), so a 16-bit W lives as long as one product."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer = layer
+        return dequantized_product(x, layer, False)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        return dequantized_product(dy, ctx.layer, True), None
+
+
+def dequantized_product(x: Tensor, layer: nn.Module, transposed: bool) -> Tensor:
+    """x (..., I) W^T -> (..., O), or transposed x (..., O) W -> (..., I), in fp32 where the processor has no bf16 products."""
+    dtype = torch.float32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not cpu_has_bf16() else x.dtype
+    W = layer.dequantize(dtype)  # (O, I)
+    return F.linear(x.to(dtype), W.T if transposed else W).to(x.dtype)
+
+
+class QuantizedLinear(nn.Module):
+    """What the two layers share: a frozen x (..., I) -> y (..., O) that has no parameters, only buffers."""
+    kept: tuple[str, ...] = ()  # buffers whose dtype is part of the format
+
+    def __init__(self, fan_in: int, fan_out: int):
+        super().__init__()
+        self.in_features, self.out_features = fan_in, fan_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return QuantizedProduct.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else dequantized_product(x, self, False)
+
+    def _apply(self, fn, recurse: bool = True):
+        """model.to(device) moves the buffers, model.to(dtype) leaves them: scales in bf16 would be other scales."""
+        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items()}
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            if self._buffers[name].dtype != dtype:
+                raise ValueError("a quantized model cannot be cast to another dtype: open it with quantize.load(directory, dtype)")
+        return self
+
+
+class Linear4(QuantizedLinear):
+    """Four bits in AutoGPTQ's tensors, O and I padded to multiples of 8; zeros as they are (gptq_v2), whatever the file had."""
+
+    def __init__(self, fan_in: int, fan_out: int, groups: int):
+        super().__init__(fan_in, fan_out)
+        I, O = fan_in + -fan_in % 8, fan_out + -fan_out % 8
+        self.register_buffer("qweight", torch.zeros(I // 8, O, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(groups, O // 8, dtype=torch.int32))
+        self.register_buffer("scales", torch.zeros(groups, O, dtype=torch.float16))
+        self.register_buffer("g_idx", torch.zeros(I, dtype=torch.int32))
+
+    @classmethod
+    def of(cls, m: Quantized) -> "Linear4":
+        O, I = m.q.shape
+        with torch.device(m.q.device):
+            layer = cls(I, O, m.scale.shape[1])
+        more_O, more_I = -O % 8, -I % 8
+        # A code at its zero is a weight of 0: so is all padding of rows; padding of columns meets no input.
+        layer.qweight = pack_int4(F.pad(m.q, (0, more_I, 0, more_O)))                        # (I/8, O)
+        layer.qzeros = pack_int4(F.pad(m.zero, (0, 0, 0, more_O)).T).T.contiguous()          # (G, O) -> (O/8, G) -> (G, O/8)
+        layer.scales = F.pad(m.scale, (0, 0, 0, more_O)).T.contiguous().half()               # (G, O)
+        layer.g_idx = F.pad(m.group, (0, more_I), value=int(m.group[-1]))                    # (I,)
+        return layer
+
+    def quantized(self) -> Quantized:
+        O = self.out_features
+        zero = unpack_int4(self.qzeros.T)                                                    # (O/8, G) -> (G, O)
+        return Quantized(unpack_int4(self.qweight, self.in_features)[:O], self.scales.float().T[:O], zero.T[:O], self.g_idx[:self.in_features])
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """W (O, I), a transposed view. On a CPU some words at a time, which stay in its cache from the first step to the last."""
+        zero = unpack_int4(self.qzeros.T).to(torch.int32)                                    # (O/8, G) -> (G, O)
+        W = torch.empty(8 * self.qweight.shape[0], self.qweight.shape[1], dtype=dtype, device=self.qweight.device)  # (I, O)
+        step = max(1, (2**14 if W.device.type == "cpu" else 2**22) // W.shape[1])
+        for r in range(0, self.qweight.shape[0], step):
+            q = ((self.qweight[r:r + step, None] >> shifts(W.device)) & 15).flatten(0, 1)    # (R, 8, O) -> (8R, O)
+            g = self.g_idx[8 * r:8 * (r + step)].long()
+            W[8 * r:8 * (r + step)] = q.sub_(zero[g]) * self.scales[g].float()
+        return W[:self.in_features, :self.out_features].T
+
+    @staticmethod
+    def join(layers: "list[Linear4]", rows: int) -> "Fast4 | None":
+        """The layers in one, on PyTorch's own kernel, or None where there is none for them or they read their inputs in different orders."""
+        first = layers[0]
+        if any(layer.g_idx.shape != first.g_idx.shape or not torch.equal(layer.g_idx, first.g_idx) for layer in layers):
+            return None
+        parts = [layer.quantized() for layer in layers]
+        m = Quantized(*(torch.cat([getattr(part, name) for part in parts]) for name in ("q", "scale", "zero")), parts[0].group)
+        fits = kernel_groups(m.group, m.scale.shape[1])
+        return Fast4(m, *fits) if fits and int4_works(m.q.device.type) else None
+
+
+def kernel_groups(group: Tensor, groups: int) -> tuple[Tensor | None, int] | None:
+    """How the int4 kernels can read columns whose groups are `group` (I,): (order to bring them in, or None for their own; columns
+    of a kernel's group), or None for groups that it has not: it knows 32, 64, 128 and 256 columns, and groups are runs of equal size."""
+    order = torch.argsort(group, stable=True)
+    counts = torch.bincount(group, minlength=groups)
+    S = int(counts[0])
+    if (counts[:-1] != S).any() or counts[-1] > S:
+        return None
+    S = -(-S // 32) * 32 if groups == 1 else S  # one group a row: padded
+    size = next((size for size in (256, 128, 64, 32) if S % size == 0), None)
+    in_order = torch.equal(order, torch.arange(len(group), device=group.device))
+    return None if size is None else (None if in_order else order, size)
+
+
+class Fast4(nn.Module):
+    """One or several Linear4, on tinygemm's kernels: bf16 times (q - 8) * scale + offset, with scale and offset (8 - zero) * scale in
+    bf16. Outputs are padded to what the kernel takes, 16 on a CPU (8 on CUDA), inputs to whole groups (and 128 on CUDA)."""
+
+    def __init__(self, m: Quantized, order: Tensor | None, size: int):
+        super().__init__()
+        (O, I), device = m.q.shape, m.q.device
+        cuda = device.type == "cuda"
+        more_O = -O % (8 if cuda else 16)
+        S = int(torch.bincount(m.group)[0])
+        more_I = -I % (max(128, size) if cuda else size)
+        self.in_features, self.out_features, self.size, self.padding, self.order = I, O, size, more_I, order
+        q = m.q if order is None else m.q[:, order]
+        q = F.pad(q, (0, more_I, 0, more_O))                                                           # (O, I)
+        g = torch.arange(0, I + more_I, size, device=device).div(S, rounding_mode="floor").clamp(max=m.scale.shape[1] - 1)
+        scale, zero = (F.pad(t.float()[:, g].T, (0, more_O)) for t in (m.scale, m.zero))               # (G', O) each
+        self.grid = torch.stack((scale, (8 - zero) * scale), dim=-1).bfloat16().contiguous()           # (G', O, 2)
+        if cuda:
+            self.weight = torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)   # (O, I/2) bytes
+        else:
+            self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int().contiguous(), 1)  # (O, I) words
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)                                                         # (N, I)
+        if self.order is not None:
+            rows = rows[:, self.order]
+        if self.padding:
+            rows = F.pad(rows, (0, self.padding))
+        multiply = torch.ops.aten._weight_int4pack_mm if x.device.type == "cuda" else torch.ops.aten._weight_int4pack_mm_for_cpu
+        y = multiply(rows.bfloat16().contiguous(), self.weight, self.size, self.grid)                  # (N, O)
+        return y[:, :self.out_features].to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class Linear8(QuantizedLinear):
+    """Eight bits, a scale a row: `weight` (O, I) int8, `scale` (O,) float32."""
+
+    def __init__(self, fan_in: int, fan_out: int):
+        super().__init__(fan_in, fan_out)
+        self.register_buffer("weight", torch.zeros(fan_out, fan_in, dtype=torch.int8))
+        self.register_buffer("scale", torch.zeros(fan_out))
+
+    @classmethod
+    def of(cls, m: Quantized) -> "Linear8":
+        with torch.device(m.q.device):
+            layer = cls(m.q.shape[1], m.q.shape[0])
+        layer.weight, layer.scale = (m.q.int() - m.zero).to(torch.int8), m.scale[:, 0].contiguous()
+        return layer
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """W (O, I)."""
+        W = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+        for start in range(0, len(W), 64):
+            W[start:start + 64] = self.weight[start:start + 64] * self.scale[start:start + 64, None]
+        return W
+
+    @staticmethod
+    def join(layers: "list[Linear8]", rows: int) -> "Fast8 | None":
+        fits = int8_works(layers[0].weight.device.type)
+        return Fast8(torch.cat([layer.weight for layer in layers]), torch.cat([layer.scale for layer in layers])) if fits else None
+
+
+class Fast8(nn.Module):
+    """One or several Linear8 on the processor's int8 products: every row of x is brought to int8 by its own largest entry, int8 times
+    int8 is summed in int32, and both scales are multiplied in afterwards."""
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        super().__init__()
+        # CUDA's kernel takes more than 16 rows of x, and sizes that 8 divides.
+        self.multiple, self.rows = (8, 17) if weight.device.type == "cuda" else (1, 1)
+        self.out_features, self.in_features = weight.shape
+        self.weight = F.pad(weight, (0, -weight.shape[1] % self.multiple, 0, -weight.shape[0] % self.multiple)).contiguous()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features).float()                                                 # (N, I)
+        N, (O, I) = len(rows), self.weight.shape
+        largest = rows.abs().amax(-1, keepdim=True).clamp_(min=1e-30) / 127                            # (N, 1)
+        q = (rows / largest).round_().to(torch.int8)
+        if I != self.in_features or N < self.rows:
+            q = F.pad(q, (0, I - self.in_features, 0, max(0, self.rows - N)))
+        y = torch._int_mm(q, self.weight.T)[:N, :self.out_features]                                    # (N, O) int32
+        return (y * largest).mul_(self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def agrees(fast: nn.Module, slow: nn.Module, device: str) -> bool:
+    """Does a fast layer give what its slow one gives, for 1 and for 5 rows? The kernels are PyTorch's own affair, their layout has
+    changed between versions: where they are missing, refuse, or compute something else, the slow layer takes their place."""
+    x = torch.randn(5, slow.in_features, generator=torch.Generator().manual_seed(1)).to(device)
+    right = slow(x)
+    return all((fast(x[:n]) - right[:n]).abs().max() < 0.05 * right.abs().max() for n in (1, 5))
+
+
+@functools.cache
+def int4_works(device: str) -> bool:
+    w = torch.randn(32, 256, generator=torch.Generator().manual_seed(0)).to(device)
+    m = rtn(w, 4, 64, False)
+    try:
+        return agrees(Fast4(m, None, 64), Linear4.of(m), device)
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+
+
+@functools.cache
+def int8_works(device: str) -> bool:
+    w = torch.randn(32, 256, generator=torch.Generator().manual_seed(0)).to(device)
+    m = rtn(w, 8, -1, True)
+    try:
+        return agrees(Fast8(*(Linear8.of(m).weight, Linear8.of(m).scale)), Linear8.of(m), device)
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+
+
+LINEARS = {"attention": ("wq", "wk", "wv", "wo"), "feed_forward": ("w1", "w3", "w2")}  # of a block, in the order of quantizing
+
+
+def layer_of(m: Quantized, bits: int) -> QuantizedLinear:
+    return Linear8.of(m) if bits == 8 else Linear4.of(m)
