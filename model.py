@@ -32,7 +32,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -239,9 +239,10 @@ class Packed(nn.Module):
 
 
 def joined(linears: list[nn.Module], rows: int) -> nn.Module | None:
-    """One layer that does the work of several with the same input, for batches of `rows` rows; None if they are not plain."""
-    if any(type(linear) is not Linear for linear in linears):
-        return None  # an adapter, or quantized
+    """One layer that does the work of several with the same input, for batches of `rows` rows; None where there is none."""
+    if any(type(linear) is not Linear for linear in linears):  # an adapter, or quantized: those know by themselves how
+        join = getattr(linears[0], "join", None)
+        return join(linears, rows) if join and all(type(linear) is type(linears[0]) for linear in linears) else None
     weight = linears[0].weight
     if weight.dtype == torch.float32:
         pays = rows > 1  # for one row PyTorch's own kernel reads as fast
@@ -316,6 +317,8 @@ class Attention(nn.Module):
     def fuse(self, rows: int) -> None:
         if (wqkv := joined([self.wq, self.wk, self.wv], rows)) is not None:
             self.wqkv, self.wq, self.wk, self.wv = wqkv, None, None, None
+        else:
+            self.wq, self.wk, self.wv = (joined([linear], rows) or linear for linear in (self.wq, self.wk, self.wv))
         self.wo = joined([self.wo], rows) or self.wo
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
@@ -359,6 +362,8 @@ class FeedForward(nn.Module):
     def fuse(self, rows: int) -> None:
         if (w13 := joined([self.w1, self.w3], rows)) is not None:
             self.w13, self.w1, self.w3 = w13, None, None
+        else:
+            self.w1, self.w3 = (joined([linear], rows) or linear for linear in (self.w1, self.w3))
         self.w2 = joined([self.w2], rows) or self.w2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -410,6 +415,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.fused = self.graphs = False
+        self.quantized: dict | None = None  # how, where quantize.py has put its layers in
         self.grad_checkpoint = False  # recompute each block in backward instead of keeping its activations
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -641,6 +647,8 @@ class Llama(nn.Module):
         """Write config.json and model.safetensors in Hugging Face layout, in the dtype of the file that was read."""
         if self.fused:
             raise ValueError("the model is fused for generation: save it before, or open its directory again")
+        if self.quantized:
+            raise ValueError("the model is quantized: write it with quantize.save")
         tensors = {self.hf_name(name): p for name, p in self.named_parameters()}  # a tied head appears once, as the embedding
         write_weights(tensors, self.config, Path(directory), "LlamaForCausalLM")
 
@@ -1034,7 +1042,11 @@ def write_file(file: Path, content: bytes) -> None:
     """Write under a temporary name and rename, so that a reader sees the old file or the new one, never a part."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_bytes(content)
+    try:
+        temporary.write_bytes(content)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{file} cannot be written: make room or name another directory ({error.strerror})") from None
     os.replace(temporary, file)
 
 
@@ -1043,7 +1055,11 @@ def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
-    safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    except Exception as error:  # a full disk is a SafetensorError here, which derives from Exception alone
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{file} cannot be written: make room or name another directory ({error})") from None
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)
@@ -1051,12 +1067,13 @@ def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def write_weights(tensors: dict[str, Tensor], config: LlamaConfig, directory: Path, architecture: str, further: dict | None = None,
-                  shard_bytes: int = 5 * 10**9) -> None:
-    """config.json (with `further` keys) and safetensors under Hugging Face names, cast to config.dtype, in shards above 5 GB."""
+                  shard_bytes: int = 5 * 10**9, exact: Collection[str] = ()) -> None:
+    """config.json (with `further` keys) and safetensors under Hugging Face names, cast to config.dtype but those named in
+    `exact`, in shards above 5 GB."""
     if any("lora_" in name for name in tensors):
         raise ValueError("the model still has adapters: merge and fold them, or save the adapter alone")
-    dtype = DTYPES[config.dtype]
-    size = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+    dtype = {name: tensor.dtype if name in exact else DTYPES[config.dtype] for name, tensor in tensors.items()}
+    size = {name: tensor.numel() * dtype[name].itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
     for name in tensors:
         if shards[-1] and sum(size[other] for other in shards[-1]) + size[name] > shard_bytes:
@@ -1065,7 +1082,7 @@ def write_weights(tensors: dict[str, Tensor], config: LlamaConfig, directory: Pa
     n = len(shards)
     files = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     for file, shard in zip(files, shards):
-        write_safetensors({name: tensors[name].to("cpu", dtype) for name in shard}, directory / file)
+        write_safetensors({name: tensors[name].to("cpu", dtype[name]) for name in shard}, directory / file)
     if n > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}

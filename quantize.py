@@ -463,8 +463,255 @@ def int8_works(device: str) -> bool:
         return False
 
 
-LINEARS = {"attention": ("wq", "wk", "wv", "wo"), "feed_forward": ("w1", "w3", "w2")}  # of a block, in the order of quantizing
+# ---- a whole model --------------------------------------------------------------------------------------------------
+
+BLOCK = {"attention": ("wq", "wk", "wv", "wo"), "feed_forward": ("w1", "w3", "w2")}  # the last of each reads what the others make
 
 
-def layer_of(m: Quantized, bits: int) -> QuantizedLinear:
-    return Linear8.of(m) if bits == 8 else Linear4.of(m)
+class Scheme(NamedTuple):
+    """How a model is quantized."""
+    method: str = "gptq"
+    bits: int = 4
+    group_size: int = 128    # columns; -1 is the whole row
+    sym: bool = False
+    act_order: bool = True
+    clip: bool = True
+    damp: float = 0.01       # of the mean of H's diagonal: the paper's
+    head: bool = False       # the output head too
+
+
+class Row(NamedTuple):
+    """One text: ids, and which of them count as predicted."""
+    ids: list[int]
+    target: list[bool]
+
+
+def windows(ids: list[int], length: int, bos: int, most: int | None = None) -> list[Row]:
+    """Cut a text into consecutive runs of length - 1 ids, BOS before each; the last partial one is dropped. All ids but BOS count."""
+    starts = range(0, len(ids) - length + 2, length - 1)[:most]
+    return [Row([bos, *ids[i:i + length - 1]], [False] + [True] * (length - 1)) for i in starts]
+
+
+def batches(model: Llama, rows: list[Row], device) -> Iterable[tuple[Tensor, Tensor, Tensor, Where]]:
+    """tokens, mask, target, each (B, T), and where the tokens stand; padding on the right, which nothing real looks at."""
+    for i in range(0, len(rows), BATCH):
+        tokens, mask, target = data.collate(rows[i:i + BATCH])
+        where = model.locate(tokens[:1].to(model.device), None, None, None, 0)
+        yield tokens, mask.to(device), target, Where(where.cos.to(device), where.sin.to(device), None)
+
+
+@torch.no_grad()
+def perplexity(model: Llama, rows: list[Row], device="cpu") -> float:
+    """exp of the mean -log p over all target ids of all rows. One block at a time is on `device`, the model need not be."""
+    home, parts = model.device, list(batches(model, rows, device))
+    xs = [model.tok_embeddings(tokens.to(home)) for tokens, *_ in parts]                             # (B, T, C) each
+    for layer in model.layers:
+        layer.to(device)
+        xs = [layer(x.to(device), where).to(home) for x, (*_, where) in zip(xs, parts)]
+        layer.to(home)
+    nll = n = 0.0
+    for x, (tokens, _, target, _) in zip(xs, parts):
+        h = model.norm(x[:, :-1][target[:, 1:].to(home)])                                            # (B, T-1, C) -> (N, C)
+        for rows_, answers in zip(h.split(512), tokens[:, 1:][target[:, 1:]].split(512)):            # logits of 512 rows at a time
+            nll += F.cross_entropy(model.output(rows_).float(), answers.to(home), reduction="sum").item()
+        n += len(h)
+    if not math.isfinite(nll):
+        raise ValueError("the model's probabilities are not finite: its weights or its dtype are broken (try --dtype fp32)")
+    return math.exp(min(nll / n, 700.0))
+
+
+def replace(parent: nn.Module, names: tuple[str, ...], where: str, scheme: Scheme, H: Tensor | None) -> list[dict]:
+    """Quantize those linears of parent, which have the same inputs, as one matrix. Returns of each its name and, with H, its
+    error before and after: by RTN on the same grid size and by GPTQ."""
+    linears = [getattr(parent, name) for name in names]
+    for name, linear in zip(names, linears):
+        if not linear.weight.isfinite().all():
+            raise ValueError(f"{where}.{name} has weights that are not finite: the model is broken, nothing was written")
+    if H is not None and not H.isfinite().all():
+        raise ValueError(f"the inputs of {where}.{names[0]} are not finite: they overflow, try --dtype fp32 or bf16; nothing was written")
+    W = torch.cat([linear.weight for linear in linears]).float()                                     # (O, I), of all together
+    if H is None:
+        m = rtn(W, scheme.bits, scheme.group_size, scheme.sym, scheme.clip)
+    else:
+        try:
+            m = gptq(W, H, scheme.bits, scheme.group_size, scheme.sym, scheme.act_order, scheme.clip, scheme.damp)
+        except ValueError as error:
+            raise ValueError(f"{where}.{names[0]}: {error}") from None
+    report, start = [], 0
+    plain = None if H is None else rtn(W, scheme.bits, scheme.group_size, scheme.sym).dequantize()
+    for name, linear in zip(names, linears):
+        part = slice(start, start := start + linear.out_features)
+        mine = Quantized(m.q[part], m.scale[part], m.zero[part], m.group)
+        setattr(parent, name, Linear8.of(mine) if scheme.bits == 8 else Linear4.of(mine))
+        report.append({"layer": f"{where}.{name}"} | ({} if H is None else
+                      {"rtn": layer_error(W[part], plain[part], H), "gptq": layer_error(W[part], mine.dequantize(), H)}))
+    return report
+
+
+@torch.no_grad()
+def quantize_model(model: Llama, scheme: Scheme, rows: list[Row] = (), device="cpu", progress: Callable[[int, list[dict]], None] = lambda i, report: None) -> list[dict]:
+    """Put quantized layers in the place of a model's linears, one block after the other; the model is changed. `rows` are
+    what GPTQ calibrates on. One block at a time is on `device`. Returns each layer's relative errors."""
+    check_grid(scheme.bits, scheme.group_size, scheme.sym)
+    home, errors, gptq_on = model.device, [], scheme.method == "gptq"
+    parts = list(batches(model, rows, device)) if gptq_on else []
+    xs = [model.tok_embeddings(tokens.to(home)) for tokens, *_ in parts]                             # (B, T, C) each
+    for i, layer in enumerate(model.layers):
+        report = []
+        layer.to(device)
+        for half, norm in (("attention", layer.attention_norm), ("feed_forward", layer.ffn_norm)):
+            module, (*first, last), where = getattr(layer, half), BLOCK[half], f"layers.{i}.{half}"
+            if not gptq_on:
+                report += [error for name in BLOCK[half] for error in replace(module, (name,), where, scheme, None)]
+                continue
+            # q, k and v, or gate and up, read what the norm gives ...
+            report += replace(module, tuple(first), where, scheme, sum_hessians(norm(x.to(device))[mask] for x, (_, mask, *_) in zip(xs, parts)))
+            # ... and o, or down, what these make of it now: with nothing in its place, the half returns that.
+            linear = getattr(module, last)
+            setattr(module, last, nn.Identity())
+            call = (lambda x, where: module(norm(x), where)) if half == "attention" else (lambda x, where: module(norm(x)))
+            inner = [call(x.to(device), where).to(home) for x, (*_, where) in zip(xs, parts)]        # (B, T, I) each
+            setattr(module, last, linear)
+            report += replace(module, (last,), where, scheme, sum_hessians(y.to(device)[mask] for y, (_, mask, *_) in zip(inner, parts)))
+            xs = [x + getattr(module, last)(y.to(device)).to(home) for x, y in zip(xs, inner)]
+        layer.to(home)
+        errors += report
+        progress(i, report)
+    if scheme.head:
+        H = sum_hessians(model.norm(x)[mask.to(home)] for x, (_, mask, *_) in zip(xs, parts)) if gptq_on else None
+        errors += replace(model, ("output",), "model", scheme, H)
+    model.quantized = scheme._asdict()
+    return errors
+
+
+def sum_hessians(inputs: Iterable[Tensor]) -> Tensor:
+    """H of inputs (N, I) that come in parts."""
+    H = None
+    for x in inputs:
+        H = torch.zeros(x.shape[1], x.shape[1], device=x.device) if H is None else H
+        add_hessian(H, x)
+    return H.tril_() + H.tril(-1).T
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def save(model: Llama, directory: str | Path) -> None:
+    """Write a quantized model: 4 bits as AutoGPTQ has it, 8 bits in our two tensors a layer, the rest as Llama.save_pretrained.
+    Its config.json says how it is quantized, and names the layers that were padded with their true sizes."""
+    if model.fused or not model.quantized:
+        raise ValueError("the model is fused for generation: save it before" if model.fused else "the model is not quantized: write it with save_pretrained")
+    q, layers = model.quantized, quantized_layers(model)
+    tensors = {model.hf_name(name): p for name, p in model.named_parameters()}
+    exact = {}
+    for name, layer in layers.items():
+        for buffer, tensor in layer.named_buffers():
+            if buffer == "qzeros" and q["sym"]:
+                tensor = tensor - 0x11111111  # of every zero: 8 becomes 7, so no digit borrows
+            exact[f"{model.hf_name(name)}.{buffer}"] = tensor
+    config = {"bits": q["bits"], "group_size": q["group_size"], "sym": q["sym"], "method": q["method"], "lm_head": q["head"]}
+    if q["bits"] == 8:
+        config |= {"quant_method": "octet"}
+    else:
+        padded = {model.hf_name(name): [layer.out_features, layer.in_features] for name, layer in layers.items() if layer.out_features % 8 or layer.in_features % 8}
+        config |= {"quant_method": "gptq", "checkpoint_format": "gptq" if q["sym"] else "gptq_v2", "desc_act": q["act_order"], "static_groups": True,
+                   "true_sequential": True, "damp_percent": q["damp"], "pack_dtype": "int32"} | ({"padded": padded} if padded else {})
+        if padded:
+            print(f"note: {len(padded)} of {len(layers)} matrices have a side that 8 does not divide and are written padded: other programs may not read them", flush=True)
+    write_weights(tensors | exact, model.config, Path(directory), "LlamaForCausalLM", {"quantization_config": config}, exact=exact)
+
+
+def read_scheme(directory: str | Path) -> dict | None:
+    """The quantization_config of a directory, checked; None where it is not quantized. ValueError for what cannot be read here."""
+    file = Path(directory) / "config.json"
+    q = read_json(file).get("quantization_config") if file.exists() else None
+    if not q:
+        return None
+    if not isinstance(q, dict) or q.get("quant_method") not in ("gptq", "octet"):
+        raise ValueError(f"{directory} is quantized by {q.get('quant_method') if isinstance(q, dict) else q!r}: GPTQ's files and our own can be read here")
+    q = {"group_size": -1, "sym": True, "desc_act": False, "checkpoint_format": "gptq", "padded": {}, "lm_head": False, "method": "gptq", "damp_percent": 0.01} | q
+    wanted = 4 if q["quant_method"] == "gptq" else 8
+    if q.get("bits") != wanted:
+        raise ValueError(f"{directory} has {q.get('bits')!r} bits in {'AutoGPTQ' if wanted == 4 else 'our own'} layout: of that layout, {wanted} bits can be read here")
+    if type(q["group_size"]) is not int or q["group_size"] != -1 and q["group_size"] < 1:
+        raise ValueError(f"{directory}/config.json has group_size {q['group_size']!r}: it must be a whole number above 0, or -1: copy it again")
+    if q["checkpoint_format"] not in ("gptq", "gptq_v2"):
+        raise ValueError(f"{directory} has checkpoint_format {q['checkpoint_format']!r}: gptq and gptq_v2 can be read here")
+    return q
+
+
+def take(tensors: dict, name: str, shape: tuple[int, ...], integer: bool, directory: Path) -> Tensor:
+    """One tensor of a quantized layer, its shape and kind checked, out of the dictionary."""
+    shown = Llama.hf_name(name)
+    if name not in tensors:
+        raise ValueError(f"{directory} lacks {shown}: the file is of another layout or was cut, copy it again")
+    tensor = tensors.pop(name)()
+    if tuple(tensor.shape) != shape or tensor.is_floating_point() == integer:
+        raise ValueError(f"{directory}: {shown} is {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}, by the config it should be {shape} {'whole numbers' if integer else 'floats'}")
+    return tensor
+
+
+def read_linear4(linear: Linear, name: str, tensors: dict, q: dict, directory: Path) -> Linear4:
+    """One layer of AutoGPTQ's tensors, out of the dictionary; Linear4 holds zeros as they are."""
+    I, O, S = linear.in_features, linear.out_features, q["group_size"]
+    G = 1 if S == -1 else -(-I // S)
+    layer = Linear4(I, O, G)
+    if (I % 8 or O % 8) and q["padded"].get(Llama.hf_name(name)) != [O, I]:
+        raise ValueError(f"{directory}: {Llama.hf_name(name)} is {O} x {I}, 8 does not divide that and the config has no word of padding: it was written by a program that pads otherwise")
+    for buffer, integer in (("qweight", True), ("qzeros", True), ("scales", False), ("g_idx", True)):
+        setattr(layer, buffer, take(tensors, f"{name}.{buffer}", tuple(getattr(layer, buffer).shape), integer, directory))
+    layer.g_idx = layer.g_idx.to(torch.int32)
+    if layer.g_idx.min() < 0 or layer.g_idx.max() >= G:
+        raise ValueError(f"{directory}: {Llama.hf_name(name)}.g_idx reaches from {layer.g_idx.min()} to {layer.g_idx.max()}, there are groups 0 to {G - 1}: copy the file again")
+    if q["checkpoint_format"] == "gptq":
+        zero = (unpack_int4(layer.qzeros.T) + 1) & 15          # (G, O); a zero of 0 was stored as -1, which is 15
+        layer.qzeros = pack_int4(zero).T.contiguous()          # (G, O/8)
+    bias = tensors.pop(f"{name}.bias", None)                   # AutoGPTQ writes one of zeros
+    if bias is not None and bias().any():
+        raise ValueError(f"{directory}: {Llama.hf_name(name)} has a bias, a LLaMA has none")
+    return layer
+
+
+def load(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", quant: str | None = None, head: bool = True) -> Llama:
+    """Open a quantized directory; `dtype` is that of activations, embedding and norms (None: the file's). quant "8bit" or "4bit"
+    quantizes a plain directory by RTN on the way, block by block, and must agree with a quantized one. Call fuse() before generating:
+    until then layers dequantize at every call, as training needs it. head=False: a reward model's trunk."""
+    if quant not in (None, "8bit", "4bit"):
+        raise ValueError(f"quant is {quant!r}: it can be 8bit or 4bit")
+    directory, q = Path(directory), read_scheme(directory)
+    if q is None:
+        model = Llama.from_pretrained(directory, dtype, "cpu" if quant else device, head)
+        if quant:
+            quantize_model(model, Scheme("rtn", 8, -1, True) if quant == "8bit" else Scheme("rtn", 4, 32), device=device)
+            if quant == "4bit":
+                print(f"note: 4 bits by RTN at load; GPTQ loses less: python quantize.py {directory} --calibration FILE --save_path OUT", flush=True)
+        return model.to(device)
+    if quant and int(quant[0]) != q["bits"]:
+        raise ValueError(f"{directory} is quantized to {q['bits']} bits, {quant} was asked for: leave the flag out, or quantize the original again")
+    config = config_from_hf({key: value for key, value in read_json(directory / "config.json").items() if key != "quantization_config"}, directory)
+    tensors = read_tensors(directory, config)
+    with torch.device("meta"):
+        model = Llama(config, head)
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, Linear):
+            continue
+        if q["bits"] == 4 and f"{name}.qweight" in tensors:
+            layer = read_linear4(linear, name, tensors, q, directory)
+        elif q["bits"] == 8 and f"{name}.scale" in tensors:
+            layer, shape = Linear8(linear.in_features, linear.out_features), tuple(linear.weight.shape)
+            layer.weight, layer.scale = take(tensors, f"{name}.weight", shape, True, directory), take(tensors, f"{name}.scale", shape[:1], False, directory)
+        else:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.to(device))
+    if not quantized_layers(model):
+        raise ValueError(f"{directory} says that it is quantized, but no layer is: copy it again")
+    rest = {name: read for name, read in tensors.items() if head or not name.startswith(("output.", "score."))}
+    load_weights(model, rest, dtype, device, (), directory)
+    model.make_rope()
+    model.quantized = {"method": q["method"], "bits": q["bits"], "group_size": q["group_size"], "sym": bool(q["sym"]), "act_order": bool(q["desc_act"]), "clip": True,
+                       "damp": q["damp_percent"], "head": bool(q["lm_head"])}
+    return model
