@@ -643,6 +643,13 @@ def read_scheme(directory: str | Path) -> dict | None:
     return q
 
 
+def load_config(directory: Path) -> LlamaConfig:
+    """read_config, of a quantized directory too."""
+    if read_scheme(directory) is None:
+        return read_config(directory)
+    return config_from_hf({key: value for key, value in read_json(directory / "config.json").items() if key != "quantization_config"}, directory)
+
+
 def take(tensors: dict, name: str, shape: tuple[int, ...], integer: bool, directory: Path) -> Tensor:
     """One tensor of a quantized layer, its shape and kind checked, out of the dictionary."""
     shown = Llama.hf_name(name)
@@ -691,7 +698,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", 
         return model.to(device)
     if quant and int(quant[0]) != q["bits"]:
         raise ValueError(f"{directory} is quantized to {q['bits']} bits, {quant} was asked for: leave the flag out, or quantize the original again")
-    config = config_from_hf({key: value for key, value in read_json(directory / "config.json").items() if key != "quantization_config"}, directory)
+    config = load_config(directory)
     tensors = read_tensors(directory, config)
     with torch.device("meta"):
         model = Llama(config, head)
@@ -715,3 +722,233 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", 
     model.quantized = {"method": q["method"], "bits": q["bits"], "group_size": q["group_size"], "sym": bool(q["sym"]), "act_order": bool(q["desc_act"]), "clip": True,
                        "damp": q["damp_percent"], "head": bool(q["lm_head"])}
     return model
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+def read_rows(path: Path, tokenizer: Tokenizer, template: str, length: int, most: int | None, skip_bad: bool) -> tuple[list[Row], str]:
+    """Texts to calibrate on or to measure with, and in words how they were cut. Records (.json, .jsonl, either gzipped) are put
+    into the prompt template, and answers alone are predicted; any other file is one text, cut into windows."""
+    if path.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")):
+        records = data.read_records([path], "sft", skip_bad, most)
+        encode = functools.partial(data.encode_example, tokenizer=tokenizer, template=data.TEMPLATES[template], max_len=length)
+        rows = [Row(*example) for example in data.encode_all(records, encode, "examples")[0]]
+        return rows, f"{len(rows)} records in template {template}, cut at {length} ids, only answers predicted"
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}), nor named .json or .jsonl: name a text file") from None
+    ids = tokenizer.encode(text, bos=False)
+    rows = windows(ids, length, tokenizer.bos_id, most)
+    if not rows:
+        raise ValueError(f"{path} is too short: it has {len(ids)} ids, one window takes {length - 1}; name a longer text or lower --max_len")
+    return rows, f"{len(rows)} windows of {length - 1} ids on end, BOS before each, the last partial one dropped, every id but BOS predicted"
+
+
+def stored_bytes(model: Llama) -> int:
+    """Of a model's weights in its directory."""
+    return sum(p.numel() for p in model.parameters()) * DTYPES[model.config.dtype].itemsize + sum(b.nbytes for m in quantized_layers(model).values() for b in m.buffers())
+
+
+def bits_a_weight(model: Llama) -> float:
+    """Of the quantized layers, grids and all; of a plain model, its dtype's."""
+    layers = quantized_layers(model).values()
+    return 8 * sum(b.nbytes for m in layers for b in m.buffers()) / sum(m.in_features * m.out_features for m in layers) if layers else 8.0 * DTYPES[model.config.dtype].itemsize
+
+
+def tokens_per_second(model: Llama, device, new: int = 32) -> float | None:
+    """Of one row, decoding, without the prefill; the model is fused by it. None where it does not fit the device."""
+    try:
+        model.to(device).fuse()
+        prompt = [list(range(3, 11))]
+
+        def seconds(tokens: int) -> float:
+            started = time.perf_counter()
+            model.generate(prompt, tokens, temperature=0, eos_id=-1)
+            return time.perf_counter() - started
+        seconds(4)  # warms up
+        return new / max(min(seconds(new + 1) for _ in range(3)) - min(seconds(1) for _ in range(3)), 1e-9)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def group_size(text: str) -> int:
+    try:
+        check_grid(4, int(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of columns, give a whole number above 0, or -1 for whole rows") from None
+    return int(text)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    import sft  # here, not above: sft itself opens quantized bases by way of this file
+    parser = argparse.ArgumentParser(description="Quantize a LLaMA to 4 bits by GPTQ, or to 8 or 4 by rounding to nearest, and print what it cost. Without flags, the demo: reads out/ppo, writes "
+                                     "out/ppo-int4.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def refuse(message: str):
+        raise ValueError(f"{message} (see --help)")
+    parser.error = refuse
+    # input and output
+    parser.add_argument("directory", type=Path, nargs="?", metavar="DIR", help="weights directory to quantize, Hugging Face or Meta layout (out/ppo)")
+    parser.add_argument("--pretrain", type=Path, help="the same as DIR")
+    parser.add_argument("--save_path", type=Path, help="directory to write; without it the table is all there is (the demo: out/ppo-int4)")
+    parser.add_argument("--eval", action="store_true", help="change nothing, print the perplexity of DIR, quantized or not, on --text")
+    # how
+    parser.add_argument("--bits", type=int, choices=[4, 8], help="4 in groups, or 8 with one scale a row (4)")
+    parser.add_argument("--method", choices=["gptq", "rtn"], help="gptq needs --calibration (4 bits: gptq, 8 bits: rtn)")
+    parser.add_argument("--group_size", type=group_size, help="columns that share a scale; -1 for whole rows (128, the demo: 32)")
+    parser.add_argument("--sym", action="store_true", help="zero is the middle code of every grid: AutoGPTQ's first format, which more programs read, at some loss")
+    parser.add_argument("--act_order", action="store_true", help="gptq: take columns by falling activation; on anyway without --file_order")
+    parser.add_argument("--file_order", action="store_true", help="gptq: take columns as they come")
+    parser.add_argument("--no_clip", action="store_true", help="let every grid span all weights of its group, instead of the best of 17 shrunk ones")
+    parser.add_argument("--damp", type=sft.number(), default=0.01, help="gptq: added to H's diagonal, as a share of its mean")
+    parser.add_argument("--head", action="store_true", help="quantize the output head too (not where it is tied to the embedding)")
+    # text
+    parser.add_argument("--calibration", type=Path, help="gptq: text file, or instruction records as .json or .jsonl, like what the model will see")
+    parser.add_argument("--text", type=Path, help="to measure perplexity on, of either kind; not the calibration text")
+    parser.add_argument("--max_len", type=sft.whole(2), default=256, help="ids of a window or a record, BOS included")
+    parser.add_argument("--max_datasets_size", type=sft.whole(1), default=128, help="windows or records to calibrate on")
+    parser.add_argument("--skip_bad_records", action="store_true", help="count and skip broken records instead of stopping")
+    # run
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="to compute in; sums and grids are fp32 (auto: bf16 on CUDA, fp32 elsewhere)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda where there is one, else cpu; one block at a time is on it")
+    args = parser.parse_args(argv)
+    if args.directory and args.pretrain and args.directory != args.pretrain:
+        raise ValueError(f"DIR {args.directory} and --pretrain {args.pretrain} are two models: name one")
+    args.pretrain = args.directory or args.pretrain
+    if args.eval and (named := [flag for flag in ("save_path", "bits", "method", "group_size", "calibration") if getattr(args, flag) is not None]):
+        raise ValueError(f"--eval changes nothing, so --{named[0]} has no meaning with it: how a directory is quantized stands in its config.json")
+    if args.act_order and args.file_order:
+        raise ValueError("--act_order and --file_order are opposites: give one")
+    return args
+
+
+def resolve(args: argparse.Namespace, is_demo: bool) -> Scheme:
+    """Fill in the flags left open, and refuse those that contradict one another."""
+    import sft
+    bits = args.bits or 4
+    if bits == 8 and args.group_size not in (None, -1):
+        raise ValueError(f"8 bits have one scale a row, --group_size {args.group_size} is for 4 bits: leave it out")
+    sft.resolve(args, {"bits": 4, "method": "gptq" if bits == 4 else "rtn", "group_size": -1 if bits == 8 else 32 if is_demo else 128})
+    if is_demo:
+        sft.resolve(args, {"calibration": demo.FOLDER / "sft.jsonl.gz"})
+    if args.method == "gptq" and args.calibration is None:
+        raise ValueError("--method gptq needs --calibration: name a text file, or instruction records, like what the model will see (or --method rtn, which needs none)")
+    if args.method == "rtn" and (args.file_order or args.act_order):
+        raise ValueError("the order of columns means nothing to --method rtn: leave the flag out, or use gptq")
+    return Scheme(args.method, args.bits, args.group_size, args.sym or args.bits == 8, not args.file_order, not args.no_clip, args.damp, args.head)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    import sft
+    import zero
+    started = time.perf_counter()
+    args = parse(argv)
+    is_chain = args.pretrain is None
+    if is_chain:
+        args.pretrain = Path("out/ppo")
+        if not args.pretrain.exists():
+            raise FileNotFoundError("out/ppo does not exist: run ppo.py first, or name a model")
+    world = zero.start(args.device, "naive")
+    dtype, device = sft.compute_dtype(args, world), world.device
+    found, is_demo = read_scheme(args.pretrain), sft.demo_tokenizer(args.pretrain)
+    tokenizer = Tokenizer(args.pretrain)
+    named = read_template(args.pretrain)
+    template = named if named in data.TEMPLATES else "alpaca"
+    if args.text is not None:
+        config = load_config(args.pretrain)
+        texts, cut = read_rows(args.text, tokenizer, template, min(args.max_len, config.max_seq_len), None, args.skip_bad_records)
+    elif is_demo:
+        examples = (data.encode_example(data.normalise(record, "sft"), tokenizer, data.TEMPLATES[template], args.max_len) for record in demo.instruction_records(1, 200))
+        texts = [Row(*example) for example in examples if example]
+        cut = f"{len(texts)} records that the generator wrote for this, only answers predicted"
+    else:
+        texts, cut = [], ""
+    if args.eval:
+        if not texts:
+            raise ValueError("--eval needs --text: name a text file, or instruction records")
+        value = perplexity(load(args.pretrain, dtype), texts, device)
+        print(f"{args.pretrain}: perplexity {value:.4f} on {cut}")
+        return {"perplexity": value, "windows": len(texts), "seconds": time.perf_counter() - started}
+    if found:
+        raise ValueError(f"{args.pretrain} is already quantized to {found['bits']} bits: quantize the original, a second rounding would only lose more (--eval measures this one)")
+    scheme = resolve(args, is_demo)
+    if is_chain and args.save_path is None:
+        args.save_path = Path(f"out/ppo-int{scheme.bits}")
+    config = read_config(args.pretrain)
+    check_tokenizer(tokenizer, config)
+    if scheme.head and config.tie_embeddings:
+        raise ValueError("--head: this model's head is its embedding, which is read row by row and stays as it is; leave the flag out")
+    if args.save_path:
+        sft.check_save_path(args)
+    rows, calibrated = [], ""
+    if scheme.method == "gptq":
+        rows, calibrated = read_rows(args.calibration, tokenizer, template, min(args.max_len, config.max_seq_len), args.max_datasets_size, args.skip_bad_records)
+        inputs, widest = sum(len(row.ids) for row in rows), max(config.ffn_dim, config.dim, config.n_heads * config.head_dim)
+        if inputs < widest:
+            if scheme.damp == 0:
+                raise ValueError(f"{args.calibration} gives {inputs} inputs, which cannot span the {widest} dimensions of the widest layer: calibrate on more text, or with --damp 0.01")
+            print(f"note: {inputs} inputs to calibrate on, the widest layer has {widest} dimensions: more text would do better")
+    sft.say_flags(world, args)
+    open_plain = lambda: Llama.from_pretrained(args.pretrain, dtype).eval()
+    table, figures = [], {}
+
+    # ---- before ----
+    model = open_plain()
+    figures["bytes_before"], bits = stored_bytes(model), bits_a_weight(model)
+    figures["perplexity_before"] = perplexity(model, texts, device) if texts else None
+    if is_chain:
+        figures |= {f"{key}_before": value for key, value in demo.measure(model.to(device), tokenizer, data.TEMPLATES[template]).items() if key == "gold"}
+    speed = tokens_per_second(model, device)
+    table.append((str(DTYPES[config.dtype]).removeprefix("torch."), bits, figures["bytes_before"], figures["perplexity_before"], speed))
+    del model
+
+    # ---- quantize and save ----
+    model, began = open_plain(), time.perf_counter()
+
+    def progress(i: int, report: list[dict]) -> None:
+        left = (time.perf_counter() - began) / (i + 1) * (config.n_layers - i - 1)
+        errors = " ".join(f"{e['layer'].rpartition('.')[2]} {100 * e['rtn']:.3f}>{100 * e['gptq']:.3f}" for e in report if "gptq" in e)
+        print(f"block {i + 1}/{config.n_layers} | {f'error in % of the output, RTN > GPTQ: {errors} | ' if errors else ''}{left:.0f} s left", flush=True)
+    if calibrated:
+        print(f"calibration: {calibrated.rpartition(',')[0]}")
+    figures["layers"] = quantize_model(model, scheme, rows, device, progress)
+    figures["quantize_seconds"] = time.perf_counter() - began
+    if args.save_path:
+        save(model, args.save_path)
+        tokenizer.save(args.save_path, named, data.TEMPLATES[named].jinja if named in data.TEMPLATES else None)
+    figures["bytes_after"], bits = stored_bytes(model), bits_a_weight(model)
+    figures["perplexity_after"] = perplexity(model, texts, device) if texts else None
+    speed = tokens_per_second(model, device)
+    name = f"{scheme.method} {scheme.bits} bits" + (f", groups of {scheme.group_size}" if scheme.group_size != -1 else "") + (", symmetric" if scheme.sym else "")
+    table.append((name, bits, figures["bytes_after"], figures["perplexity_after"], speed))
+    figures["tokens_per_second"] = speed
+    if is_chain:
+        figures |= {f"{key}_after": value for key, value in demo.measure(model, tokenizer, data.TEMPLATES[template]).items() if key == "gold"}
+    del model
+
+    # ---- what rounding alone would have given ----
+    figures["perplexity_rtn"] = None
+    if texts:
+        model = open_plain()
+        quantize_model(model, scheme._replace(method="rtn", clip=False), device=device)
+        figures["perplexity_rtn"] = perplexity(model, texts, device)
+        table.insert(1, ("rtn" + name[len(scheme.method):] + ", no clipping", bits, figures["bytes_after"], figures["perplexity_rtn"], speed))
+
+    print(f"{'method':44} {'bits a weight':>13} {'MB in all':>9} {'perplexity':>10} {'tokens/s':>8}")
+    for what, bits, size, value, speed in table:
+        print(f"{what:44} {bits:13.2f} {size / 1e6:9.1f} {'-' if value is None else f'{value:.4f}':>10} {'-' if speed is None else f'{speed:.1f}':>8}")
+    if texts:
+        print(f"perplexity: {cut}")
+    if "gold_after" in figures:
+        print(f"gold score on held-out instructions: {figures['gold_before']:.3f} before, {figures['gold_after']:.3f} after")
+    figures |= {"seconds": time.perf_counter() - started}
+    if args.save_path:
+        figures = sft.write_summary(args, world, figures)
+        print(f"wrote {args.save_path} in {figures['seconds']:.0f} s, {figures['quantize_seconds']:.0f} of them quantizing")
+    return figures
+
+
+if __name__ == "__main__":
+    import sft
+    sft.run(main)
