@@ -96,7 +96,8 @@ class LoRALinear(nn.Module):
         if self.merged or not self.enabled:
             return y
         h = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # scaled here: r numbers, not `out`  (..., 2)
-        return y + F.linear(h, self.lora_B.to(x.dtype))                                                         # (..., 6)
+        # In place: y, product and sum side by side would leave holes in the heap of twice what a step keeps.
+        return y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), self.lora_B.to(x.dtype).T).view_as(y)    # (..., 6)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

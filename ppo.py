@@ -490,7 +490,7 @@ def main(argv: list[str] | None = None) -> dict:
     figures = train(models, base, prompts, examples, is_demo, dtype, tokenizer, args, world)
     summary = sft.write_summary(args, world, figures)
     if world.rank == 0:
-        print_table(args, summary)
+        print_table(args, summary, world)
     return summary
 
 
@@ -526,6 +526,9 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
     batch, ptx_batch = args.experience_batch_size * world.world, args.ptx_batch_size * world.world
     sft.say(world, f"{len(prompts)} prompts | {updates} updates of {args.update_timesteps} x {args.experience_batch_size} x {world.world} answers, {args.max_epochs} epochs | "
                    f"ptx {f'{len(examples)} examples, weight {args.ptx_coef}' if examples else 'off'} | {sum(p.numel() for m in models[:2] for p in m.parameters() if p.requires_grad):,} parameters trained")
+    plan, planned = zero.run_plan([(models.actor, models.actor.config), (models.critic, models.critic.config)], [models.ref, models.reward], args.strategy, world,
+                                  args.train_batch_size * args.max_seq_len, dtype, args.lora_rank, args.grad_checkpoint)
+    sft.say(world, plan)
     started, tokens_done = time.perf_counter(), 0
     while step < updates:
         step, began = step + 1, time.perf_counter()
@@ -560,7 +563,7 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
     seconds = time.perf_counter() - started
     sft.save_model(models.actor, optimizers[0], args, tokenizer, base, world)
     after = measure()
-    return {f"{key}_before": x for key, x in before.items() if key != "kl"} | {f"{key}_after": x for key, x in after.items() if key != "kl"} | {
+    return {"planned_memory_bytes": planned} | {f"{key}_before": x for key, x in before.items() if key != "kl"} | {f"{key}_after": x for key, x in after.items() if key != "kl"} | {
         "kl": after["kl"], "steps": step, "seconds": seconds, "tokens_per_second": tokens_done / max(seconds, 1e-9), "skipped": sum(o.skipped for o in optimizers)}
 
 
@@ -574,7 +577,7 @@ def evaluate(models: Models, held: list, is_demo: bool, tokenizer: Tokenizer, ar
     return figures
 
 
-def print_table(args: argparse.Namespace, summary: dict) -> None:
+def print_table(args: argparse.Namespace, summary: dict, world: zero.World) -> None:
     """What the three stages did, from the summary.json of each."""
     rows = []
     for directory, key, figure in ((args.pretrain, "eval_loss", "held-out loss"), (args.rm_path, "accuracy", "held-out accuracy")):
@@ -587,7 +590,7 @@ def print_table(args: argparse.Namespace, summary: dict) -> None:
     print(f"\n{'stage':<24}{'seconds':>8}  {'figure':<18}{'before':>9}{'after':>9}")
     for directory, seconds, figure, before, after in rows:
         print(f"{str(directory)[-23:]:<24}{seconds:>8.0f}  {figure:<18}{before:>9.3f}{after:>9.3f}")
-    print(f"KL to the SFT model {summary['kl']:.2f} nats an answer, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
+    print(f"KL to the SFT model {summary['kl']:.2f} nats an answer, {sft.peak_text(summary, world)}")
     for when in ("before", "after"):
         if f"samples_{when}" in summary:
             print(f"\n{when} (distinct-2 {summary[f'distinct_2_{when}']:.3f}):", *summary[f"samples_{when}"], sep="\n  ")

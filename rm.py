@@ -254,14 +254,15 @@ def main(argv: list[str] | None = None) -> dict:
         chosen, rejected, weight = score_rankings(model, [rankings[i] for i in micro])
         return (LOSSES[args.loss_fn](chosen, rejected) * weight).sum(), pair_sums(chosen.detach(), rejected.detach())
 
-    task = sft.Task([max(map(len, ranking)) for ranking in rankings], len, loss_of, 3, pair_figures, partial(evaluate, model, held, args.loss_fn, args, world))
+    task = sft.Task([max(map(len, ranking)) for ranking in rankings], len, loss_of, 3, pair_figures, partial(evaluate, model, held, args.loss_fn, args, world),
+                    max(map(len, rankings)))
     figures = sft.train(model, optimizer, task, marks, args, world)
     model.config.extra["reward_mean"] = mean_score(model, answers)
     figures["reward_mean"] = model.reward_mean
     sft.save_model(model, optimizer, args, tokenizer, base, world, {"reward_mean": model.reward_mean})
     summary = sft.write_summary(args, world, figures)
     accuracy = "" if summary["accuracy"] is None else f"held-out accuracy {summary['accuracy']:.3f}, mean margin {summary['margin']:.2f}, "
-    sft.say(world, f"wrote {args.save_path}: {accuracy}{summary['seconds']:.0f} s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
+    sft.say(world, f"wrote {args.save_path}: {accuracy}{summary['seconds']:.0f} s, {sft.peak_text(summary, world)}")
     return summary
 
 

@@ -422,8 +422,8 @@ def run(main: Callable[[], dict]) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
-        zero.failed(error)
+        if not zero.failed(error):
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
@@ -438,6 +438,7 @@ class Task(NamedTuple):
     sums: int                                                 # S
     figures: Callable[[list[float]], dict]                    # further sums of a whole step -> the stage's own metrics
     evaluate: Callable[[], dict]
+    rows: int = 1                                             # of an example in a batch
 
 
 def train(model: torch.nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict, args: argparse.Namespace, world: zero.World) -> dict:
@@ -456,7 +457,7 @@ def train(model: torch.nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict
     updates = data.global_batches(task.lengths, batch, args.seed, epoch, seen, old_batch) if epoch < args.max_epochs else []
     total = step + len(updates) + max(0, args.max_epochs - epoch - 1) * math.ceil(len(task.lengths) / batch)
     total = min(total, args.max_steps or total)
-    say_plan(model, task, batch, total, args, world)
+    planned = say_plan(model, task, batch, total, args, world)
     first, started, tokens_done, row = step, time.perf_counter(), 0, {}
     model.train()
     while step < total:
@@ -481,7 +482,7 @@ def train(model: torch.nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict
             tokens_done += tokens
             now = time.perf_counter()
             row = {"step": step, "loss": loss, "lr": lr, "seconds": now - started, "tokens_per_second": tokens / (now - began),
-                   "grad_norm": stats.grad_norm, "skipped": optimizer.skipped} | task.figures(further)
+                   "grad_norm": stats.grad_norm, "skipped": optimizer.skipped, "seconds/optimizer": stats.seconds, "seconds/copies": stats.copying} | task.figures(further)
             log = step % args.log_interval == 0 or step == total
             progress(world, step, total, started, describe(row), log, first)
             if args.eval_interval and step % args.eval_interval == 0 and step < total:
@@ -494,21 +495,31 @@ def train(model: torch.nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict
         epoch, seen, old_batch = epoch + 1, 0, batch
         updates = data.global_batches(task.lengths, batch, args.seed, epoch)
     seconds = time.perf_counter() - started
-    return {"loss": row.get("loss"), "steps": step, "seconds": seconds, "tokens_per_second": tokens_done / seconds, "skipped": optimizer.skipped} | before | task.evaluate()
+    return {"planned_memory_bytes": planned, "loss": row.get("loss"), "steps": step, "seconds": seconds, "tokens_per_second": tokens_done / seconds, "skipped": optimizer.skipped} | before | task.evaluate()
 
 
 def describe(row: dict) -> str:
     """A row of metrics as the progress line has it."""
-    own = "".join(f" | {key} {row[key]:.3f}" for key in row if key not in ("step", "loss", "lr", "seconds", "tokens_per_second", "grad_norm", "skipped"))
+    own = "".join(f" | {key} {row[key]:.3f}" for key in row if key not in ("step", "loss", "lr", "seconds", "tokens_per_second", "grad_norm", "skipped") and not key.startswith("seconds/"))
     return f"loss {row['loss']:.4f}{own} | lr {row['lr']:.1e} | {row['tokens_per_second']:,.0f} tokens/s" + (f" | skipped {row['skipped']}" if row["skipped"] else "")
 
 
-def say_plan(model: torch.nn.Module, task: Task, batch: int, total: int, args: argparse.Namespace, world: zero.World) -> None:
+def say_plan(model: torch.nn.Module, task: Task, batch: int, total: int, args: argparse.Namespace, world: zero.World) -> int:
+    """Print what the run will do and take; returns the planned peak of memory above start-up."""
     lengths = task.lengths
     padding = data.padding_share(lengths, [data.micro_batches(b, lengths, args.batch_size, 0, 1) for b in data.global_batches(lengths, batch, args.seed, 0)])
     trainable, everything = lora.trainable_report(model)
     say(world, f"{len(lengths)} examples, {sum(lengths):,} tokens, padding {100 * padding:.1f} % | {total} updates of {args.batch_size} x {args.accumulation_steps} accumulated "
                f"x {world.world} processes = {batch} examples | {trainable:,} of {everything:,} parameters trained")
+    tokens = args.batch_size * task.rows * max(lengths, default=0)  # of the largest micro-batch
+    line, peak = zero.run_plan([(model, model.config)], [], args.strategy, world, tokens, compute_dtype(args, world), args.lora_rank, args.grad_checkpoint)
+    say(world, line)
+    return peak
+
+
+def peak_text(summary: dict, world: zero.World) -> str:
+    peak = summary["peak_memory_bytes"]
+    return f"peak memory {peak / 1e9:.2f} GB, {(peak - world.idle) / 1e9:.2f} above start-up, {summary['planned_memory_bytes'] / 1e9:.2f} planned"
 
 
 # ---- stage 1 --------------------------------------------------------------------------------------------------------
@@ -635,7 +646,7 @@ def main(argv: list[str] | None = None) -> dict:
         say(world, f"held-out instructions: gold score {figures['gold']:.3f} (en {figures['gold_en']:.3f}, zh {figures['gold_zh']:.3f})")
     summary = write_summary(args, world, figures)
     evaluated = "" if summary["eval_loss"] is None else f"eval loss {summary['eval_loss']:.4f}, "
-    say(world, f"wrote {args.save_path}: {evaluated}{summary['seconds']:.0f} s, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
+    say(world, f"wrote {args.save_path}: {evaluated}{summary['seconds']:.0f} s, {peak_text(summary, world)}")
     return summary
 
 

@@ -63,7 +63,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -84,6 +84,7 @@ class World(NamedTuple):
     rank: int            # this process, 0 .. world - 1
     world: int           # number of processes
     device: torch.device
+    idle: int = 0        # bytes that this process had taken before it loaded anything
 
 
 def start(device: str = "auto", strategy: str = "ddp") -> World:
@@ -109,7 +110,8 @@ def start(device: str = "auto", strategy: str = "ddp") -> World:
         # Hours, because writing a large model takes rank 0 long; that a process has died is found out by Watch.
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
         Watch(rank, world).start()
-    return World(rank, world, torch.device(device))
+    device = torch.device(device)
+    return World(rank, world, device, peak_memory_bytes(device))
 
 
 def keep_freed_memory() -> None:
@@ -150,7 +152,7 @@ class Watch(threading.Thread):
         sys.excepthook = lambda kind, error, trace: (failed(error), sys.__excepthook__(kind, error, trace))
 
     def run(self) -> None:
-        heard = [("", time.monotonic())] * self.world
+        heard = [("", 0)] * self.world  # the last word of each, and the beat of its coming: a job that was suspended has missed none
         for beat in range(10**9):
             if self.over.wait(self.INTERVAL):
                 return
@@ -163,11 +165,24 @@ class Watch(threading.Thread):
                 self.end("process 0, or the torchrun that started it, has died")
             for rank, word in enumerate(words):
                 if word.startswith("failed"):
+                    if self.over.wait(4 * self.INTERVAL):  # this process meets the same error, and says so itself
+                        return
                     self.end(f"process {rank} {word}")
                 if word != heard[rank][0]:
-                    heard[rank] = word, time.monotonic()
-                elif word != "done" and time.monotonic() - heard[rank][1] > self.SILENCE:
+                    heard[rank] = word, beat
+                elif word != "done" and (beat - heard[rank][1]) * self.INTERVAL > self.SILENCE:
                     self.end(f"process {rank} has died or hangs: no sign of life for {self.SILENCE:.0f} s")
+
+    def hears(self, word: str) -> bool:
+        """Whether process 0 ends with this word, within two beats."""
+        for _ in range(40):
+            try:
+                if self.store.get("0").decode() == word:
+                    return True
+            except RuntimeError:  # it has ended
+                return False
+            time.sleep(self.INTERVAL / 20)
+        return False
 
     def leave(self, word: str) -> None:
         self.over.set()
@@ -183,15 +198,19 @@ def watches() -> list[Watch]:
     return [thread for thread in threading.enumerate() if isinstance(thread, Watch)]
 
 
-def failed(error: BaseException) -> None:
-    """Tell the other processes why this one ends. An error of the communication is only an echo of another's death: then
-    the watch finds out whose, and ends this process with its name."""
+def failed(error: BaseException) -> bool:
+    """Tell the other processes why this one ends; returns whether process 0 ends for the same reason, and will say it for all.
+    An error of the communication is only an echo of another's death: then the watch finds out whose, and ends this process
+    with its name."""
+    heard, word = False, f"failed: {type(error).__name__}: {error}"
     for watch in watches():
         if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
             watch.join(watch.SILENCE + 5)
-        watch.leave(f"failed: {type(error).__name__}: {error}")
+        heard = watch.rank > 0 and watch.hears(word)
+        watch.leave(word)
         if watch.rank == 0 and not os.environ.get("TORCHELASTIC_USE_AGENT_STORE"):
             time.sleep(2 * watch.INTERVAL)  # the store ends with this process: let the others read it first
+    return heard
 
 
 def all_reduce(x: Tensor) -> Tensor:
@@ -254,7 +273,11 @@ def fused_adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, low: Tensor | None, 
     """`adamw` in place, on flat tensors; the gradient is divided by `divisor` on the way; low gets a rounded copy of p.
 
     On a CPU in chunks of 5 MB, which are still in the cache when the copy reads p again: that halves the time of both."""
-    t, scale = torch.tensor(float(step), device=p.device), None if divisor == 1.0 else torch.tensor(divisor, device=p.device)
+    if divisor != 1.0 and p.device.type == "mps":  # whose kernel knows no grad_scale
+        g.div_(divisor)
+        divisor = 1.0
+    # full, not tensor: that one copies from the host, for which a GPU is waited for
+    t, scale = torch.full((), float(step), device=p.device), None if divisor == 1.0 else torch.full((), divisor, device=p.device)
     chunk = chunk if low is not None and p.device.type == "cpu" else max(p.numel(), 1)
     for i in range(0, p.numel(), chunk):
         span = slice(i, i + chunk)
@@ -305,6 +328,8 @@ class Flight(NamedTuple):
 class StepStats(NamedTuple):
     grad_norm: float   # over all parameters and processes, before clipping
     skipped: bool      # the gradient was not finite, nothing was changed
+    seconds: float     # of norm, update and gather, without the wait for gradients
+    copying: float     # seconds that this process waited for, or spent on, copies between GPU and CPU memory
 
 
 class ZeRO2:
@@ -445,6 +470,7 @@ class ZeRO2:
         self.flush()
         if self.crossing is not None:
             self.crossing.land_all()
+        began = time.perf_counter()
         squares = torch.stack([sum_of_squares(bucket.grad) for bucket in self.buckets]).sum()
         if self.sharded:
             squares = squares.to(self.device)
@@ -467,7 +493,7 @@ class ZeRO2:
             if self.rank == 0:
                 print(self.timeline.text(self.rank), flush=True)
             self.timeline = None
-        return StepStats(grad_norm, not finite)
+        return StepStats(grad_norm, not finite, time.perf_counter() - began, 0.0 if self.crossing is None else self.crossing.take_seconds())
 
     def update(self, lr: float, divisor: float) -> None:
         works: list[dist.Work] = []
@@ -545,7 +571,8 @@ class ZeRO2:
         pieces = {}
         for bucket in self.buckets if self.sharded or self.rank == 0 else ():  # of ddp one is enough
             # A view would drag all of flat into the file.
-            held = {"master": bucket.master if bucket.master.numel() * 4 == bucket.master.untyped_storage().nbytes() else bucket.master.clone(), "m": bucket.m, "v": bucket.v}
+            master = bucket.master if bucket.master.nbytes == bucket.master.untyped_storage().nbytes() else bucket.master.clone()
+            held = {"master": master, "m": bucket.m, "v": bucket.v}
             for name, p, span in zip(bucket.names, bucket.params, bucket.spans):
                 mine = overlap(span, bucket.own)
                 if mine.start < mine.stop:
@@ -642,6 +669,7 @@ class Crossing:
         size = 4 * max(len(bucket.m) for bucket in buckets)
         self.free = [torch.empty(size, dtype=torch.uint8, pin_memory=cuda) for _ in range(buffers)]
         self.busy: deque[tuple[Tensor, Tensor, Bucket | None, torch.cuda.Event | None]] = deque()  # buffer, the part in use, whose gradient, copied when
+        self.seconds = 0.0
 
     def buffer(self, like: Tensor) -> Tensor:
         """A pinned tensor; waits for the oldest copy when all are in use."""
@@ -673,6 +701,7 @@ class Crossing:
             torch.cuda.default_stream(self.device).wait_event(self.busy[-1][3])
 
     def land(self) -> None:
+        began = time.perf_counter()
         buffer, pinned, bucket, event = self.busy.popleft()
         if event is not None:
             event.synchronize()
@@ -681,10 +710,15 @@ class Crossing:
         elif bucket is not None:
             bucket.grad.add_(pinned)
         self.free.append(buffer)
+        self.seconds += time.perf_counter() - began
 
     def land_all(self) -> None:
         while self.busy:
             self.land()
+
+    def take_seconds(self) -> float:
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 class Timeline:
@@ -714,9 +748,6 @@ class Timeline:
 
 # ---- the memory plan ------------------------------------------------------------------------------------------------
 
-SHAPES = {  # dim, layers, heads, key/value heads, feed-forward, vocabulary; Touvron et al. 2023, table 2, but for the first
-    "mid": (768, 12, 12, 12, 2048, 32000), "7B": (4096, 32, 32, 32, 11008, 32000), "13B": (5120, 40, 40, 40, 13824, 32000),
-    "30B": (6656, 60, 52, 52, 17920, 32000), "65B": (8192, 80, 64, 64, 22016, 32000)}
 CARDS = (8, 12, 16, 24, 32, 40, 80)  # GiB
 
 
@@ -734,14 +765,14 @@ class Size(NamedTuple):
     rank: int = 0     # of adapters
 
 
-def size_of(name: str, lora_rank: int = 0) -> Size:
-    """Of a shape in SHAPES."""
-    C, L, heads, kv_heads, F, V = SHAPES[name]
-    K = C // heads * kv_heads
-    linears = [(C, C), (C, K), (C, K), (C, C), (C, F), (F, C), (C, F)]
-    total = 2 * V * C + L * (sum(i * o for i, o in linears) + 2 * C) + C
-    trained = L * sum(lora_rank * (i + o) for i, o in linears) if lora_rank else total
-    return Size(C, L, C, K, F, V, total + (trained if lora_rank else 0), trained, lora_rank * F if lora_rank else V * C, lora_rank)
+def size_of(config, lora_rank: int = 0) -> Size:
+    """Of the language model of a `model.LlamaConfig`."""
+    C, L, D, F, V = config.dim, config.n_layers, config.head_dim, config.ffn_dim, config.vocab_size
+    Q, K = config.n_heads * D, config.n_kv_heads * D
+    linears = [(C, Q), (C, K), (C, K), (Q, C), (C, F), (F, C), (C, F)]
+    total = (1 if config.tie_embeddings else 2) * V * C + L * (sum(i * o for i, o in linears) + 2 * C) + C
+    adapters = L * sum(lora_rank * (i + o) for i, o in linears)
+    return Size(C, L, Q, K, F, V, total + adapters, adapters or total, lora_rank * F or max(V, F) * C, lora_rank)
 
 
 def activation_bytes(size: Size, tokens: int, element: int, grad_checkpoint: bool) -> int:
@@ -754,8 +785,9 @@ def activation_bytes(size: Size, tokens: int, element: int, grad_checkpoint: boo
 
 
 def logits_bytes(size: Size, tokens: int, element: int, rows: int = 512) -> int:
-    """`sft.HeadLoss`: so many rows of logits at a time, and the gradients of head and hidden states, which it makes in the forward."""
-    return 4 * min(tokens, rows) * size.vocab + 4 * tokens * size.dim + (4 * size.vocab * size.dim if size.trained == size.total else 0)
+    """`sft.HeadLoss`: so many rows of logits at a time (twice: the next are computed before the last are freed), and the gradients
+    of head and hidden states, which it makes in the forward."""
+    return 4 * min(tokens, 2 * rows) * size.vocab + 4 * tokens * size.dim + (4 * size.vocab * size.dim if size.trained == size.total else 0)
 
 
 class Plan(NamedTuple):
@@ -775,18 +807,40 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     master = 0 if element == 4 and not offload else 4 * mine                    # in fp32 it is a part of the weights
     state = {"gradient": 4 * mine, "master": master, "moments": 8 * mine}       # Rajbhandari et al. 2020, section 3.1, but an fp32 gradient
     pinned = ZeRO2.PINNED * 4 * -(-size.largest // shards)
-    # A bucket on the way: what is sent, what is received, and its sum. The largest is a matrix alone (`group`).
-    flight = size.largest * element + (size.largest * element + 4 * size.largest) // shards if shards > 1 else size.largest * element * (element < 4)
+    # A bucket on the way: autograd's gradient, which is sent, and what is received and its sum. The largest is a matrix alone (`group`).
+    flight = size.largest * element + ((size.largest * element + 4 * size.largest) // shards if shards > 1 else 0)
     device = {"weights": size.total * element} | ({} if offload else state) | {
-        "buckets": flight, "activations": activation_bytes(size, tokens, element, grad_checkpoint), "logits": logits_bytes(size, tokens, element)}
-    device |= {} if gpu else {"libraries": 120_000_000}                         # pages of torch and MKL that training touches first; measured
+        "buckets": flight, "activations": activation_bytes(size, tokens, element, grad_checkpoint) + tokens * element * 4 * size.ffn_dim,  # + a block's backward
+        "logits": logits_bytes(size, tokens, element)}
+    if not gpu:  # measured: code and buffers of torch and MKL, what the C library's heap loses between tensors, a bf16 head in fp32
+        device["heap"] = 70_000_000 + device["activations"] * 9 // 25 + (4 * size.vocab * size.dim if element < 4 else 0)
     cpu = (state if offload else {}) | ({"pinned": pinned} if offload else {})
-    # Activations are freed while gradients come: the peak is where backward begins or where it ends.
+    # Activations are freed while gradients come: the peak is where backward begins or where it ends, with the embeddings'.
     stays = sum(device.get(key, 0) for key in ("weights", "master", "moments"))
-    peak = stays + max(device["activations"] + device["logits"], device.get("gradient", 0)) + flight + device.get("libraries", 0)
+    peak = stays + max(device["activations"] + device["logits"], device.get("gradient", 0) + element * size.largest) + flight + device.get("heap", 0)
     share = (nproc - 1) / nproc
     sent = share * size.trained * (element * (micro_batches + 1) if shards > 1 else 8)
     return Plan(device, cpu, peak, int(sent), (micro_batches * (element if nproc == 1 else 4) + element) * mine if offload else 0)
+
+
+def run_plan(trained: list[tuple[nn.Module, object]], frozen: list[nn.Module], strategy: str, world: World, tokens: int, dtype: torch.dtype,
+             lora_rank: int = 0, grad_checkpoint: bool = False) -> tuple[str, int]:
+    """The plan of a run in one line, and its peak: (model, its LlamaConfig) of each that is trained, and what is only computed with."""
+    plans = []
+    for model, config in trained:
+        numel = [p.numel() for p in model.parameters()]
+        mine = [p.numel() for p in model.parameters() if p.requires_grad]
+        size = Size(config.dim, config.n_layers, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.ffn_dim,
+                    config.vocab_size if hasattr(model, "output") else 0, sum(numel), sum(mine), max(mine), lora_rank)
+        plans.append(plan(size, strategy, world.world, tokens, dtype.itemsize, grad_checkpoint, gpu=world.device.type == "cuda"))
+    parts = {key: sum(p.device.get(key, 0) for p in plans) for key in plans[0].device}
+    parts |= {key: max(p.device[key] for p in plans) for key in ("activations", "logits", "buckets")}  # one model at a time
+    parts["weights"] = sum({p.data_ptr(): p.nbytes for model in [m for m, _ in trained] + frozen for p in model.parameters()}.values())  # some are shared
+    gradient, largest = parts.get("gradient", 0), max(p.numel() for model, _ in trained for p in model.parameters() if p.requires_grad)
+    peak = sum(parts.values()) - gradient - parts["activations"] - parts["logits"] + max(parts["activations"] + parts["logits"], gradient + dtype.itemsize * largest)
+    cpu = sum(sum(p.cpu.values()) for p in plans)
+    text = ", ".join(f"{key} {gb(n)}" for key, n in parts.items() if n >= 5e6)
+    return f"memory of a process: {text or 'next to nothing'}; at most {gb(peak)} at once" + (f", and {gb(cpu)} in CPU memory" if cpu else ""), peak
 
 
 def plan_table(name: str, plans: dict[str, Plan]) -> str:
@@ -837,18 +891,17 @@ def bench_step(args: argparse.Namespace) -> None:
     """One process of a training run on random tokens: step time and peak memory."""
     import lora
     import sft
-    from model import DTYPES, Llama, LlamaConfig
+    from model import DTYPES, SHAPES, Llama
     world = start("auto", args.strategy)
-    before = peak_memory_bytes(world.device)
-    C, L, heads, kv_heads, F, V = SHAPES[args.shape]
-    dtype, size = DTYPES[args.dtype], size_of(args.shape, args.lora_rank)
-    model = Llama(LlamaConfig(C, L, heads, kv_heads, C // heads, F, V, args.max_len), generator=torch.Generator().manual_seed(0)).to(world.device)
+    config = replace(SHAPES[args.shape], max_seq_len=args.max_len)
+    dtype, size = DTYPES[args.dtype], size_of(config, args.lora_rank)
+    model = Llama(config, generator=torch.Generator().manual_seed(0)).to(world.device)
     model.grad_checkpoint = args.grad_checkpoint
     if args.lora_rank:
         model.to(dtype)
         lora.attach(model, args.lora_rank, None, 0.0, dtype=torch.float32)
     optimizer = ZeRO2(model.named_parameters(), dtype, strategy=args.strategy, trace=args.trace)
-    tokens = torch.randint(3, V, (args.batch_size, args.max_len), generator=torch.Generator().manual_seed(world.rank))
+    tokens = torch.randint(3, config.vocab_size, (args.batch_size, args.max_len), generator=torch.Generator().manual_seed(world.rank))
     target = torch.ones_like(tokens, dtype=torch.bool)
     target[:, 0] = False
 
@@ -861,7 +914,7 @@ def bench_step(args: argparse.Namespace) -> None:
     if world.rank == 0:
         planned = plan(size, args.strategy, world.world, tokens.numel(), dtype.itemsize, args.grad_checkpoint, gpu=world.device.type == "cuda").peak
         print(json.dumps({"shape": args.shape, "strategy": args.strategy, "dtype": args.dtype, "lora_rank": args.lora_rank, "processes": world.world, "ms_per_step": round(1000 * seconds),
-                          "peak_gb": round(peak / 1e9, 2), "peak_above_start_up_gb": round((peak - before) / 1e9, 3), "planned_gb": round(planned / 1e9, 3)}), flush=True)
+                          "peak_gb": round(peak / 1e9, 2), "peak_above_start_up_gb": round((peak - world.idle) / 1e9, 3), "planned_gb": round(planned / 1e9, 3)}), flush=True)
     stop()
 
 
@@ -875,26 +928,34 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    from model import SHAPES, read_config
+    from sft import whole
     parser = argparse.ArgumentParser(description="What a training run needs (--plan), and how fast the sharded optimizer is here (--bench).")
-    parser.add_argument("--plan", choices=sorted(SHAPES), help="print bytes a process needs for this LLaMA")
+    parser.add_argument("--plan", metavar="MODEL", help=f"print the bytes that a process needs: a weights directory, or one of {' '.join(SHAPES)}")
     parser.add_argument("--bench", action="store_true", help="measure the AdamW step, and training steps under every strategy")
-    parser.add_argument("--nproc", type=int, help="processes (plan: 1, bench: 2)")
+    parser.add_argument("--nproc", type=whole(1), help="processes (plan: 1, bench: 2)")
     parser.add_argument("--strategy", choices=STRATEGIES, help="only this one")
-    parser.add_argument("--batch_size", type=int, help="examples a process and micro-batch (plan: 4, bench: 2)")
-    parser.add_argument("--accumulation_steps", type=int, default=1, help="micro-batches a step")
-    parser.add_argument("--max_len", type=int, help="tokens of an example (plan: 512, bench: 256)")
-    parser.add_argument("--lora_rank", type=int, default=0, help="train adapters of this rank; 0 trains all weights")
+    parser.add_argument("--batch_size", type=whole(1), help="examples a process and micro-batch (plan: 4, bench: 2)")
+    parser.add_argument("--accumulation_steps", type=whole(1), default=1, help="micro-batches a step")
+    parser.add_argument("--max_len", type=whole(2), help="tokens of an example (plan: 512, bench: 256)")
+    parser.add_argument("--lora_rank", type=whole(0), default=0, help="train adapters of this rank; 0 trains all weights")
     parser.add_argument("--grad_checkpoint", action="store_true", help="recompute activations in backward")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="to compute in")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="mid", help="model of the bench")
-    parser.add_argument("--steps", type=int, default=5, help="steps of the bench that are timed")
+    parser.add_argument("--shape", choices=list(SHAPES), default="mid", help="model of the bench")
+    parser.add_argument("--steps", type=whole(1), default=5, help="steps of the bench that are timed")
     parser.add_argument("--trace", action="store_true", help="bench: print when each bucket left and arrived")
     args = parser.parse_args(argv)
     for key, planned, benched in (("nproc", 1, 2), ("batch_size", 4, 2), ("max_len", 512, 256)):
         if getattr(args, key) is None:
             setattr(args, key, planned if args.plan else benched)
     if args.plan:
-        size, element = size_of(args.plan, args.lora_rank), 4 if args.dtype == "fp32" else 2
+        if args.plan not in SHAPES and not os.path.isdir(args.plan):
+            parser.error(f"--plan {args.plan}: neither a weights directory nor one of {' '.join(SHAPES)}")
+        try:
+            config = SHAPES.get(args.plan) or read_config(args.plan)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        size, element = size_of(config, args.lora_rank), 4 if args.dtype == "fp32" else 2
         names = [args.strategy] if args.strategy else ["naive" if args.nproc == 1 else "ddp", "zero2", "zero2_cpu"]
         plans = {name: plan(size, name, args.nproc, args.batch_size * args.max_len, element, args.grad_checkpoint, args.accumulation_steps) for name in names}
         print(plan_table(f"LLaMA {args.plan}, {size.total / 1e9:.2f} G parameters, {size.trained / 1e6:,.1f} M trained, {args.dtype}, {args.nproc} processes, "

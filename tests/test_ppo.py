@@ -516,8 +516,9 @@ base, out = Path(sys.argv[1]), Path(sys.argv[2])
 world = zero.start("cpu", "ddp")
 actors, real = [], ppo.open_models
 ppo.open_models = lambda *rest: (actors.append(real(*rest)), actors[-1])[1]
-run(base, out / "run", "--pretrain_dataset", base / "ptx.json", "--ptx_coef", 0.3, "--ptx_batch_size", 1)
-torch.save([p.data for m in actors[0][0][:2] for p in m.parameters()], out / f"actor-{world.rank}.pt")
+for strategy in ("zero2", "zero2_cpu", "ddp"):
+    run(base, out / strategy, "--pretrain_dataset", base / "ptx.json", "--ptx_coef", 0.3, "--ptx_batch_size", 1, "--strategy", strategy)
+torch.save([p.data for m in actors[-1][0][:2] for p in m.parameters()], out / f"actor-{world.rank}.pt")
 args, models = opened(base, out / "none", "--train_batch_size", 2, "--ptx_coef", 0.3, "--ptx_batch_size", 1)
 e = Experience(*(x[world.rank::2] for x in fixed(args, models)))
 figures, gradients, _ = update(models, e, encoded(base), args, world, 1.0)
@@ -532,9 +533,12 @@ def test_two_processes(base, tmp_path):
     result = subprocess.run([*map(str, [*TORCHRUN, tmp_path / "worker.py", base, tmp_path])], env=ENV, capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stdout + result.stderr
     first, second = (torch.load(tmp_path / f"actor-{rank}.pt") for rank in (0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(first, second)) and len(metrics(tmp_path / "run")) == 3
-    assert all(torch.equal(p, q) for p, q in zip(Llama.from_pretrained(tmp_path / "run").parameters(), first))
-    assert not same(weights(tmp_path / "run"), weights(base / "model"))
+    assert all(torch.equal(a, b) for a, b in zip(first, second)) and len(metrics(tmp_path / "ddp")) == 3
+    assert all(torch.equal(p, q) for p, q in zip(Llama.from_pretrained(tmp_path / "ddp").parameters(), first))
+    assert not same(weights(tmp_path / "ddp"), weights(base / "model"))
+    for strategy in ("zero2", "zero2_cpu"):
+        for key in ("loss", "loss/value_avg", "loss/ptx_avg", "objective/kl", "objective/scores"):
+            assert [row[key] for row in metrics(tmp_path / strategy)] == pytest.approx([row[key] for row in metrics(tmp_path / "ddp")], rel=1e-3, abs=1e-5), (strategy, key)
     args, models = opened(base, tmp_path / "none", "--train_batch_size", 4, "--ptx_coef", 0.3, "--ptx_batch_size", 2)
     figures, gradients, _ = update(models, fixed(args, models), encoded(base), args, WORLD, 1.0)
     for rank in (0, 1):

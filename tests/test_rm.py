@@ -246,7 +246,7 @@ def test_two_processes_are_one_with_twice_the_batch(base, tmp_path):
     (tmp_path / "worker.py").write_text("import sys, torch\nfrom pathlib import Path\nimport zero\nfrom test_rm import run\ntorch.set_num_threads(1)\n"
                                         "run(*map(Path, sys.argv[1:3]), *sys.argv[3:])\nzero.stop()\n")
     more = ["--dataset", tmp_path / "pref.json", "--eval_size", 1, "--max_epochs", 2]
-    result = subprocess.run([*map(str, [*TORCHRUN, tmp_path / "worker.py", base, tmp_path / "two", *more])], env=ENV, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*map(str, [*TORCHRUN, tmp_path / "worker.py", base, tmp_path / "two", *more, "--strategy", "zero2"])], env=ENV, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     run(base, tmp_path / "one", *more, "--batch_size", 4)
     for key in ("loss", "accuracy", "margin", "grad_norm"):

@@ -345,13 +345,55 @@ def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch):
             file.write('{"step": 9, "lo')
         half = tmp_path / "cut" / "resume" / f"step-{step:08d}.tmp"  # the kill fell into the writing of a checkpoint
         half.mkdir()
-        (half / "state.pt").write_bytes(b"half")
+        (half / "rank-0.pt").write_bytes(b"half")
     with pytest.raises(FloatingPointError, match=r"step-00000006$"):
         sft.stop_if_broken(math.nan, 7, 1e-3, tmp_path / "cut")
     run(base, tmp_path / "cut", *more, "--resume")
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and losses(tmp_path / "cut", "step") == list(range(1, 13))
     assert same(*(weights(tmp_path / name, "adapter_model.safetensors") for name in ("whole", "cut")))
     assert [path.name for path in (tmp_path / "cut" / "resume").iterdir()] == ["step-00000012"]
+
+
+SAVE = """
+import os, sys
+from pathlib import Path
+import torch
+import sft, zero
+
+folder, nth, step = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+calls = 0
+def dying(real):
+    def call(*args, **more):
+        global calls
+        calls += 1
+        if calls == nth:  # what was begun may be half done
+            for file in Path(args[0]).glob("*") if real is sft.shutil.rmtree else ():
+                file.unlink()
+                break
+            os.kill(os.getpid(), 9)
+        return real(*args, **more)
+    return call
+torch.save, sft.write_file, sft.shutil.rmtree, Path.rename, Path.mkdir = map(dying, (torch.save, sft.write_file, sft.shutil.rmtree, Path.rename, Path.mkdir))
+world = zero.World(0, 1, torch.device("cpu"))
+sft.save_checkpoint(folder, world, {"step": step, "world": 1, "strategy": "naive", "marks": {}}, {"weight": torch.full((50_000,), float(step))})
+print("whole")
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
+    """SIGKILL before each thing that saving does to the disk."""
+    (tmp_path / "save.py").write_text(SAVE)
+    world, saved = zero.World(0, 1, torch.device("cpu")), 1
+    sft.save_checkpoint(tmp_path, world, {"step": 1, "world": 1, "strategy": "naive", "marks": {}}, {"weight": torch.full((50_000,), 1.0)})
+    for nth in range(1, 20):
+        result = subprocess.run([sys.executable, tmp_path / "save.py", tmp_path, str(nth), str(nth + 1)], env=ENV, capture_output=True, text=True, timeout=60)
+        meta, states, random = sft.load_checkpoint(tmp_path, world, {}, "naive")
+        assert meta["step"] in (saved, nth + 1) and (states[0]["weight"] == meta["step"]).all() and random is not None
+        saved = meta["step"]
+        if "whole" in result.stdout:
+            break
+        assert result.returncode == -9, result.stderr
+    assert nth > 6 and saved == nth + 1 and [path.name for path in (tmp_path / "resume").iterdir()] == [f"step-{saved:08d}"]
 
 
 def test_resume_refuses_another_run(base, tmp_path):
@@ -389,7 +431,7 @@ from test_sft import kill_in, run
 
 torch.set_num_threads(1)
 base, out = Path(sys.argv[1]), Path(sys.argv[2])
-more = ("--save_interval", 2, "--max_epochs", 2)  # 22 examples, 8 a step: 3 steps an epoch
+more = ("--save_interval", 2, "--max_epochs", 2, "--strategy", "zero2")  # 22 examples, 8 a step: 3 steps an epoch
 run(base, out / "two", *more)
 with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
     kill_in(patch, 4)
@@ -398,20 +440,24 @@ if sft.zero.dist.get_rank() == 0:
     shutil.copytree(out / "cut", out / "moved")
 zero.barrier()
 run(base, out / "cut", *more, "--resume")
-run(base, out / "odd", "--max_datasets_size", 9, "--eval_size", 0, "--max_epochs", 2)  # 8 + 1: the second process has none
+for strategy in ("ddp", "zero2_cpu"):
+    run(base, out / strategy, "--max_epochs", 2, "--strategy", strategy)
+run(base, out / "odd", "--max_datasets_size", 9, "--eval_size", 0, "--max_epochs", 2, "--strategy", "zero2")  # 8 + 1: the second process has none
 zero.stop()
 """
 
 
 def test_two_processes(base, tmp_path, capsys):
-    """Half the batch each = the batch on one; resumed on two to the bit, and on one; a process without a micro-batch."""
+    """Half the batch each = the batch on one, under every strategy; resumed on two to the bit, and on one; a process without a micro-batch."""
     (tmp_path / "worker.py").write_text(WORKER)
     result = subprocess.run([*TORCHRUN, tmp_path / "worker.py", base, tmp_path], env=ENV, capture_output=True, text=True, timeout=120)
     assert losses(tmp_path / "two") == losses(tmp_path / "cut") and same(weights(tmp_path / "two"), weights(tmp_path / "cut")), result.stderr
     run(base, tmp_path / "one", "--batch_size", 8, "--max_epochs", 2)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5) and len(losses(tmp_path / "one")) == 6
+    for strategy in ("ddp", "zero2_cpu"):
+        assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / strategy), rel=1e-5)
     run(base, tmp_path / "moved", "--batch_size", 8, "--max_epochs", 2, "--resume")
-    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "two"), rel=1e-5) and "written by 2 processes with ddp, this run has 1 with ddp" in capsys.readouterr().out
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "two"), rel=1e-5) and "written by 2 processes with zero2, this run has 1 with ddp" in capsys.readouterr().out
     assert result.returncode == 0, result.stdout + result.stderr
     run(base, tmp_path / "even", "--max_datasets_size", 9, "--eval_size", 0, "--max_epochs", 2, "--batch_size", 8)
     assert losses(tmp_path / "odd") == pytest.approx(losses(tmp_path / "even"), rel=1e-5)
@@ -482,6 +528,9 @@ def test_exit_codes(base, tmp_path):
     runs = [start(), start("--dataset", tmp_path / "none.json", "--save_path", tmp_path / "b"), start("--pretrain", tmp_path / "model", "--save_path", tmp_path / "c")]
     out, err = zip(*(run.communicate(timeout=60) for run in runs))
     assert [run.returncode for run in runs] == [0, 2, 1], err
+    both = subprocess.run([*TORCHRUN, str(ROOT / "sft.py"), *flags(base, tmp_path / "d", "--dataset", tmp_path / "none.json")], env=ENV, capture_output=True, text=True, timeout=60)
+    assert both.stderr.count("none.json does not exist") == 1 and "stops" not in both.stderr  # once, by process 0, and before torchrun's own report
+    assert both.stderr.index("sft.py: ") < both.stderr.index("exitcode: 2)")
     assert re.fullmatch(r"sft\.py: \S+none\.json does not exist; .*\n", err[1])
     assert re.fullmatch(r"sft\.py: the loss is nan at step 1 with learning rate 0\.003: .*\n", err[2]) and not (tmp_path / "c" / "config.json").exists()
     assert err[0] == "" and "flags: " in out[0] and "lr=0.003" in out[0] and "step 1/1" in out[0]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import lora
 import zero
-from model import Llama, LlamaConfig
+from model import SHAPES, Llama, LlamaConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIG = LlamaConfig(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=20, vocab_size=37, max_seq_len=16)
@@ -174,7 +174,7 @@ def test_parameter_without_a_gradient_counts_as_zero():
         assert distance(ours, theirs) < 1e-6  # not to the bit: torch's kernel rounds what fills no vector otherwise
 
 
-def test_frozen_parameters_are_left_alone():
+def test_frozen_parameters_are_left_alone(tmp_path):
     model, before = llama(), [p.detach().clone() for p in llama().parameters()]
     model.tok_embeddings.weight.requires_grad_(False)
     optimizer = zero.ZeRO2(model.named_parameters(), torch.bfloat16, weight_decay=0.1)
@@ -184,6 +184,11 @@ def test_frozen_parameters_are_left_alone():
     optimizer.step(0.1)
     assert torch.equal(model.tok_embeddings.weight, before[0].bfloat16()) and model.tok_embeddings.weight.grad is None
     assert not any(torch.equal(p.float(), old) for p, old in list(zip(model.parameters(), before))[1:])
+    with optimizer.masters():
+        model.save_pretrained(tmp_path)
+    again = Llama.from_pretrained(tmp_path)  # Z13, Z11: all of them, and not the buckets that they are views of
+    assert torch.equal(again.tok_embeddings.weight, before[0].bfloat16().float()) and equal([p.bfloat16() for p in list(again.parameters())[1:]], list(model.parameters())[1:])
+    assert (tmp_path / "model.safetensors").stat().st_size < 1.1 * 4 * sum(p.numel() for p in model.parameters()) + 4000  # + names
     with pytest.raises(ValueError, match="no trainable parameter"):
         zero.ZeRO2(model.requires_grad_(False).named_parameters())
 
@@ -270,7 +275,7 @@ def test_state_goes_through_a_file_and_on(tmp_path, dtype):
 
 
 def test_naive_with_two_processes_and_missing_devices_are_refused(monkeypatch):
-    assert zero.start("cpu", "naive") == (0, 1, torch.device("cpu"))
+    assert zero.start("cpu", "naive")[:3] == (0, 1, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="GPU 0, but there are 0.*--device cpu"):
         zero.start("cuda")
@@ -307,33 +312,54 @@ def test_the_way_over_cpu_memory_changes_no_bit(dtype):
             for i in range(2):  # Z01: with offload, only the first micro-batch counted
                 optimizer.backward(lm(model, TOKENS[4 * i:4 * i + 4]), last=i == 1)
         stats = a.step(1e-2), b.step(1e-2)
-        assert stats[0] == stats[1] and equal(list(direct.parameters()), list(around.parameters()))
+        assert stats[0][:2] == stats[1][:2] and stats[1].copying > 0 == stats[0].copying and equal(list(direct.parameters()), list(around.parameters()))
     assert equal([t for x in a.buckets for t in (x.master, x.m, x.v)], [t for x in b.buckets for t in (x.master, x.m, x.v)])
 
 
 def test_aliases_of_coati(capsys):
     for name, ours in (("colossalai_zero2", "zero2"), ("colossalai_zero2_cpu", "zero2_cpu"), ("colossalai_gemini", "zero2_cpu")):
         assert name in zero.STRATEGIES and zero.ZeRO2(named(some((3,))[0]), strategy=name).strategy == ours
-        assert zero.start("cpu", name) == (0, 1, torch.device("cpu"))
+        assert zero.start("cpu", name)[:3] == (0, 1, torch.device("cpu"))
     assert capsys.readouterr().out == "note: --strategy colossalai_gemini runs as zero2_cpu\n"
 
 
 # ---- the memory plan ----
 
 def test_size_of_the_published_models():
-    assert zero.size_of("7B").total == 6_738_415_616 and zero.size_of("13B").total == 13_015_864_320
-    model = Llama(LlamaConfig(**vars(CONFIG) | {"n_kv_heads": 2}))  # and counted on a model
-    shape = {"x": (16, 2, 2, 2, 20, 37)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zero, "SHAPES", shape)
-        size, adapted = zero.size_of("x"), zero.size_of("x", 4)
+    assert zero.size_of(SHAPES["7B"]).total == 6_738_415_616 and zero.size_of(SHAPES["13B"]).total == 13_015_864_320
+    assert zero.size_of(SHAPES["70B"]).total == 68_976_648_192  # Llama 2's, with grouped queries
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_size_of_a_model(tied):
+    model = Llama(LlamaConfig(**vars(CONFIG) | {"n_kv_heads": 1, "tie_embeddings": tied}))
+    size, adapted = zero.size_of(model.config), zero.size_of(model.config, 4)
     assert size.total == size.trained == sum(p.numel() for p in model.parameters()) and size.largest == 37 * 16
     lora.attach(model, 4)
     assert (adapted.total, adapted.trained) == tuple(sum(p.numel() for p in model.parameters() if p.requires_grad or not frozen) for frozen in (False, True))
 
 
+@pytest.mark.parametrize("dtype, rank", [(torch.float32, 0), (torch.float32, 4), (torch.bfloat16, 4)])
+def test_activations_are_what_autograd_keeps(dtype, rank):
+    config = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=160, vocab_size=99, max_seq_len=64)
+    model, tokens, kept = Llama(config).to(dtype), torch.arange(4 * 64).view(4, 64) % 99, {}
+    if rank:
+        lora.attach(model, rank)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {model.cos.untyped_storage().data_ptr(), model.sin.untyped_storage().data_ptr()}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.hidden(tokens)
+    size = zero.Size(64, 2, 64, 32, 160, 99, 1, 1, 1, rank)
+    found = sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in own)
+    assert found == pytest.approx(zero.activation_bytes(size, tokens.numel(), dtype.itemsize, False), rel=0.06)  # + rotary tables, norms' and softmax's denominators
+
+
 def test_plan_is_the_papers_table():
-    size, P = zero.size_of("7B"), zero.size_of("7B").total
+    size, P = zero.size_of(SHAPES["7B"]), zero.size_of(SHAPES["7B"]).total
     ddp, zero2, offloaded = (zero.plan(size, name, 4, 512) for name in ("ddp", "zero2", "colossalai_zero2_cpu"))
     for p, shards in ((ddp, 1), (zero2, 4)):
         assert (p.device["weights"], p.device["gradient"], p.device["master"], p.device["moments"]) == (2 * P, 4 * P / shards, 4 * P / shards, 8 * P / shards) and not p.cpu
@@ -349,6 +375,15 @@ def test_plan_on_the_command_line(capsys):
     zero.main(["--plan", "7B", "--nproc", "4", "--lora_rank", "16", "--grad_checkpoint", "--strategy", "zero2"])
     text = capsys.readouterr().out
     assert re.search(r"fits a card of +16 GB", text) and re.search(r"device: weights +13\.5\d GB", text) and "sent a step" in text
+
+
+def test_plan_of_a_directory(tmp_path, capsys):
+    Llama(LlamaConfig(**vars(CONFIG))).save_pretrained(tmp_path)
+    zero.main(["--plan", str(tmp_path)])
+    assert f"{zero.size_of(LlamaConfig(**vars(CONFIG))).trained / 1e6:,.1f} M trained" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        zero.main(["--plan", "8B"])
+    assert "--plan 8B: neither a weights directory nor one of tiny" in capsys.readouterr().err
 
 
 def processes(tmp_path: Path, world: int, code: str, *args, launcher: bool = True, timeout: int = 240, **env) -> list[subprocess.CompletedProcess]:
@@ -375,7 +410,7 @@ import lora, zero
 from model import Llama, LlamaConfig
 from test_zero import CONFIG, TOKENS, adamw_of_the_whole, distance, equal, feed, llama, live_bytes, lm, named, relative, some, torch_adamw
 
-rank, world, _ = zero.start("cpu")
+rank, world, *_ = zero.start("cpu")
 folder = sys.argv[1]
 assert world in (2, 4) and zero.broadcast_object(f"from {rank}") == "from 0"
 
@@ -428,11 +463,14 @@ if world == 2:  # saved on four
                 assert torch.equal(piece[key], whole[piece["start"]:piece["start"] + len(piece[key])]), name
         train(optimizer, other, 3)
         assert relative(other.parameters(), later) < 1e-6
+    split = next(name for name in states[0]["pieces"] if name in states[1]["pieces"])
+    del states[1]["pieces"][split]
+    other = zero.ZeRO2(llama().named_parameters(), strategy="ddp")
     try:
-        optimizer.load_state_dict(states[:-1])
+        other.load_state_dict(states)
         raise SystemExit("accepted")
     except ValueError as error:
-        assert "file of a process is missing" in str(error) or "other parameters" in str(error), error
+        assert f"numbers of {split} that this process needs: the file of a process is missing" in str(error), error
 
 # 3. Bytes of live tensors, and elements sent: bf16, Psi parameters.
 config = LlamaConfig(dim=64, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=32, ffn_dim=96, vocab_size=99, max_seq_len=16)
@@ -486,13 +524,15 @@ for strategy in ("zero2", "zero2_cpu", "ddp"):
         alone.step()
         assert same_everywhere(params) and max((a - b).abs().max() for a, b in zip(params, lone) if a.numel()) < 1e-6, (strategy, used)
     before = [p.detach().clone() for p in params]
-    feed(optimizer, params, [g * (float("nan") if rank == 1 and i == 2 else 1) for i, g in enumerate(grads)])
+    bad = [g.clone() for g in grads]
+    bad[2].view(-1)[-1] += float("nan") if rank == 1 else 0  # one number, which one process owns
+    feed(optimizer, params, bad)
     assert optimizer.step(0.1).skipped and optimizer.skipped == 1 and equal(params, before)
     feed(optimizer, params, grads)
     assert not optimizer.step(0.1).skipped and same_everywhere(params) and not equal(params, before)
     optimizer.MAX_SKIPS = 1
     try:
-        feed(optimizer, params, [g * (float("nan") if rank == 1 and i == 2 else 1) for i, g in enumerate(grads)])
+        feed(optimizer, params, bad)
         optimizer.step(0.1)
         raise SystemExit("went on")
     except FloatingPointError as error:
@@ -507,7 +547,15 @@ except AssertionError as error:
     assert "after the micro-batch" in str(error)
 optimizer.step(0.1)
 
-# 7. Adapters on a frozen bf16 base.
+# 7. bf16 gradients are added up in fp32, over processes and over micro-batches.
+p = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+optimizer = zero.ZeRO2([("p", p)], torch.bfloat16, strategy="zero2")
+for micro in range(2):
+    feed(optimizer, [p], [torch.full((8,), 2.0 ** -(10 * (rank == 1) + micro), dtype=torch.bfloat16)], last=micro == 1)
+assert (optimizer.buckets[0].grad == 1.5 * (world - 1 + 2.0 ** -10)).all()
+optimizer.step(1e-3)
+
+# 8. Adapters on a frozen base.
 model = llama()
 lora.attach(model, 2, dtype=torch.float32, generator=torch.Generator().manual_seed(1))
 frozen = model.tok_embeddings.weight.detach().clone()
@@ -517,7 +565,7 @@ trained = [p for p in model.parameters() if p.requires_grad]
 assert same_everywhere(trained) and any((p != 0).all() for n, p in model.named_parameters() if "lora_B" in n or n.endswith(".B"))
 assert torch.equal(frozen, model.tok_embeddings.weight) and sum(len(b.m) for b in optimizer.buckets) <= sum(p.numel() for p in trained) / world + 2 * world
 
-# 8. Bytes are under way before backward ends.
+# 9. Bytes are under way before backward ends.
 model = Llama(config, generator=torch.Generator().manual_seed(0))
 optimizer = zero.ZeRO2(model.named_parameters(), bucket_elements=4096, strategy="zero2", trace=True)
 optimizer.backward(lm(model, TOKENS))
@@ -563,6 +611,8 @@ def test_two_and_four_processes(tmp_path):
     for world in (4, 2):
         saved, later = torch.load(tmp_path / f"params-{world}.pt")
         model = llama()
+        size = sum((tmp_path / f"state-{world}-{rank}.pt").stat().st_size for rank in range(world))
+        assert size < 1.1 * 12 * sum(p.numel() for p in model.parameters()) + world * 20_000  # Z11; + names
         optimizer = zero.ZeRO2(model.named_parameters(), weight_decay=0.1, max_norm=0.5, eps=1e-3, strategy="naive")
         optimizer.load_state_dict([torch.load(tmp_path / f"state-{world}-{rank}.pt", weights_only=True) for rank in range(world)])
         assert equal(list(model.parameters()), saved) and optimizer.updates == 3
@@ -576,8 +626,8 @@ DYING = """
 import os, sys, time
 import torch
 import zero
-zero.Watch.SILENCE = 3.0
-rank, world, _ = zero.start("cpu")
+zero.Watch.SILENCE, zero.Watch.INTERVAL = 3.0, 0.25
+rank, world, *_ = zero.start("cpu")
 zero.all_reduce(torch.ones(1))
 if rank == int(sys.argv[2]):
     if sys.argv[1] == "raise":
@@ -598,10 +648,9 @@ def test_nobody_waits_for_a_dead_process(tmp_path, how, who, word):
 
 @pytest.mark.parametrize("world, flags", [(1, ["--strategy", "naive"]), (1, ["--strategy", "naive", "--lora_rank", "16"]), (2, ["--strategy", "zero2"]), (2, ["--strategy", "zero2_cpu", "--lora_rank", "16"])])
 def test_plan_is_what_is_measured(tmp_path, world, flags):
-    """S18: a plan without activations, logits and buckets. glibc hands every tensor back to the system here: what its heap
-    loses between tensors is no part of the plan."""
+    """S18: a plan without activations, logits and buckets."""
     code = "import sys, zero; zero.main(sys.argv[1:])"
-    result, = processes(tmp_path, world, code, "--bench", "--dtype", "fp32", "--steps", 1, "--batch_size", 1, *flags, MALLOC_MMAP_THRESHOLD_="65536")
+    result, = processes(tmp_path, world, code, "--bench", "--dtype", "fp32", "--steps", 1, "--batch_size", 2 // world, *flags)
     assert result.returncode == 0, result.stderr
     row = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
-    assert row["planned_gb"] == pytest.approx(row["peak_above_start_up_gb"], rel=0.15), row
+    assert row["planned_gb"] == pytest.approx(row["peak_above_start_up_gb"], rel=0.1), row
