@@ -266,14 +266,19 @@ def dequantized_product(x: Tensor, layer: nn.Module, transposed: bool) -> Tensor
 
 class QuantizedLinear(nn.Module):
     """What the two layers share: a frozen x (..., I) -> y (..., O) that has no parameters, only buffers."""
-    kept: tuple[str, ...] = ()  # buffers whose dtype is part of the format
-
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__()
         self.in_features, self.out_features = fan_in, fan_out
 
     def forward(self, x: Tensor) -> Tensor:
         return QuantizedProduct.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else dequantized_product(x, self, False)
+
+    def plain(self, dtype: torch.dtype) -> Linear:
+        """The same layer with its weights written out: for a merge, which needs them."""
+        with torch.device("meta"):
+            linear = Linear(self.in_features, self.out_features)
+        linear.weight = nn.Parameter(self.dequantize(dtype).contiguous())
+        return linear
 
     def _apply(self, fn, recurse: bool = True):
         """model.to(device) moves the buffers, model.to(dtype) leaves them: scales in bf16 would be other scales."""
