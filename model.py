@@ -1181,7 +1181,9 @@ def benchmark(model: Llama, batches: list[int], prompt: int, new: int, repeats: 
     embedding, of which it reads one row. Medians; call it on a fused model."""
     c = model.config
     per_layer = c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.ffn_dim
-    read = (c.n_layers * per_layer + c.vocab_size * c.dim) * model.norm.weight.dtype.itemsize
+    stored = lambda module: sum(t.nbytes for t in module.buffers())  # of quantized layers, plain ones have no buffers
+    element = model.norm.weight.dtype.itemsize
+    read = (stored(model.layers) or c.n_layers * per_layer * element) + (stored(model.output) or c.vocab_size * c.dim * element)
     bandwidth, rows = read_bandwidth(model.device), []
     for batch in batches:
         prompts = torch.randint(3, c.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).tolist()
@@ -1250,10 +1252,15 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     if args.benchmark and args.directory in SHAPES and not Path(args.directory).exists():
         model = random_model(SHAPES[args.directory], dtype, device).eval()
     else:
-        config = read_config(args.directory)
+        file = Path(args.directory, "config.json")
+        if file.exists() and read_json(file).get("quantization_config"):
+            import quantize  # here, not above: the model itself needs nothing of ours
+            config, open_model = quantize.load_config(args.directory), quantize.load
+        else:
+            config, open_model = read_config(args.directory), Llama.from_pretrained
         tokenizer = Tokenizer(args.directory)
         check_tokenizer(tokenizer, config)
-        model = Llama.from_pretrained(args.directory, dtype, device).eval()
+        model = open_model(args.directory, dtype, device).eval()
     model.fuse(max(args.batch) if args.benchmark else 1)
     if args.compile:
         model.compile_decode()
@@ -1264,7 +1271,7 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in args.prompts:
         if args.chat:
-            import data  # here, not above: the model itself needs nothing of ours
+            import data
             name = read_template(args.directory)
             template = data.TEMPLATES[name if name in data.TEMPLATES else "plain"]
             ids, shown = data.encode_prompt([{"role": "user", "content": prompt}], tokenizer, template), []

@@ -367,16 +367,18 @@ class Fast4(nn.Module):
         more_O = -O % (8 if cuda else 16)
         S = int(torch.bincount(m.group)[0])
         more_I = -I % (max(128, size) if cuda else size)
-        self.in_features, self.out_features, self.size, self.padding, self.order = I, O, size, more_I, order
+        self.in_features, self.out_features, self.size, self.padding = I, O, size, more_I
+        self.register_buffer("order", order)
         q = m.q if order is None else m.q[:, order]
         q = F.pad(q, (0, more_I, 0, more_O))                                                           # (O, I)
         g = torch.arange(0, I + more_I, size, device=device).div(S, rounding_mode="floor").clamp(max=m.scale.shape[1] - 1)
         scale, zero = (F.pad(t.float()[:, g].T, (0, more_O)) for t in (m.scale, m.zero))               # (G', O) each
-        self.grid = torch.stack((scale, (8 - zero) * scale), dim=-1).bfloat16().contiguous()           # (G', O, 2)
+        self.register_buffer("grid", torch.stack((scale, (8 - zero) * scale), dim=-1).bfloat16())      # (G', O, 2)
         if cuda:
-            self.weight = torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)   # (O, I/2) bytes
+            weight = torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)        # (O, I/2) bytes
         else:
-            self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int().contiguous(), 1)  # (O, I) words
+            weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int().contiguous(), 1)       # (O, I) words
+        self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)                                                         # (N, I)
@@ -426,13 +428,13 @@ class Fast8(nn.Module):
         # CUDA's kernel takes more than 16 rows of x, and sizes that 8 divides.
         self.multiple, self.rows = (8, 17) if weight.device.type == "cuda" else (1, 1)
         self.out_features, self.in_features = weight.shape
-        self.weight = F.pad(weight, (0, -weight.shape[1] % self.multiple, 0, -weight.shape[0] % self.multiple)).contiguous()
-        self.scale = scale
+        self.register_buffer("weight", F.pad(weight, (0, -weight.shape[1] % self.multiple, 0, -weight.shape[0] % self.multiple)))
+        self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).float()                                                 # (N, I)
         N, (O, I) = len(rows), self.weight.shape
-        largest = rows.abs().amax(-1, keepdim=True).clamp_(min=1e-30) / 127                            # (N, 1)
+        largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True).clamp_(min=1e-30).div_(127)  # (N, 1)
         q = (rows / largest).round_().to(torch.int8)
         if I != self.in_features or N < self.rows:
             q = F.pad(q, (0, I - self.in_features, 0, max(0, self.rows - N)))
