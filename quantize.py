@@ -358,13 +358,21 @@ def kernel_groups(group: Tensor, groups: int) -> tuple[Tensor | None, int] | Non
 
 class Fast4(nn.Module):
     """One or several Linear4, on tinygemm's kernels: bf16 times (q - 8) * scale + offset, with scale and offset (8 - zero) * scale in
-    bf16. Outputs are padded to what the kernel takes, 16 on a CPU (8 on CUDA), inputs to whole groups (and 128 on CUDA)."""
+    bf16. Outputs are padded to blocks of 64 (8 on CUDA), inputs to whole groups (and 128 on CUDA).
+
+    On a CPU without bf16 products the kernel needs twice as long as fp32 for many rows. There WIDE rows and more take W block by
+    block out of the kernel's own layout, found in PyTorch 2.13 with AVX512 and not trusted unless it gives the codes back:
+
+        byte i of 32, of input k and outputs 64 b ... 64 b + 63:    | q[64b + 32 + i, k] | q[64b + i, k] |     (O/64, I, 32)
+    """
+
+    WIDE = 128  # rows: there both ways take as long
 
     def __init__(self, m: Quantized, order: Tensor | None, size: int):
         super().__init__()
         (O, I), device = m.q.shape, m.q.device
         cuda = device.type == "cuda"
-        more_O = -O % (8 if cuda else 16)
+        more_O = -O % (8 if cuda else 64)
         S = int(torch.bincount(m.group)[0])
         more_I = -I % (max(128, size) if cuda else size)
         self.in_features, self.out_features, self.size, self.padding = I, O, size, more_I
@@ -379,6 +387,25 @@ class Fast4(nn.Module):
         else:
             weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int().contiguous(), 1)       # (O, I) words
         self.register_buffer("weight", weight)
+        self.known = not cuda and not cpu_has_bf16() and torch.equal(self.codes(0, len(q) // 64).transpose(1, 2).flatten(0, 1), q)
+
+    def codes(self, first: int, last: int) -> Tensor:
+        """Of some blocks of 64 outputs, (b, I, 64) uint8."""
+        pairs = self.weight.view(torch.uint8).view(len(self.weight) // 64, -1, 32)[first:last]         # (O, I/2) -> (b, I, 32)
+        return torch.cat((pairs & 15, pairs >> 4), dim=-1)
+
+    def wide(self, rows: Tensor) -> Tensor:
+        """rows (N, I) times W^T in fp32, a few blocks of W at a time, which stay in the processor's cache -> (N, O)."""
+        (N, I), blocks = rows.shape, len(self.weight) // 64
+        y = rows.new_empty(N, blocks, 64)
+        scale, offset = self.grid.float().view(-1, 1, blocks, 64, 2).permute(4, 2, 0, 1, 3)            # (G', O, 2) -> (O/64, G', 1, 64) each
+        offset = offset - 8 * scale
+        step = max(1, 2**18 // (64 * I))
+        for b in range(0, blocks, step):
+            q = self.codes(b, b + step).float().view(-1, I // self.size, self.size, 64)                # (b, I, 64) -> (b, G', S, 64)
+            W = torch.addcmul(offset[b:b + step], q, scale[b:b + step]).view(-1, I, 64)                # (b, I, 64)
+            y[:, b:b + step] = torch.matmul(rows, W).transpose(0, 1)                                   # (b, N, 64) -> (N, b, 64)
+        return y.view(N, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)                                                         # (N, I)
@@ -386,8 +413,11 @@ class Fast4(nn.Module):
             rows = rows[:, self.order]
         if self.padding:
             rows = F.pad(rows, (0, self.padding))
-        multiply = torch.ops.aten._weight_int4pack_mm if x.device.type == "cuda" else torch.ops.aten._weight_int4pack_mm_for_cpu
-        y = multiply(rows.bfloat16().contiguous(), self.weight, self.size, self.grid)                  # (N, O)
+        if self.known and len(rows) >= self.WIDE:
+            y = self.wide(rows.float())                                                                # (N, O)
+        else:
+            multiply = torch.ops.aten._weight_int4pack_mm if x.device.type == "cuda" else torch.ops.aten._weight_int4pack_mm_for_cpu
+            y = multiply(rows.bfloat16().contiguous(), self.weight, self.size, self.grid)              # (N, O)
         return y[:, :self.out_features].to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
