@@ -282,11 +282,9 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """model.to(device) moves the buffers, model.to(dtype) leaves them: scales in bf16 would be other scales."""
-        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items()}
-        super()._apply(fn, recurse)
-        for name, dtype in dtypes.items():
-            if self._buffers[name].dtype != dtype:
-                raise ValueError("a quantized model cannot be cast to another dtype: open it with quantize.load(directory, dtype)")
+        for name, buffer in self._buffers.items():
+            moved = fn(buffer)
+            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
 
 
@@ -398,7 +396,7 @@ class Fast4(nn.Module):
         """rows (N, I) times W^T in fp32, a few blocks of W at a time, which stay in the processor's cache -> (N, O)."""
         (N, I), blocks = rows.shape, len(self.weight) // 64
         y = rows.new_empty(N, blocks, 64)
-        scale, offset = self.grid.float().view(-1, 1, blocks, 64, 2).permute(4, 2, 0, 1, 3)            # (G', O, 2) -> (O/64, G', 1, 64) each
+        scale, offset = self.grid.float().view(-1, 1, blocks, 64, 2).permute(4, 2, 0, 1, 3).contiguous()  # (G', O, 2) -> (O/64, G', 1, 64) each
         offset = offset - 8 * scale
         step = max(1, 2**18 // (64 * I))
         for b in range(0, blocks, step):
@@ -704,7 +702,7 @@ def read_linear4(linear: Linear, name: str, tensors: dict, q: dict, directory: P
     G = 1 if S == -1 else -(-I // S)
     layer = Linear4(I, O, G)
     if (I % 8 or O % 8) and q["padded"].get(Llama.hf_name(name)) != [O, I]:
-        raise ValueError(f"{directory}: {Llama.hf_name(name)} is {O} x {I}, 8 does not divide that and the config has no word of padding: it was written by a program that pads otherwise")
+        raise ValueError(f"{directory}: {Llama.hf_name(name)} is {O} x {I}, 8 does not divide that and the config has no word of padding: it was written by a program that pads in another way")
     for buffer, integer in (("qweight", True), ("qzeros", True), ("scales", False), ("g_idx", True)):
         setattr(layer, buffer, take(tensors, f"{name}.{buffer}", tuple(getattr(layer, buffer).shape), integer, directory))
     layer.g_idx = layer.g_idx.to(torch.int32)
