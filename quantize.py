@@ -56,7 +56,7 @@ from model import DTYPES, Linear, Llama, LlamaConfig, Tokenizer, Where, check_to
 
 SHRINK = tuple(1 - i / 40 for i in range(17))  # of a grid's span: 1, 0.975, ... 0.6; finer steps changed nothing measurable
 SMALLEST = 2.0**-24                            # of a scale: the smallest number of float16, where scales are stored
-BATCH = 8                                      # windows that pass through a block at a time
+TOKENS = 4096                                  # that pass through a block at a time, at least one row
 
 
 # ---- grids and rounding to nearest ----------------------------------------------------------------------------------
@@ -214,10 +214,10 @@ def gptq(w: Tensor, hessian: Tensor, bits: int, group_size: int, sym: bool, act_
     return Quantized(codes.T.contiguous(), scale, zero.to(torch.uint8), group)
 
 
-def layer_error(w: Tensor, approximation: Tensor, H: Tensor) -> float:
-    """|W X - Q X|^2 / |W X|^2, by way of H = X X^T."""
-    difference = w.float() - approximation
-    return (((difference @ H) * difference).sum() / ((w.float() @ H) * w.float()).sum().clamp(min=1e-30)).item()
+def layer_errors(W: Tensor, H: Tensor, *approximations: Tensor) -> list[float]:
+    """|W X - Q X|^2 / |W X|^2 of each approximation Q (O, I), by way of H = X X^T."""
+    squares = [((D @ H) * D).sum() for D in (W, *(W - Q for Q in approximations))]
+    return [(square / squares[0].clamp(min=1e-30)).item() for square in squares[1:]]
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------
@@ -529,8 +529,9 @@ def windows(ids: list[int], length: int, bos: int, most: int | None = None) -> l
 
 def batches(model: Llama, rows: list[Row], device) -> Iterable[tuple[Tensor, Tensor, Tensor, Where]]:
     """tokens, mask, target, each (B, T), and where the tokens stand; padding on the right, which nothing real looks at."""
-    for i in range(0, len(rows), BATCH):
-        tokens, mask, target = data.collate(rows[i:i + BATCH])
+    step = max(1, TOKENS // max((len(row.ids) for row in rows), default=1))
+    for i in range(0, len(rows), step):
+        tokens, mask, target = data.collate(rows[i:i + step])
         where = model.locate(tokens[:1].to(model.device), None, None, None, 0)
         yield tokens, mask.to(device), target, Where(where.cos.to(device), where.sin.to(device), None)
 
@@ -578,8 +579,8 @@ def replace(parent: nn.Module, names: tuple[str, ...], where: str, scheme: Schem
         part = slice(start, start := start + linear.out_features)
         mine = Quantized(m.q[part], m.scale[part], m.zero[part], m.group)
         setattr(parent, name, Linear8.of(mine) if scheme.bits == 8 else Linear4.of(mine))
-        report.append({"layer": f"{where}.{name}"} | ({} if H is None else
-                      {"rtn": layer_error(W[part], plain[part], H), "gptq": layer_error(W[part], mine.dequantize(), H)}))
+        errors = layer_errors(W[part], H, plain[part], mine.dequantize()) if H is not None else []
+        report.append({"layer": f"{where}.{name}"} | dict(zip(("rtn", "gptq"), errors)))
     return report
 
 
