@@ -337,7 +337,7 @@ class Linear4(QuantizedLinear):
         parts = [layer.quantized() for layer in layers]
         m = Quantized(*(torch.cat([getattr(part, name) for part in parts]) for name in ("q", "scale", "zero")), parts[0].group)
         fits = kernel_groups(m.group, m.scale.shape[1])
-        return Fast4(m, *fits) if fits and int4_works(m.q.device.type) else None
+        return Fast4(m, *fits) if fits and kernel_works(4, m.q.device.type) else None
 
 
 def kernel_groups(group: Tensor, groups: int) -> tuple[Tensor | None, int] | None:
@@ -443,25 +443,32 @@ class Linear8(QuantizedLinear):
 
     @staticmethod
     def join(layers: "list[Linear8]", rows: int) -> "Fast8 | None":
-        fits = int8_works(layers[0].weight.device.type)
-        return Fast8(torch.cat([layer.weight for layer in layers]), torch.cat([layer.scale for layer in layers])) if fits else None
+        if not kernel_works(8, layers[0].weight.device.type):
+            return None
+        return Fast8(torch.cat([layer.weight for layer in layers]), torch.cat([layer.scale for layer in layers]))
 
 
 class Fast8(nn.Module):
     """One or several Linear8 on the processor's int8 products: every row of x is brought to int8 by its own largest entry, int8 times
-    int8 is summed in int32, and both scales are multiplied in afterwards."""
+    int8 is summed in int32, and both scales are multiplied in afterwards. For one row that takes as long as the kernel that leaves x
+    in bf16, for 16 a third; a processor without instructions for int8 (VNNI) has only the other."""
 
     def __init__(self, weight: Tensor, scale: Tensor):
         super().__init__()
-        # CUDA's kernel takes more than 16 rows of x, and sizes that 8 divides.
-        self.multiple, self.rows = (8, 17) if weight.device.type == "cuda" else (1, 1)
+        # CUDA's kernel takes more than 16 rows of x, and sizes that 8 divides. The CPU's weight-only one reads past the end of
+        # rows that are no multiple of 16, and crashes.
+        by_I, by_O, self.rows = (8, 8, 17) if weight.device.type == "cuda" else (16, 1, 1)
+        self.weight_only = weight.device.type == "cpu" and not torch.cpu._is_vnni_supported()
         self.out_features, self.in_features = weight.shape
-        self.register_buffer("weight", F.pad(weight, (0, -weight.shape[1] % self.multiple, 0, -weight.shape[0] % self.multiple)))
+        self.register_buffer("weight", F.pad(weight, (0, -weight.shape[1] % by_I, 0, -weight.shape[0] % by_O)))
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).float()                                                 # (N, I)
         N, (O, I) = len(rows), self.weight.shape
+        if self.weight_only:  # scales of 1: the kernel would round ours to bf16
+            y = torch._weight_int8pack_mm(F.pad(rows, (0, I - self.in_features)).bfloat16(), self.weight, self.scale.new_ones(O, dtype=torch.bfloat16))  # (N, O)
+            return y.float().mul_(self.scale).to(x.dtype).view(*x.shape[:-1], O)
         largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True).clamp_(min=1e-30).div_(127)  # (N, 1)
         q = (rows / largest).round_().to(torch.int8)
         if I != self.in_features or N < self.rows:
@@ -479,21 +486,11 @@ def agrees(fast: nn.Module, slow: nn.Module, device: str) -> bool:
 
 
 @functools.cache
-def int4_works(device: str) -> bool:
-    w = torch.randn(32, 256, generator=torch.Generator().manual_seed(0)).to(device)
-    m = rtn(w, 4, 64, False)
+def kernel_works(bits: int, device: str) -> bool:
+    m = rtn(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).to(device), bits, 64 if bits == 4 else -1, bits == 8)
+    slow = Linear4.of(m) if bits == 4 else Linear8.of(m)
     try:
-        return agrees(Fast4(m, None, 64), Linear4.of(m), device)
-    except (RuntimeError, AttributeError, TypeError):
-        return False
-
-
-@functools.cache
-def int8_works(device: str) -> bool:
-    w = torch.randn(32, 256, generator=torch.Generator().manual_seed(0)).to(device)
-    m = rtn(w, 8, -1, True)
-    try:
-        return agrees(Fast8(*(Linear8.of(m).weight, Linear8.of(m).scale)), Linear8.of(m), device)
+        return agrees(Fast4(m, None, 64) if bits == 4 else Fast8(slow.weight, slow.scale), slow, device)
     except (RuntimeError, AttributeError, TypeError):
         return False
 

@@ -310,7 +310,7 @@ def test_checkpoints_of_others(tmp_path, act_order, checkpoint_format):
     with torch.no_grad():
         expected = plain(tokens)
         assert torch.allclose(model(tokens), expected, atol=1e-4 * expected.abs().max())
-        if Q.int4_works("cpu"):
+        if Q.kernel_works(4, "cpu"):
             model.fuse()
             assert isinstance(model.layers[0].attention.wo, Q.Fast4) and (model.layers[0].attention.wqkv is None) == act_order
             assert (model(tokens) - expected).norm() < 0.02 * expected.norm()
@@ -321,7 +321,7 @@ def test_checkpoints_of_others(tmp_path, act_order, checkpoint_format):
 @pytest.mark.parametrize("O, I, size", [(172, 64, 32), (64, 172, 32), (5, 100, -1), (48, 300, 96), (70, 256, 256)])
 def test_fast_int4_is_the_reference_within_its_rounding(O, I, size):
     """Odd widths, small outputs, several joined, one row and many (which take another way): bf16 rounds x and scales to 2^-9."""
-    if not Q.int4_works("cpu"):
+    if not Q.kernel_works(4, "cpu"):
         pytest.skip("this PyTorch has no int4 product for the CPU")
     layers = [Linear4.of(rtn(matrix(O, I, seed), 4, size, False)) for seed in (0, 1)]
     fast = Linear4.join(layers, 1)
@@ -331,12 +331,14 @@ def test_fast_int4_is_the_reference_within_its_rounding(O, I, size):
     assert fast(x.view(2, -1, I)).shape == (2, 100, 2 * O)
 
 
+@pytest.mark.parametrize("weight_only", [False, True])  # with and without int8 instructions
 @pytest.mark.parametrize("O, I", [(172, 64), (64, 172), (5, 100)])
-def test_fast_int8_is_the_reference_within_its_rounding(O, I):
-    if not Q.int8_works("cpu"):
+def test_fast_int8_is_the_reference_within_its_rounding(O, I, weight_only):
+    if not Q.kernel_works(8, "cpu"):
         pytest.skip("this PyTorch has no int8 product for the CPU")
     layers = [Linear8.of(rtn(matrix(O, I, seed), 8, -1, True)) for seed in (0, 1)]
     fast = Linear8.join(layers, 1)
+    fast.weight_only = weight_only
     for n in (1, 20):
         x = matrix(n, I, 7) * torch.logspace(-2, 2, n)[:, None]  # every row has a scale of its own
         right = torch.cat([layer(x) for layer in layers], dim=-1)
@@ -347,7 +349,7 @@ def test_layers_without_a_kernel_fall_back(monkeypatch):
     """Groups of 16 have no kernel; nor has a PyTorch whose kernels are missing or disagree."""
     assert Linear4.join([Linear4.of(rtn(matrix(8, 64), 4, 16, False))], 1) is None
     assert not Q.agrees(torch.nn.Linear(64, 8, bias=False), Linear8.of(rtn(matrix(8, 64), 8, -1, True)), "cpu")
-    monkeypatch.setattr(Q, "int4_works", lambda device: False)
+    monkeypatch.setattr(Q, "kernel_works", lambda bits, device: False)
     model, tokens = tiny(), torch.tensor([texts()[0].ids])
     Q.quantize_model(model, Scheme("rtn", 4, 32))
     before = model(tokens)
@@ -536,7 +538,7 @@ def test_stages_train_adapters_on_a_quantized_base(tmp_path, bits):
         lora.main(["merge", str(tmp_path / "out"), str(tmp_path / "merged")])
         assert torch.allclose(Llama.from_pretrained(tmp_path / "merged")(tokens), expected, atol=1e-4 * expected.abs().max())
         assert (model.fuse()(tokens) - expected).norm() < 0.05 * expected.norm()  # fast kernels under adapters
-        assert not Q.quantized_layers(model) or not Q.int4_works("cpu")
+        assert not Q.quantized_layers(model) or not Q.kernel_works(4, "cpu")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
