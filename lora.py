@@ -91,6 +91,14 @@ class LoRALinear(nn.Module):
     def merged(self) -> bool:
         return self.original is not None
 
+    @staticmethod
+    def join(layers: "list[LoRALinear]", rows: int) -> "LoRALinear | None":
+        """For Llama.fuse: put the fast form of a quantized base in its place; there is none of several with adapters."""
+        base = layers[0].base
+        if len(layers) == 1 and hasattr(base, "join"):
+            layers[0].base = base.join([base], rows) or base
+        return layers[0] if len(layers) == 1 else None
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)                                                                                        # (..., 6)
         if self.merged or not self.enabled:
@@ -106,8 +114,8 @@ class LoRALinear(nn.Module):
             return self.base.weight.data
         weight = getattr(self.base, "weight", None)
         if weight is None or not weight.is_floating_point():
-            raise ValueError("an adapter cannot be merged into a quantized matrix: "
-                             "merge it into the full-precision base, then quantize that")
+            raise ValueError("an adapter cannot be merged into a quantized matrix and taken out again: "
+                             "fold it, which gives a full-precision model, then quantize that")
         return (weight.float() + self.scaling * (self.lora_B.float() @ self.lora_A.float())).to(weight.dtype)   # (6, 8)
 
 
@@ -219,10 +227,17 @@ def unmerge(model: nn.Module) -> None:
 
 def fold(model: nn.Module) -> None:
     """Merge for good: plain linears again, and every parameter trainable as after from_pretrained; nothing more is kept.
+    A quantized base becomes a full-precision one by it, since its grids have no place for what an adapter adds.
 
     Raises ValueError without adapters.
     """
     _require(model)
+    trunk = getattr(model, "trunk", model)
+    if getattr(trunk, "quantized", None):
+        trunk.quantized = None
+        for name, module in list(model.named_modules()):
+            if hasattr(module, "plain"):
+                setattr(model.get_submodule(name.rpartition(".")[0]), _last(name), module.plain(next(trunk.parameters()).dtype))
     for name, layer in adapters(model).items():
         layer.base.weight.data = layer.merged_weight()
         setattr(model.get_submodule(name.rpartition(".")[0]), _last(name), layer.base)
@@ -421,7 +436,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="to write (auto = the base's)")
     args = parser.parse_args(argv)
 
-    from model import DTYPES, Llama  # here, not above: the layer and its functions need nothing of ours
+    import quantize  # here, not above: the layer and its functions need nothing of ours
+    from model import DTYPES
     adapter, base, out = Path(args.adapter), base_path(args.adapter), Path(args.out)
     if is_adapter(out) or out.resolve() == base.resolve():
         raise ValueError(f"{out} is the base or an adapter: name a folder of its own for the merged model")
@@ -429,7 +445,7 @@ def main(argv: list[str] | None = None) -> dict:
         from rm import RewardModel
         model = RewardModel.from_pretrained(adapter)
     else:
-        model = Llama.from_pretrained(base)
+        model = quantize.load(base)
         load_adapter(model, adapter)
     model.eval()
     config = getattr(model, "trunk", model).config

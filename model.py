@@ -32,7 +32,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -239,9 +239,10 @@ class Packed(nn.Module):
 
 
 def joined(linears: list[nn.Module], rows: int) -> nn.Module | None:
-    """One layer that does the work of several with the same input, for batches of `rows` rows; None if they are not plain."""
-    if any(type(linear) is not Linear for linear in linears):
-        return None  # an adapter, or quantized
+    """One layer that does the work of several with the same input, for batches of `rows` rows; None where there is none."""
+    if any(type(linear) is not Linear for linear in linears):  # an adapter, or quantized: those know by themselves how
+        join = getattr(linears[0], "join", None)
+        return join(linears, rows) if join and all(type(linear) is type(linears[0]) for linear in linears) else None
     weight = linears[0].weight
     if weight.dtype == torch.float32:
         pays = rows > 1  # for one row PyTorch's own kernel reads as fast
@@ -316,6 +317,8 @@ class Attention(nn.Module):
     def fuse(self, rows: int) -> None:
         if (wqkv := joined([self.wq, self.wk, self.wv], rows)) is not None:
             self.wqkv, self.wq, self.wk, self.wv = wqkv, None, None, None
+        else:
+            self.wq, self.wk, self.wv = (joined([linear], rows) or linear for linear in (self.wq, self.wk, self.wv))
         self.wo = joined([self.wo], rows) or self.wo
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
@@ -359,6 +362,8 @@ class FeedForward(nn.Module):
     def fuse(self, rows: int) -> None:
         if (w13 := joined([self.w1, self.w3], rows)) is not None:
             self.w13, self.w1, self.w3 = w13, None, None
+        else:
+            self.w1, self.w3 = (joined([linear], rows) or linear for linear in (self.w1, self.w3))
         self.w2 = joined([self.w2], rows) or self.w2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -410,6 +415,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.fused = self.graphs = False
+        self.quantized: dict | None = None  # how, where quantize.py has put its layers in
         self.grad_checkpoint = False  # recompute each block in backward instead of keeping its activations
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -641,6 +647,8 @@ class Llama(nn.Module):
         """Write config.json and model.safetensors in Hugging Face layout, in the dtype of the file that was read."""
         if self.fused:
             raise ValueError("the model is fused for generation: save it before, or open its directory again")
+        if self.quantized:
+            raise ValueError("the model is quantized: write it with quantize.save")
         tensors = {self.hf_name(name): p for name, p in self.named_parameters()}  # a tied head appears once, as the embedding
         write_weights(tensors, self.config, Path(directory), "LlamaForCausalLM")
 
@@ -1038,7 +1046,11 @@ def write_file(file: Path, content: bytes) -> None:
     """Write under a temporary name and rename, so that a reader sees the old file or the new one, never a part."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_bytes(content)
+    try:
+        temporary.write_bytes(content)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{file} cannot be written: make room or name another directory ({error.strerror})") from None
     os.replace(temporary, file)
 
 
@@ -1047,7 +1059,11 @@ def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
-    safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    except Exception as error:  # a full disk is a SafetensorError here, which derives from Exception alone
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{file} cannot be written: make room or name another directory ({error})") from None
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)
@@ -1055,12 +1071,13 @@ def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def write_weights(tensors: dict[str, Tensor], config: LlamaConfig, directory: Path, architecture: str, further: dict | None = None,
-                  shard_bytes: int = 5 * 10**9) -> None:
-    """config.json (with `further` keys) and safetensors under Hugging Face names, cast to config.dtype, in shards above 5 GB."""
+                  shard_bytes: int = 5 * 10**9, exact: Collection[str] = ()) -> None:
+    """config.json (with `further` keys) and safetensors under Hugging Face names, cast to config.dtype but those named in
+    `exact`, in shards above 5 GB."""
     if any("lora_" in name for name in tensors):
         raise ValueError("the model still has adapters: merge and fold them, or save the adapter alone")
-    dtype = DTYPES[config.dtype]
-    size = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+    dtype = {name: tensor.dtype if name in exact else DTYPES[config.dtype] for name, tensor in tensors.items()}
+    size = {name: tensor.numel() * dtype[name].itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
     for name in tensors:
         if shards[-1] and sum(size[other] for other in shards[-1]) + size[name] > shard_bytes:
@@ -1069,7 +1086,7 @@ def write_weights(tensors: dict[str, Tensor], config: LlamaConfig, directory: Pa
     n = len(shards)
     files = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     for file, shard in zip(files, shards):
-        write_safetensors({name: tensors[name].to("cpu", dtype) for name in shard}, directory / file)
+        write_safetensors({name: tensors[name].to("cpu", dtype[name]) for name in shard}, directory / file)
     if n > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
@@ -1168,7 +1185,9 @@ def benchmark(model: Llama, batches: list[int], prompt: int, new: int, repeats: 
     embedding, of which it reads one row. Medians; call it on a fused model."""
     c = model.config
     per_layer = c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.ffn_dim
-    read = (c.n_layers * per_layer + c.vocab_size * c.dim) * model.norm.weight.dtype.itemsize
+    stored = lambda module: sum(t.nbytes for t in module.buffers())  # of quantized layers, plain ones have no buffers
+    element = model.norm.weight.dtype.itemsize
+    read = (stored(model.layers) or c.n_layers * per_layer * element) + (stored(model.output) or c.vocab_size * c.dim * element)
     bandwidth, rows = read_bandwidth(model.device), []
     for batch in batches:
         prompts = torch.randint(3, c.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).tolist()
@@ -1237,10 +1256,15 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     if args.benchmark and args.directory in SHAPES and not Path(args.directory).exists():
         model = random_model(SHAPES[args.directory], dtype, device).eval()
     else:
-        config = read_config(args.directory)
+        file = Path(args.directory, "config.json")
+        if file.exists() and read_json(file).get("quantization_config"):
+            import quantize  # here, not above: the model itself needs nothing of ours
+            config, open_model = quantize.load_config(args.directory), quantize.load
+        else:
+            config, open_model = read_config(args.directory), Llama.from_pretrained
         tokenizer = Tokenizer(args.directory)
         check_tokenizer(tokenizer, config)
-        model = Llama.from_pretrained(args.directory, dtype, device).eval()
+        model = open_model(args.directory, dtype, device).eval()
     model.fuse(max(args.batch) if args.benchmark else 1)
     if args.compile:
         model.compile_decode()
@@ -1251,7 +1275,7 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in args.prompts:
         if args.chat:
-            import data  # here, not above: the model itself needs nothing of ours
+            import data
             name = read_template(args.directory)
             template = data.TEMPLATES[name if name in data.TEMPLATES else "plain"]
             ids, shown = data.encode_prompt([{"role": "user", "content": prompt}], tokenizer, template), []

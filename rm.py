@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import data
 import lora
+import quantize
 import sft
 import zero
 from data import demo
@@ -79,7 +80,7 @@ class RewardModel(nn.Module):
         if lora.is_adapter(directory):
             if lora.read_adapter_config(directory).get("task_type") != "SEQ_CLS":
                 raise ValueError(f"{directory} is an adapter of a language model, not of a reward model: train one with rm.py")
-            model = cls(Llama.from_pretrained(base or lora.base_path(directory), dtype, device, head=False))
+            model = cls(quantize.load(base or lora.base_path(directory), dtype, device, head=False))
             config = lora.load_adapter(model, directory)
             model.config.extra["reward_mean"] = config.get("reward_mean", 0.0)
             lora.fold(model)

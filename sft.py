@@ -36,6 +36,7 @@ from torch import Tensor
 
 import data
 import lora
+import quantize
 import zero
 from data import demo
 from model import DTYPES, SHAPES, Linear, Llama, LlamaConfig, Tokenizer, check_tokenizer, cpu_has_bf16, read_template, write_file
@@ -183,12 +184,17 @@ def compute_dtype(args: argparse.Namespace, world: zero.World) -> torch.dtype:
 
 
 def open_llama(directory: Path, dtype: torch.dtype | None, world: zero.World, head: bool = True) -> Llama:
-    """A model from a weights directory, or from an adapter merged into its base."""
-    if not lora.is_adapter(directory):
-        return Llama.from_pretrained(directory, dtype, world.device, head)
-    model = Llama.from_pretrained(lora.base_path(directory), dtype, world.device, head)
-    lora.load_adapter(model, directory)
-    lora.fold(model)
+    """A model from a weights directory, plain or quantized, or from an adapter merged into its base. dtype None is for training
+    all weights, which quantized ones do not allow."""
+    base = lora.base_path(directory) if lora.is_adapter(directory) else directory
+    if (quantized := quantize.read_scheme(base)) and dtype is None and base == directory:
+        raise ValueError(f"{directory} is quantized, its weights cannot be trained: give --lora_rank to train adapters beside them")
+    model = quantize.load(base, dtype, world.device, head=head)
+    if base != directory:
+        if quantized:
+            say(world, f"note: {directory} is an adapter of a quantized model: merged they are a full-precision one, with that one's memory")
+        lora.load_adapter(model, directory)
+        lora.fold(model)
     return model
 
 
@@ -253,7 +259,7 @@ def set_random_state(state: dict[str, Tensor], world: zero.World) -> None:
 def fingerprint(model: torch.nn.Module, examples: list, seed: int) -> dict[str, str]:
     """Tells another model, dataset or seed apart at resume. Of weights, the first 64 numbers of each tensor will do."""
     weights, ids = hashlib.sha256(), hashlib.sha256()
-    for name, p in model.named_parameters():
+    for name, p in (*model.named_parameters(), *model.named_buffers()):  # weights are buffers where they are quantized
         weights.update(name.encode() + str(tuple(p.shape)).encode() + p.detach().flatten()[:64].float().cpu().numpy().tobytes())
     ids.update(json.dumps(examples).encode())
     return {"seed": str(seed), "model": weights.hexdigest(), "dataset": ids.hexdigest()}  # in this order: the seed also changes the others
