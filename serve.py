@@ -157,7 +157,7 @@ class Event(NamedTuple):
     """What the engine tells a request's thread: more text of one answer, its end, or an error."""
     index: int
     text: str = ""
-    logprobs: tuple = ()         # (id, logprob, ((id, logprob), ...)) of each token shown since the last event
+    logprobs: tuple = ()         # (where its text begins, id, logprob, ((id, logprob), ...)) of each token shown since the last event
     finish: str | None = None
     error: Refusal | None = None
 
@@ -200,7 +200,7 @@ class Answer:
         over = ended or made == sampling.max_tokens
         if not ended:
             if sampling.logprobs is not None:
-                self.entries.append((self.shown + len(self.pending), (token, logprob, top)))
+                self.entries.append((self.shown + len(self.pending), token, logprob, top))
             if sampling.presence or sampling.frequency:
                 self.seen[token] += 1
             self.pending += self.stream.push(token)
@@ -210,8 +210,8 @@ class Answer:
         if over and not stopped:
             show = len(self.pending)
         text, self.pending, self.shown = self.pending[:show], self.pending[show:], self.shown + show
-        count = len(self.entries) if over and not stopped else sum(start < self.shown for start, _ in self.entries)
-        entries, self.entries = tuple(entry for _, entry in self.entries[:count]), self.entries[count:]
+        count = len(self.entries) if over and not stopped else sum(entry[0] < self.shown for entry in self.entries)
+        entries, self.entries = tuple(self.entries[:count]), self.entries[count:]
         finish = "stop" if stopped or ended else "length" if over else None
         if text or entries or finish or made == 1:
             self.job.events.put(Event(self.index, text, entries, finish))
@@ -367,8 +367,8 @@ class Engine(threading.Thread):
         reuse, _, source = max((common(held, ids), slot not in busy, slot) for slot, held in enumerate(self.held))
         if any(common(other.ids[:other.prompt], ids) >= reuse + MIN_REUSE for other in self.running):
             return False
-        # In place if that slot is free and little else is lost with it; else in the slot that was free for longest.
-        slot = source if reuse and source in free and 2 * reuse >= len(self.held[source]) else min(free, key=lambda s: (s == source, bool(self.held[s]), self.used[s]))
+        # In place if that slot is free and nothing is lost with it, as when a chat goes on; else in the slot that was free for longest.
+        slot = source if reuse and source in free and reuse == len(self.held[source]) else min(free, key=lambda s: (bool(self.held[s]), self.used[s]))
         if slot != source:
             reuse = reuse if reuse >= MIN_REUSE else 0
             for kv in self.cache.kv if reuse else ():
@@ -630,7 +630,7 @@ class Form:
     """Words events as OpenAI's JSON: a chat's or a completion's, whole or as chunks of a stream."""
 
     def __init__(self, wish: Wish, name: str, tokenizer: Tokenizer):
-        self.wish, self.tokenizer, self.offsets = wish, tokenizer, Counter()
+        self.wish, self.tokenizer = wish, tokenizer
         kind = ("chat.completion.chunk" if wish.stream else "chat.completion") if wish.chat else "text_completion"
         self.head = {"id": f"{'chatcmpl' if wish.chat else 'cmpl'}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": name}
 
@@ -655,15 +655,10 @@ class Form:
         if self.wish.sampling.logprobs is None:
             return None
         if self.wish.chat:
-            rows = [self.entry(token, logprob) | {"top_logprobs": [self.entry(*other) for other in top]} for token, logprob, top in event.logprobs]
+            rows = [self.entry(token, logprob) | {"top_logprobs": [self.entry(*other) for other in top]} for _, token, logprob, top in event.logprobs]
             return {"content": rows, "refusal": None}
-        texts = [self.entry(token, logprob)["token"] for token, logprob, _ in event.logprobs]
-        offsets = []
-        for text in texts:
-            offsets.append(self.offsets[event.index])
-            self.offsets[event.index] += len(text)
-        return {"tokens": texts, "token_logprobs": [logprob for _, logprob, _ in event.logprobs], "text_offset": offsets,
-                "top_logprobs": [{self.entry(*other)["token"]: other[1] for other in top} for *_, top in event.logprobs]}
+        return {"tokens": [self.entry(token, logprob)["token"] for _, token, logprob, _ in event.logprobs], "token_logprobs": [logprob for *_, logprob, _ in event.logprobs],
+                "top_logprobs": [{self.entry(*other)["token"]: other[1] for other in top} for *_, top in event.logprobs], "text_offset": [start for start, *_ in event.logprobs]}
 
     def entry(self, token: int, logprob: float) -> dict:
         raw = token_bytes(self.tokenizer, token)
@@ -705,7 +700,7 @@ def read_curves(folder: Path, points: int = 400) -> list[dict]:
                 continue  # the last line of a run at work may be half a line
             if isinstance(row, dict) and type(row.get("step")) in (int, float):
                 rows.append(row)
-        thin = rows[::max(1, len(rows) // points)] + rows[-1:] if rows else []
+        thin = rows[::-max(1, len(rows) // points)][::-1]  # counted from the end: the newest is always there
         keys = sorted({key for row in thin for key, value in row.items() if type(value) in (int, float) and key != "step"})
         curves = {key: [[row["step"], row[key]] for row in thin if type(row.get(key)) in (int, float) and math.isfinite(row[key])] for key in keys}
         summary = {}
@@ -784,11 +779,14 @@ class Handler(BaseHTTPRequestHandler):
             self.began = time.perf_counter()
             if not self.parse_request():  # it has answered, through send_error
                 return
+            if self.request_version == "HTTP/0.9":
+                return self.send_error(400, "HTTP/0.9")
             try:
                 self.answer()
             except Refusal as refusal:
                 self.refuse(refusal)
-        except Refusal as refusal:
+        except Refusal as refusal:  # out of the reader, in the middle of the head
+            self.close_connection = True
             self.refuse(refusal)
         except (TimeoutError, OSError):
             self.close_connection = True  # the client is slow or has left
