@@ -32,9 +32,10 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -267,17 +268,21 @@ class KVCache:
     Of each layer one tensor, (B, 2K, S, D): the K key heads, then the K value heads, so that one copy stores both.
     """
 
-    def __init__(self, config: LlamaConfig, batch: int, slots: int, dtype: torch.dtype, device):
+    def __init__(self, config: LlamaConfig, batch: int, slots: int, dtype: torch.dtype, device, lazy: bool = False):
+        """lazy: on a CPU, take memory only as slots are written to for the first time."""
         if dtype == torch.bfloat16 and torch.device(device).type == "cpu" and not cpu_has_bf16():
             dtype = torch.float32  # there attention over bf16 takes 4 times as long
         shape = (batch, 2 * config.n_kv_heads, slots, config.head_dim)
-        self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        lazy = lazy and torch.device(device).type == "cpu"
+        self.kv = [scratch(shape, dtype) if lazy else torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.dtype = dtype
 
-    def place(self, position: Tensor) -> Tensor:
-        """Where the tokens at position (B, T) go, in a layer seen as (B*2K*S, D): index (B*2K*T,)."""
+    def place(self, position: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Where the tokens at position (B, T) go, in a layer seen as (B*2K*S, D): index (B*2K*T,). `rows` (B,) says which
+        rows of the cache they belong to, several times the same one if need be; None is all of them in order."""
         B, heads, S, _ = self.kv[0].shape
         first = torch.arange(0, B * heads * S, S, device=position.device).view(B, heads, 1)  # slot 0 of each head
+        first = first if rows is None else first[rows]
         return (first + position.clamp(max=S - 1)[:, None]).flatten()  # padding and ended rows may stand beyond the last slot
 
     def write(self, layer: int, kv: Tensor, place: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -293,6 +298,14 @@ class KVCache:
             self.kv[layer] = kv[rows]
 
 
+class Piece(NamedTuple):
+    """Of the tokens in a `decode` of several lengths: those that belong to neighbouring rows of the cache, equally many to each."""
+    tokens: slice            # of the step's tokens, row after row
+    rows: slice              # of the cache
+    slots: int               # how many slots of these rows are looked at
+    allowed: Tensor | None   # True where a query may see a key, (rows, 1, G * T, slots) or broadcast to it; None is everywhere
+
+
 @dataclass
 class Where:
     """Where the tokens of one forward pass stand: their angles, what each may look at, and the cache they go into."""
@@ -302,6 +315,7 @@ class Where:
     cache: KVCache | None = None
     place: Tensor | None = None     # (B*2K*T,), with a cache
     slots: int = 0                  # slots of the cache that hold something after this call
+    pieces: list[Piece] | None = None
 
 
 class Attention(nn.Module):
@@ -344,9 +358,22 @@ class Attention(nn.Module):
         qkv = self.wqkv.forward(x) if self.wqkv is not None else torch.cat((self.wq(x), self.wk(x), self.wv(x)), dim=-1)
         q, kv = rotate(qkv.view(B, H + 2 * K, D), where.cos, where.sin).split((H, 2 * K), dim=1)
         k, v = where.cache.write(self.layer, kv, where.place, where.slots)                 # (B, K, S, D)
+        if where.pieces is not None:
+            y = [self.look(q[piece.tokens], k, v, piece) for piece in where.pieces]
+            return self.wo.forward((torch.cat(y) if len(y) > 1 else y[0]).to(x.dtype))     # (B, C)
         q = q.view(B, K, H // K, D)                                                        # (B, K, G, D)
         y = F.scaled_dot_product_attention(q if q.dtype == k.dtype else q.to(k.dtype), k, v, attn_mask=where.allowed)
         return self.wo.forward(y.reshape(B, H * D).to(x.dtype))                            # (B, C)
+
+    def look(self, q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> Tensor:
+        """Attention of one piece's queries (R*T, H, D), T of them to each of its R rows -> (R*T, H*D). Queries of the heads
+        that share a key head stand below each other, head after head."""
+        H, K, D = self.n_heads, self.n_kv_heads, self.head_dim
+        k, v = k[piece.rows, :, :piece.slots], v[piece.rows, :, :piece.slots]             # (R, K, S, D)
+        R, T = k.shape[0], q.shape[0] // k.shape[0]
+        q = q.view(R, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(R, K, -1, D)         # (R, K, G*T, D)
+        y = F.scaled_dot_product_attention(q if q.dtype == k.dtype else q.to(k.dtype), k, v, attn_mask=piece.allowed)
+        return y.view(R, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(R * T, H * D)
 
 
 class FeedForward(nn.Module):
@@ -512,15 +539,20 @@ class Llama(nn.Module):
         at = position.clamp(max=self.config.max_seq_len - 1)  # padding of a row may stand beyond the context
         return self.cos[at].to(self.norm.weight.dtype), self.sin[at].to(self.norm.weight.dtype)
 
-    def decode(self, token: Tensor, cache: KVCache, start: Tensor, slots: int, even: bool = False) -> Tensor:
+    def decode(self, token: Tensor, cache: KVCache, start: Tensor, slots: int, even: bool = False, rows: Tensor | None = None,
+               pieces: list[Piece] | None = None) -> Tensor:
         """hidden(token[:, None], cache=cache, start=start, slots=slots)[:, 0] for one token a row, (B,) -> (B, C), in a third
-        of the calls. even=True says that every row sees all `slots` slots, which spares the mask."""
+        of the calls. even=True says that every row sees all `slots` slots, which spares the mask.
+
+        With `rows` and `pieces` the tokens are those of any rows of a larger cache, one of this, a hundred of that: token b
+        belongs to row rows[b] and stands at position start[b]; the pieces say what each looks at."""
         B, H, K, D = token.shape[0], self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
         cos, sin = (t[:, None].expand(B, H + K, D) for t in self.angles(start))
         cos = torch.cat((cos, cos.new_ones(B, K, D)), dim=1)     # (B, H+2K, D): v is turned by 0
         sin = torch.cat((sin, sin.new_zeros(B, K, D)), dim=1)
-        allowed = None if even else (torch.arange(slots, device=token.device) <= start[:, None])[:, None, None]  # (B, 1, 1, S)
-        where = Where(cos, sin, allowed, cache, cache.place(start[:, None]), slots)
+        hidden = pieces is None and not even
+        allowed = (torch.arange(slots, device=token.device) <= start[:, None])[:, None, None] if hidden else None  # (B, 1, 1, S)
+        where = Where(cos, sin, allowed, cache, cache.place(start[:, None], rows), slots, pieces)
         x = F.embedding(token, self.tok_embeddings.weight)  # (B, C)
         for layer in self.layers:
             x = layer.decode(x, where)
@@ -736,25 +768,13 @@ class Tokenizer:
         return self.sp.decode([i for i in ids if 0 <= i < self.vocab_size and i not in (self.bos_id, self.eos_id)])
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text piece by piece as ids arrive; joined, exactly decode(ids). Bytes of an unfinished character are held back.
-
-        Each piece is the difference of two decodes that begin at the same id, because sentencepiece strips the space of
-        whatever comes first; the beginning moves up only to an id that has text, so long answers stay cheap.
-        """
-        held: list[int] = []  # ids from the current beginning
-        sent = 0              # characters of their text that were given out
+        """Text piece by piece as ids arrive; joined, exactly decode(ids). Bytes of an unfinished character are held back."""
+        text = TextStream(self)
         for i in ids:
-            held.append(i)
-            text = self.decode(held)
-            # A character has at most four bytes, so up to three at the end may be the first ones of a character to come.
-            broken = min(3, len(text) - len(text.rstrip("\ufffd")))
-            if len(text) - broken > sent:
-                yield text[sent:len(text) - broken]
-                sent = len(text) - broken
-            if len(held) > 16 and not broken and (first := self.decode(held[-1:])):
-                held, sent = held[-1:], len(first)
-        if rest := self.decode(held)[sent:]:
-            yield rest
+            if piece := text.push(i):
+                yield piece
+        if piece := text.rest():
+            yield piece
 
     def save(self, directory: str | Path, template: str | None = None, chat_template: str | None = None) -> None:
         """Write tokenizer.model and tokenizer_config.json, with the prompt template's name and its Jinja text."""
@@ -766,6 +786,38 @@ class Tokenizer:
             config |= {"template": template, "chat_template": chat_template}
         write_file(directory / "tokenizer.model", self.proto)
         write_file(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False).encode())
+
+
+class TextStream:
+    """Ids in, text out, one at a time. After `before`, ids whose text is known already, the text goes on as theirs would.
+
+    Each piece is the difference of two decodes that begin at the same id, because sentencepiece strips the space of
+    whatever comes first; the beginning moves up only to an id that has text, so long answers stay cheap.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
+        self.decode = tokenizer.decode
+        self.held, self.sent = list(before), 0  # ids from the current beginning; characters of their text that were given out
+        self.more()
+
+    def push(self, i: int) -> str:
+        """The text that is certain once this id is there. Bytes of an unfinished character are held back."""
+        self.held.append(i)
+        return self.more()
+
+    def more(self) -> str:
+        text = self.decode(self.held)
+        # A character has at most four bytes, so up to three at the end may be the first ones of a character to come.
+        broken = min(3, len(text) - len(text.rstrip("\ufffd")))
+        new = text[self.sent:len(text) - broken]
+        self.sent += len(new)
+        if len(self.held) > 16 and not broken and (first := self.decode(self.held[-1:])):
+            self.held, self.sent = self.held[-1:], len(first)
+        return new
+
+    def rest(self) -> str:
+        """What was held back, when nothing more comes."""
+        return self.decode(self.held)[self.sent:]
 
 
 def read_template(directory: str | Path) -> str | None:
