@@ -169,6 +169,20 @@ def test_gptq_equals_the_papers_plain_recursion(bits, size, sym, act_order, clip
     assert mine < 0.7 * plain
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_grids_count_errors_as_gptq_does(act_order):
+    """Clipping weighs column j by 1 / [H_F^-1]_jj, F being the columns that are not fixed yet: inverted anew for every j."""
+    w, H = matrix(30, 64) ** 3, Q.hessian(correlated(64, 300) * torch.logspace(-1, 1, 64))
+    order = np.argsort(-H.diagonal().numpy(), kind="stable") if act_order else np.arange(64)
+    damped, importance = H.double().numpy() + 0.01 * H.diagonal().mean().item() * np.eye(64), torch.empty(64)
+    for i, j in enumerate(order):
+        importance[j] = 1 / np.linalg.inv(damped[np.ix_(order[i:], order[i:])])[0, 0]
+    expected, zero = Q.grids(w, 4, 16, False, True, importance)
+    m = gptq(w, H, 4, 16, False, act_order, clip=True)
+    assert (m.scale == expected).float().mean() > 0.97 and (m.zero == zero).float().mean() > 0.97
+    assert (Q.grids(w, 4, 16, False, True)[0] == expected).float().mean() < 0.9  # weights of 1 choose others
+
+
 def test_layer_error_is_that_of_the_outputs():
     w, x = matrix(8, 32), correlated(32, 100)
     q = rtn(w, 4, 16, False).dequantize()
