@@ -163,8 +163,8 @@ def inverse_factor(H: Tensor, damp: float) -> Tensor:
     for factor in (1, 10, 100):
         damped = H + factor * damp * H.diagonal().mean() * eye
         L, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        # L_jj^2 / H_jj is the share of an input that the others do not explain; in fp32, 1e-6 of it is rounding.
-        if not failed and (damp or (L.diagonal().square() > 1e-6 * damped.diagonal().flip(0)).all()):
+        # L_jj^2 / H_jj is the share of an input that the others do not explain; in fp32, up to 5e-6 of it was rounding.
+        if not failed and (damp or (L.diagonal().square() > 1e-5 * damped.diagonal().flip(0)).all()):
             return torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True)
         if damp == 0:
             raise ValueError(f"the inputs of this layer span fewer than its {len(H)} dimensions, so its Hessian has no inverse: calibrate on more text, or with --damp 0.01")
@@ -882,21 +882,24 @@ def main(argv: list[str] | None = None) -> dict:
         args.pretrain = Path("out/ppo")
         if not args.pretrain.exists():
             raise FileNotFoundError("out/ppo does not exist: run ppo.py first, or name a model")
+    if not args.pretrain.is_dir():
+        raise FileNotFoundError(f"{args.pretrain} is not a directory: name a weights directory")
     world = zero.start(args.device, "naive")
     dtype, device = sft.compute_dtype(args, world), world.device
     found, is_demo = read_scheme(args.pretrain), sft.demo_tokenizer(args.pretrain)
     tokenizer = Tokenizer(args.pretrain)
     named = read_template(args.pretrain)
     template = named if named in data.TEMPLATES else "alpaca"
+    config = load_config(args.pretrain)
+    check_tokenizer(tokenizer, config)
+    length = min(args.max_len, config.max_seq_len)
+    texts, cut = [], ""
     if args.text is not None:
-        config = load_config(args.pretrain)
-        texts, cut = read_rows(args.text, tokenizer, template, min(args.max_len, config.max_seq_len), None, args.skip_bad_records)
+        texts, cut = read_rows(args.text, tokenizer, template, length, None, args.skip_bad_records)
     elif is_demo:
-        examples = (data.encode_example(data.normalise(record, "sft"), tokenizer, data.TEMPLATES[template], args.max_len) for record in demo.instruction_records(1, 200))
+        examples = (data.encode_example(data.normalise(record, "sft"), tokenizer, data.TEMPLATES[template], length) for record in demo.instruction_records(1, 200))
         texts = [Row(*example) for example in examples if example]
         cut = f"{len(texts)} records that the generator wrote for this, only answers predicted"
-    else:
-        texts, cut = [], ""
     if args.eval:
         if not texts:
             raise ValueError("--eval needs --text: name a text file, or instruction records")
@@ -908,15 +911,13 @@ def main(argv: list[str] | None = None) -> dict:
     scheme = resolve(args, is_demo)
     if is_chain and args.save_path is None:
         args.save_path = Path(f"out/ppo-int{scheme.bits}")
-    config = read_config(args.pretrain)
-    check_tokenizer(tokenizer, config)
     if scheme.head and config.tie_embeddings:
         raise ValueError("--head: this model's head is its embedding, which is read row by row and stays as it is; leave the flag out")
     if args.save_path:
         sft.check_save_path(args)
     rows, calibrated = [], ""
     if scheme.method == "gptq":
-        rows, calibrated = read_rows(args.calibration, tokenizer, template, min(args.max_len, config.max_seq_len), args.max_datasets_size, args.skip_bad_records)
+        rows, calibrated = read_rows(args.calibration, tokenizer, template, length, args.max_datasets_size, args.skip_bad_records)
         inputs, widest = sum(len(row.ids) for row in rows), max(config.ffn_dim, config.dim, config.n_heads * config.head_dim)
         if inputs < widest:
             if scheme.damp == 0:
@@ -961,8 +962,8 @@ def main(argv: list[str] | None = None) -> dict:
     del model
 
     # ---- what rounding alone would have given ----
-    figures["perplexity_rtn"] = None
-    if texts:
+    figures["perplexity_rtn"] = figures["perplexity_after"] if args.method == "rtn" and args.no_clip else None
+    if texts and figures["perplexity_rtn"] is None:
         model = open_plain()
         quantize_model(model, scheme._replace(method="rtn", clip=False), device=device)
         figures["perplexity_rtn"] = perplexity(model, texts, device)
