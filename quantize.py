@@ -270,6 +270,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = fan_in, fan_out
 
+    @torch.compiler.disable  # it would unroll the loops of dequantizing, for minutes
     def forward(self, x: Tensor) -> Tensor:
         return QuantizedProduct.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else dequantized_product(x, self, False)
 
