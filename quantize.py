@@ -270,6 +270,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = fan_in, fan_out
 
+    @torch.compiler.disable  # it would unroll the loops of dequantizing, for minutes
     def forward(self, x: Tensor) -> Tensor:
         return QuantizedProduct.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else dequantized_product(x, self, False)
 
@@ -969,9 +970,9 @@ def main(argv: list[str] | None = None) -> dict:
         figures["perplexity_rtn"] = perplexity(model, texts, device)
         table.insert(1, ("rtn" + name[len(scheme.method):] + ", no clipping", bits, figures["bytes_after"], figures["perplexity_rtn"], speed))
 
-    print(f"{'method':44} {'bits a weight':>13} {'MB in all':>9} {'perplexity':>10} {'tokens/s':>8}")
+    print(f"{'method':50} {'bits a weight':>13} {'MB in all':>9} {'perplexity':>10} {'tokens/s':>8}")
     for what, bits, size, value, speed in table:
-        print(f"{what:44} {bits:13.2f} {size / 1e6:9.1f} {'-' if value is None else f'{value:.4f}':>10} {'-' if speed is None else f'{speed:.1f}':>8}")
+        print(f"{what:50} {bits:13.2f} {size / 1e6:9.1f} {'-' if value is None else f'{value:.4f}':>10} {'-' if speed is None else f'{speed:.1f}':>8}")
     if texts:
         print(f"perplexity: {cut}")
     if "gold_after" in figures:
