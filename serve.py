@@ -23,7 +23,8 @@ chat so far) instead of computing it: `common`. Which slot, with whom, and in wh
 rounding, and its random numbers depend on its seed, choice and position alone (`uniform`): alone or in a full batch, the same text.
 
 What differs from OpenAI: one model, which a request may name or leave out; `ignore_eos` writes on to max_tokens; usage counts EOS;
-prompt and max_tokens that do not fit the context together are refused; fields that we do not know are refused unless null.
+several answers (n) at temperature 0 are equal; prompt and max_tokens that do not fit the context together are refused; fields that
+we do not know are refused unless null.
 
 Letters: N tokens of a step, V vocabulary, B rows that get a new token.
 """
@@ -42,7 +43,6 @@ import secrets
 import select
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -65,7 +65,7 @@ import lora
 from model import DTYPES, SHAPES, KVCache, Llama, Piece, TextStream, Tokenizer, check_tokenizer, random_model, read_json, read_template, write_file
 
 CHUNK = 64             # prompt tokens a step while others wait for theirs: as long as a decode step of 16 rows, twice the pause
-CHUNK_ALONE = 512      # and while nobody does
+CHUNK_MOST = 512       # and while nobody does, or on a GPU, where a step of few tokens leaves most of it idle
 LINGER = 0.05          # of a step's time to wait for the next question of a client that has just got its answer
 MIN_REUSE = 8          # copying fewer tokens is not worth its calls
 CALL = 2**19           # bytes of the cache that are read in the time one call of attention costs: 25 us at 20 GB/s
@@ -240,16 +240,16 @@ def attention_calls(rows: list[tuple[int, int]], call: int) -> list[list[tuple[i
 
 def gone(clients: list[socket.socket]) -> set[socket.socket]:
     """Those whose other side has closed: readable, and nothing to read. Never waits."""
-    alive = [client for client in clients if client.fileno() >= 0]
+    open_ones = {fd: client for client in clients if (fd := client.fileno()) >= 0}  # asked once: its thread may close it meanwhile
     if hasattr(select, "poll"):
-        poll, by_fd = select.poll(), {client.fileno(): client for client in alive}
-        for fd in by_fd:
+        poll = select.poll()
+        for fd in open_ones:
             poll.register(fd, select.POLLIN)
-        ready = [by_fd[fd] for fd, _ in poll.poll(0)]
+        ready = [fd for fd, _ in poll.poll(0)]
     else:  # Windows
-        ready = select.select(alive, [], [], 0)[0] if alive else []
-    closed = set(clients) - set(alive)
-    for client in ready:
+        ready = select.select(list(open_ones), [], [], 0)[0] if open_ones else []
+    closed = set(clients) - set(open_ones.values())
+    for client in map(open_ones.get, ready):
         try:
             if not client.recv(1, socket.MSG_PEEK):
                 closed.add(client)
@@ -322,14 +322,15 @@ class Engine(threading.Thread):
                         self.changed.wait_for(lambda: len(self.waiting) >= done, LINGER * (time.perf_counter() - began))
             except Exception as error:  # a fault of ours or no memory: those on the way get an answer, later ones a new start
                 traceback.print_exc()
-                self.fail(list(self.running), Refusal(500, f"the engine failed ({type(error).__name__}): see the server's log"))
+                self.fail([*self.running, *list(self.waiting)[:1]], Refusal(500, f"the engine failed ({type(error).__name__}): see the server's log"))
             with self.changed:
                 self.changed.notify_all()
         self.fail([*self.running, *self.waiting], Refusal(503, "the server was shut down before the answer was complete"))
 
     def drop_left(self) -> None:
         """Free the slots, and places in the queue, of clients that are not there any more."""
-        jobs = {answer.job for answer in [*self.running, *self.waiting]}
+        with self.changed:
+            jobs = {answer.job for answer in [*self.running, *self.waiting]}
         closed = gone([job.client for job in jobs if job.client is not None])
         left = {job for job in jobs if job.left or job.client in closed}
         if left:
@@ -345,7 +346,7 @@ class Engine(threading.Thread):
         """Who computes how many tokens in this step. First come, first served; every answer being written gets its token."""
         work = [(answer, 1) for answer in self.running if len(answer.ids) == len(self.held[answer.slot]) + 1]
         alone = len(self.running) + len(self.waiting) == 1
-        budget = CHUNK_ALONE if alone else CHUNK
+        budget = CHUNK if self.model.device.type == "cpu" and not alone else CHUNK_MOST
         reading = [answer for answer in self.running if len(answer.ids) > len(self.held[answer.slot]) + 1]
         while budget:
             if reading:
@@ -380,7 +381,7 @@ class Engine(threading.Thread):
                 kv[slot, :, :reuse] = kv[source, :, :reuse]
         self.held[slot] = ids[:reuse]
         answer.slot = slot
-        answer.job.reused += reuse
+        answer.job.reused += reuse if answer.choice == 0 else 0  # usage counts a prompt once, however many answers
         self.counters["prefix_tokens"] += reuse
         return True
 
@@ -433,6 +434,8 @@ class Engine(threading.Thread):
         ids = draw(logits, [s.temperature for s in wanted], [s.top_p for s in wanted], u).tolist()  # the one wait for a GPU
         now = time.perf_counter()
         for b, (answer, token) in enumerate(zip(answers, ids)):
+            if answer not in self.running:
+                continue  # its request has failed just now, by another answer
             if token < 0:
                 for kv in self.cache.kv:
                     kv[answer.slot].zero_()  # a hidden NaN is not harmless to the slot's next user: 0 * NaN is NaN
@@ -775,7 +778,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection, self.sent, self.unread, self.command, self.path = True, None, 0, "", ""
-        self.headers, self.request_version, self.requestline = {}, "HTTP/1.1", ""
+        self.headers, self.request_version, self.requestline, self.began = {}, "HTTP/1.1", "", time.perf_counter()
         try:
             self.reader.allow(HEAD_BYTES, self.server.request_seconds)
             self.raw_requestline = self.rfile.readline(HEAD_BYTES + 1)
@@ -791,7 +794,7 @@ class Handler(BaseHTTPRequestHandler):
             except Refusal as refusal:
                 self.refuse(refusal)
         except Refusal as refusal:  # out of the reader, in the middle of the head
-            self.close_connection = True
+            self.unread = BODY_BYTES  # or whatever else may come
             self.refuse(refusal)
         except (TimeoutError, OSError):
             self.close_connection = True  # the client is slow or has left
@@ -804,6 +807,12 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.request_version = "HTTP/1.1"
         self.refuse(Refusal(int(code), f"the request cannot be read ({message or HTTPStatus(code).phrase})"))
+
+    def handle_expect_100(self) -> bool:
+        """curl asks before it sends a longer body, and waits."""
+        super().handle_expect_100()
+        self.wfile.flush()
+        return True
 
     def refuse(self, refusal: Refusal) -> None:
         if self.sent is not None:  # in the middle of an answer
@@ -834,7 +843,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def begin(self, status: int, kind: str, headers: dict) -> None:
         self.sent = status
-        self.send_response_only(status, HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "Error")
+        self.send_response_only(status)
         origin = self.server.cors
         cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"} if origin else {}
         close = {"Connection": "close"} if self.close_connection else {}
@@ -1048,7 +1057,7 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exception(), OSError):  # a client that has left is no error
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that has left is no error
             traceback.print_exc()
 
 
@@ -1370,7 +1379,7 @@ async function draw() {
   if (response.status === 401) return $("training").replaceChildren(el("p", {textContent: "This server asks for an API key: put it in under Settings in the chat."}));
   if (!response.ok) return;
   tag = response.headers.get("ETag");
-  const runs = (await response.json()).runs.sort((a, b) => a.changed - b.changed);
+  const runs = (await response.json()).runs.sort((a, b) => b.changed - a.changed);
   if (!runs.length) return $("training").replaceChildren(el("p", {textContent: "No run has logged anything yet. The curves of sft.py, rm.py and ppo.py appear here while they train."}));
   const focus = document.activeElement?.closest?.("figure") ? [...document.querySelectorAll("figure svg")].indexOf(document.activeElement) : -1;
   const now = Date.now() / 1000;
@@ -1577,8 +1586,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, value in [(name, getattr(args, name)) for name in ("max_batch", "prompt_tokens", "new_tokens", "rounds")] + [("concurrency", min(args.concurrency))]:
         if value < 1:
             raise ValueError(f"--{name} is {value}, it must be at least 1")
-    if args.max_waiting < 0 or not 0 <= args.http_port < 65536:
-        raise ValueError(f"--max_waiting {args.max_waiting} and --http_port {args.http_port} must be at least 0, a port at most 65535")
+    for name, most in (("max_waiting", 2**20), ("http_port", 65535)):
+        if not 0 <= getattr(args, name) <= most:
+            raise ValueError(f"--{name} is {getattr(args, name)}, it must be from 0 to {most}")
     if args.api_key is not None and not (args.api_key and args.api_key.isascii() and args.api_key.isprintable() and " " not in args.api_key):
         raise ValueError("--api_key must be printable ASCII without spaces: it travels in a header")
     if args.cors is not None and not (args.cors.isascii() and args.cors.startswith(("http://", "https://")) and args.cors.count("/") == 2):
@@ -1678,11 +1688,12 @@ def benchmark(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
+    url = args.benchmark and args.directory.startswith("http://")
+    if not url:  # else it is `benchmark` that has started this process
+        told = vars(args) | {"api_key": args.api_key and "(given)"}
+        print("flags: " + " ".join(f"{key}={value}" for key, value in sorted(told.items())), flush=True)
     if args.benchmark:
-        if args.directory.startswith("http://"):
-            summary = {"url": args.directory, "rows": benchmark_url(args.directory, args, args.vocab)}
-        else:
-            summary = benchmark(args)
+        summary = {"url": args.directory, "rows": benchmark_url(args.directory, args, args.vocab)} if url else benchmark(args)
         write_file(args.json, json.dumps(summary, indent=1).encode())
         return summary
     import zero  # here, not above: only to keep memory that was freed

@@ -167,6 +167,7 @@ def test_sampling_depends_on_seed_choice_and_position_alone():
     assert finish(company, job(ids(9), n=3, seed=5, **wish)) == alone
     assert len({tuple(answer) for answer in alone}) == 3                                   # V13
     assert finish(Engine(MODEL, 4), job(ids(9), n=3, seed=6, **wish)) != alone
+    assert len({tuple(answer) for answer in finish(Engine(MODEL, 4), job(ids(9), n=3))}) == 1  # and equal at temperature 0
 
 
 def test_uniform_is_uniform():
@@ -324,6 +325,9 @@ def test_non_finite_logits_fail_one_request():
     finish(engine, broken)
     error = events(broken)[-1].error
     assert error.status == 500 and "non-finite" in str(error)
+    engine, both, other = Engine(scripted([*said[:2], None], 4), 3), job(ids(4), n=2, max_tokens=3), job(ids(3), max_tokens=2)
+    finish(engine, both, other)
+    assert [event.error.status for event in events(both) if event.error] == [500] and events(other)[-1].finish == "stop" and engine.counters["failed"] == 1
     engine = Engine(MODEL, 2)
     good = MODEL.generate([ids(60), ids(5)], 12, temperature=0)
     engine.cache.kv[0][0, :, 20:] = math.nan
@@ -335,12 +339,14 @@ def test_non_finite_logits_fail_one_request():
 
 def test_a_step_that_fails_ends_its_requests_and_no_others(capsys):
     engine = Engine(MODEL, 2)
-    step, engine.step = engine.step, lambda work: 1 / 0
     engine.start()
-    one = job(ids(4))
-    engine.submit(one)
-    assert one.events.get(timeout=10).error.status == 500
-    engine.step = step
+    for part in ("step", "seat"):
+        sound = getattr(engine, part)
+        setattr(engine, part, lambda *_: 1 / 0)
+        one = job(ids(4))
+        engine.submit(one)
+        assert one.events.get(timeout=10).error.status == 500
+        setattr(engine, part, sound)
     one = job(ids(4))
     engine.submit(one)
     while not (event := one.events.get(timeout=10)).finish:
@@ -507,6 +513,7 @@ def test_streamed_is_not_streamed(server, path, extra):
     _, whole, _ = ask(server, path, wish)
     *chunks, last = stream(server, path, wish | {"stream_options": {"include_usage": True}})
     assert last["choices"] == [] and all(chunk["usage"] is None for chunk in chunks)
+    assert 0 <= last["usage"]["prompt_tokens_details"]["cached_tokens"] < last["usage"]["prompt_tokens"]  # once, not for each of n
     assert {k: v for k, v in last["usage"].items() if "details" not in k} == {k: v for k, v in whole["usage"].items() if "details" not in k}
     assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in [*chunks, last]}) == 1
     for choice in whole["choices"]:
@@ -640,6 +647,16 @@ def test_requests_that_are_refused_as_a_whole(server, content, status):
     assert b"Access-Control" not in answer
 
 
+def test_a_client_that_asks_before_it_sends_its_body(server):
+    """curl does, with longer ones: Expect: 100-continue."""
+    body = json.dumps({"prompt": "Once", "max_tokens": 2}).encode()
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as client:
+        client.sendall(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
+        assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(body)
+        assert status_of(client.recv(1000)) == 200
+
+
 def test_malformed_requests_never_break_the_server(server, capfd):
     """10,000 of random types, sizes and encodings: each gets an answer below 500, no traceback is printed, and afterwards the
     server is as before."""
@@ -723,9 +740,10 @@ def test_what_a_request_says_is_logged_escaped(capfd):
     server = serving(verbose=True)
     raw_request(server, b"GET /\x1b[31m\xff%0d HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     raw_request(server, b"G\x1bT /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    raw_request(server, b"GET /" + b"a" * 70000)
     close(server)
     logged = capfd.readouterr().err
-    assert logged.count("\n") == 2 and "404" in logged and "405" in logged and logged.replace("\n", "").isprintable() and logged.isascii()
+    assert logged.count("\n") == 3 and "431" in logged and "404" in logged and "405" in logged and logged.replace("\n", "").isprintable() and logged.isascii()
 
 
 def test_200_connections_at_once():
@@ -1040,6 +1058,20 @@ def test_draining_refuses_new_work():
     client.join(), stopper.join()
     assert sorted(got, key=str)[0][0] == 200 and True in got
     server.finish(5.0)
+
+
+def test_what_does_not_finish_in_time_is_told_so():
+    engine, gate, one = Engine(MODEL, 1), threading.Semaphore(1), job(ids(4), max_tokens=200, ignore_eos=True)
+    step, waits, finished = engine.step, job(ids(5)), []
+    engine.step = lambda work: (gate.acquire(timeout=15), step(work))
+    engine.submit(one), engine.submit(waits)
+    engine.start()
+    stopper = threading.Thread(target=lambda: finished.append(engine.stop(0.0)))
+    stopper.start()
+    until(lambda: engine.stopped)
+    gate.release(1000)
+    stopper.join()
+    assert finished == [False] and one.completion_tokens < 5 and events(one)[-1].error.status == 503 == events(waits)[-1].error.status and not engine.running
 
 
 def test_adapters_and_bad_directories(directory, tmp_path):
