@@ -131,10 +131,10 @@ def rtn(w: Tensor, bits: int, group_size: int, sym: bool, clip: bool = False) ->
 # ---- GPTQ -----------------------------------------------------------------------------------------------------------
 
 def add_hessian(H: Tensor, x: Tensor) -> None:
-    """Add X X^T of some rows x (N, I) to the lower triangle of H (I, I), in slabs, which spares nearly half the products."""
+    """Add X X^T of some rows x (N, I) to the lower triangle of H (I, I), in slabs, which spares nearly half of the products."""
     x = x.float()
-    for start in range(0, H.shape[0], 512):
-        H[start:, start:start + 512].addmm_(x[:, start:].T, x[:, start:start + 512])  # (I - start, N) @ (N, 512)
+    for start in range(0, H.shape[0], 256):
+        H[start:, start:start + 256].addmm_(x[:, start:].T, x[:, start:start + 256])  # (I - start, N) @ (N, 256)
 
 
 def hessian(x: Tensor, mask: Tensor | None = None) -> Tensor:
