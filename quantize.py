@@ -37,10 +37,7 @@ Letters: O outputs and I inputs of a layer, G groups, S columns of a group, N ro
 
 import argparse
 import functools
-import json
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -73,7 +70,8 @@ class Quantized(NamedTuple):
         return (self.q.float() - self.zero.float()[:, g]) * self.scale[:, g]  # (O, I)
 
 
-def check_grid(bits: int, group_size: int, sym: bool = True) -> None:
+def check_grid(bits: int, group_size: int) -> None:
+    """ValueError for what no grid can have."""
     if bits not in (4, 8):
         raise ValueError(f"{bits} bits are not offered: choose 4 or 8")
     if type(group_size) is not int or group_size != -1 and group_size < 1:
@@ -93,30 +91,24 @@ def grids(w: Tensor, bits: int, group_size: int, sym: bool, clip: bool = False, 
     G = -(-I // S)
     importance = F.pad(torch.ones(I, device=w.device) if importance is None else importance, (0, G * S - I)).view(G, S)
     scales, zeros = torch.empty(O, G, device=w.device), torch.empty(O, G, device=w.device)
-    rows = max(1, 2**16 // I)  # as many as stay in the processor's cache over all tries: 256 KB
-    for start in range(0, O, rows if w.device.type == "cpu" else O):
-        part = F.pad(w[start:start + (rows if w.device.type == "cpu" else O)], (0, G * S - I)).view(-1, G, S)  # (o, I) -> (o, G, S)
-        low, high = part.amin(-1).clamp_(max=0), part.amax(-1).clamp_(min=0)                                  # (o, G); 0 has a code
+    rows = max(1, 2**16 // I) if w.device.type == "cpu" else O  # 256 KB stay in the processor's cache over all tries
+    for start in range(0, O, rows):
+        part = F.pad(w[start:start + rows], (0, G * S - I)).view(-1, G, S)                                    # (o, I) -> (o, G, S)
+        low, high = part.amin(-1).clamp_(max=0), part.amax(-1).clamp_(min=0)                                  # (o, G): 0 has a code
         if sym:
             high = torch.maximum(high, -low)
             low = -high
-        least = None
-        for shrink in SHRINK if clip else (1.0,):
+        best = [low, low, torch.full_like(low, math.inf)]                                                     # scale, zero, error
+        for shrink in SHRINK if clip else SHRINK[:1]:
             scale = ((high - low) * (shrink / most)).clamp_(min=SMALLEST)
             if bits == 4:
                 scale = scale.half().float()  # before the codes are chosen: they fit what the file will say
             zero = torch.full_like(scale, 2**(bits - 1)) if sym else (-low * shrink / scale).round_().clamp_(0, most)
-            if not clip:
-                best_scale, best_zero = scale, zero
-                continue
-            q = code(part, scale[..., None], zero[..., None], most)
+            q = code(part, scale[..., None], zero[..., None], most)                                           # (o, G, S)
             error = q.sub_(zero[..., None]).mul_(scale[..., None]).sub_(part).square_().mul_(importance).sum(-1)  # (o, G)
-            if least is None:
-                best_scale, best_zero, least = scale, zero, error
-            else:
-                better = error < least
-                best_scale, best_zero, least = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero), torch.minimum(error, least)
-        scales[start:start + part.shape[0]], zeros[start:start + part.shape[0]] = best_scale, best_zero
+            better = error < best[2]
+            best = [torch.where(better, new, old) for new, old in zip((scale, zero, error), best)]
+        scales[start:start + rows], zeros[start:start + rows] = best[:2]
     return scales, zeros
 
 
@@ -128,7 +120,7 @@ def groups_of(I: int, group_size: int, device=None) -> Tensor:
 def rtn(w: Tensor, bits: int, group_size: int, sym: bool, clip: bool = False) -> Quantized:
     """Round W (O, I) to nearest, every group of group_size columns (-1: the whole row, the last one may be smaller) on a grid
     of its own. clip shrinks grids where that lowers the squared error. Raises ValueError for other bits or no group size."""
-    check_grid(bits, group_size, sym)
+    check_grid(bits, group_size)
     w = w.float()
     scale, zero = grids(w, bits, group_size, sym, clip)
     group = groups_of(w.shape[1], group_size, w.device)
@@ -139,10 +131,10 @@ def rtn(w: Tensor, bits: int, group_size: int, sym: bool, clip: bool = False) ->
 # ---- GPTQ -----------------------------------------------------------------------------------------------------------
 
 def add_hessian(H: Tensor, x: Tensor) -> None:
-    """Add X X^T of some rows x (N, I) to the lower triangle of H (I, I), in slabs, which spares nearly half the products."""
+    """Add X X^T of some rows x (N, I) to the lower triangle of H (I, I), in slabs, which spares nearly half of the products."""
     x = x.float()
-    for start in range(0, H.shape[0], 512):
-        H[start:, start:start + 512].addmm_(x[:, start:].T, x[:, start:start + 512])  # (I - start, N) @ (N, 512)
+    for start in range(0, H.shape[0], 256):
+        H[start:, start:start + 256].addmm_(x[:, start:].T, x[:, start:start + 256])  # (I - start, N) @ (N, 256)
 
 
 def hessian(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -177,7 +169,7 @@ def gptq(w: Tensor, hessian: Tensor, bits: int, group_size: int, sym: bool, act_
 
     block: columns after which the rest of W is updated (any number gives the same result but for rounding). Raises
     ValueError for other bits or no group size, or with damp 0 where H is singular."""
-    check_grid(bits, group_size, sym)
+    check_grid(bits, group_size)
     I, most = w.shape[1], 2**bits - 1
     H = hessian.float().clone()
     # 1. A dead input never has a value: row and column of H are 0, and with H_jj = 1 it is tied to no other column.
@@ -417,7 +409,7 @@ class Fast4(nn.Module):
         else:
             multiply = torch.ops.aten._weight_int4pack_mm if x.device.type == "cuda" else torch.ops.aten._weight_int4pack_mm_for_cpu
             y = multiply(rows.bfloat16().contiguous(), self.weight, self.size, self.grid)              # (N, O)
-        return y[:, :self.out_features].to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y[:, :self.out_features].to(x.dtype).view(*x.shape[:-1], self.out_features)             # (..., O)
 
 
 class Linear8(QuantizedLinear):
@@ -469,13 +461,13 @@ class Fast8(nn.Module):
         N, (O, I) = len(rows), self.weight.shape
         if self.weight_only:  # scales of 1: the kernel would round ours to bf16
             y = torch._weight_int8pack_mm(F.pad(rows, (0, I - self.in_features)).bfloat16(), self.weight, self.scale.new_ones(O, dtype=torch.bfloat16))  # (N, O)
-            return y.float().mul_(self.scale).to(x.dtype).view(*x.shape[:-1], O)
+            return y.float().mul_(self.scale).to(x.dtype).view(*x.shape[:-1], O)                       # (..., O)
         largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True).clamp_(min=1e-30).div_(127)  # (N, 1)
         q = (rows / largest).round_().to(torch.int8)
         if I != self.in_features or N < self.rows:
             q = F.pad(q, (0, I - self.in_features, 0, max(0, self.rows - N)))
         y = torch._int_mm(q, self.weight.T)[:N, :self.out_features]                                    # (N, O) int32
-        return (y * largest).mul_(self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return (y * largest).mul_(self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)       # (..., O)
 
 
 def agrees(fast: nn.Module, slow: nn.Module, device: str) -> bool:
@@ -586,7 +578,7 @@ def replace(parent: nn.Module, names: tuple[str, ...], where: str, scheme: Schem
 def quantize_model(model: Llama, scheme: Scheme, rows: list[Row] = (), device="cpu", progress: Callable[[int, list[dict]], None] = lambda i, report: None) -> list[dict]:
     """Put quantized layers in the place of a model's linears, one block after the other; the model is changed. `rows` are
     what GPTQ calibrates on. One block at a time is on `device`. Returns each layer's relative errors."""
-    check_grid(scheme.bits, scheme.group_size, scheme.sym)
+    check_grid(scheme.bits, scheme.group_size)
     home, errors, gptq_on = model.device, [], scheme.method == "gptq"
     parts = list(batches(model, rows, device)) if gptq_on else []
     xs = [model.tok_embeddings(tokens.to(home)) for tokens, *_ in parts]                             # (B, T, C) each

@@ -8,7 +8,6 @@ import math
 import platform
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import warnings
@@ -19,7 +18,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import data
