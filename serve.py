@@ -1423,10 +1423,11 @@ def open_model(directory: Path, quant: str | None, dtype: torch.dtype | None, de
     """A plain or quantized directory, or an adapter, which is merged into a plain base and stays beside a quantized one."""
     base = lora.base_path(directory) if lora.is_adapter(directory) else directory
     config = base / "config.json"
-    quantized = config.is_file() and bool(read_json(config).get("quantization_config"))
-    if quantized or quant:
+    if quantized := quant is not None or config.is_file() and bool(read_json(config).get("quantization_config")):
         import quantize  # here, not above: a plain model does not need it
-    model = quantize.load(base, dtype, device) if quantized else Llama.from_pretrained(base, dtype, device)
+        model = quantize.load(base, dtype, device, quant)
+    else:
+        model = Llama.from_pretrained(base, dtype, device)
     if base != directory:
         lora.load_adapter(model, directory)
         if not quantized:
@@ -1590,6 +1591,9 @@ def open_everything(args: argparse.Namespace) -> tuple[Llama, Tokenizer, data.Te
     if args.benchmark and args.directory in SHAPES and not directory.exists():
         from data import demo
         model = random_model(SHAPES[args.directory], dtype, device).eval()
+        if args.quant:
+            import quantize
+            quantize.quantize_model(model, quantize.Scheme("rtn", 8, -1, True) if args.quant == "8bit" else quantize.Scheme("rtn", 4, 32), device=device)
         return model, Folded(demo.FOLDER), data.TEMPLATES["plain"], args.directory
     if not directory.is_dir():
         hint = "run `python ppo.py` first, which makes it, or name" if args.directory == "out/ppo" else "name"

@@ -1027,6 +1027,16 @@ def test_adapters_and_bad_directories(directory, tmp_path):
             serve.make_engine(serve.open_everything(serve.parse(argv))[0], serve.parse(argv))
 
 
+@pytest.mark.parametrize("quant", ["8bit", "4bit"])
+def test_quantized(directory, quant):
+    """Rounded at load, alone and in company: as generate of the same model, where the two best logits are not close."""
+    quantize = pytest.importorskip("quantize", reason="needs quantize.py")
+    model = serve.open_model(directory, quant, torch.float32, "cpu")
+    prompts = [ids(n) for n in (5, 40, 11)]
+    expected = quantize.load(directory, torch.float32, "cpu", quant).eval().generate(prompts, 12, temperature=0)
+    assert finish(Engine(model.fuse(3), 3), *map(job, prompts)) == expected != MODEL.generate(prompts, 12, temperature=0)
+
+
 def test_every_flag_is_read():
     source = Path(serve.__file__).read_text("utf-8")
     flags = [call.args[0].value.removeprefix("--") for call in ast.walk(ast.parse(source)) if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument"]
