@@ -766,8 +766,15 @@ def test_a_client_that_leaves_over_http(streamed):
 def test_an_error_in_the_middle_of_a_stream_is_an_event():
     said = pieces_of("Once there was a fox.")
     server = serving(scripted([*said[:3], None], 4))
-    _, content, _ = ask(server, COMPLETE, {"prompt": ids(4), "stream": True, "temperature": 0})
-    *_, error, done, _ = content.split("\n\n")
+    step, gate = server.engine.step, threading.Semaphore(3)
+    server.engine.step = lambda work: (gate.acquire(timeout=15), step(work))
+    client = connect(server)
+    client.request("POST", COMPLETE, json.dumps({"prompt": ids(4), "stream": True, "temperature": 0}), {"Content-Type": "application/json"})
+    response = client.getresponse()
+    assert response.status == 200 and response.readline().startswith(b"data: ")
+    gate.release(1000)
+    *_, error, done, _ = response.read().decode().split("\n\n")
+    client.close()
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "non_finite_logits" and done == "data: [DONE]"
     status, body, _ = ask(server, COMPLETE, {"prompt": ids(4), "temperature": 0})
     assert status == 500 and body["error"]["code"] == "non_finite_logits"
