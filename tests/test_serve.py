@@ -1051,7 +1051,7 @@ def test_quantized(directory, quant):
                 with torch.no_grad():
                     logits = slow(torch.tensor([prompt + b[:at]]))[0, -1]
                 assert (logits[b[at]] - logits[a[at]]) / logits.std() < 0.3
-    assert same > 40 and expected != MODEL.generate(prompts, 12, temperature=0)
+    assert same > 24 and expected != MODEL.generate(prompts, 12, temperature=0)
 
 
 def test_every_flag_is_read():
