@@ -1088,7 +1088,8 @@ form { border-top: 1px solid var(--line); padding: .75rem 1rem max(.75rem, env(s
 .row { display: flex; gap: .5rem; align-items: end } .row textarea { flex: 1; min-width: 0 }
 textarea { resize: none; max-height: 40dvh; line-height: 1.4; padding: .55rem .75rem; display: block; width: 100% }
 #send { background: var(--accent); color: var(--on); border-color: var(--accent); min-width: 4.5rem; padding: .55rem .75rem }
-details { font-size: .85rem; color: var(--soft); padding-top: .5rem } summary { cursor: pointer; width: fit-content }
+details { font-size: .85rem; color: var(--soft); padding-top: .6rem } summary { cursor: pointer; width: fit-content } .keys { margin: .75rem 0 0 }
+.tools { height: 0; text-align: right } .tools button { font-size: .85rem; color: var(--soft); background: none; border-color: transparent; padding: .6rem .25rem 0; margin-left: .75rem } .tools button:hover { color: var(--accent); border-color: transparent }
 .fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .5rem 1rem; padding-top: .5rem } .fields label { display: block } .fields .wide { grid-column: 1 / -1 }
 .fields input { width: 100% } output { float: right; color: var(--text) }
 #training { overflow-y: auto; padding: 0 1rem 2rem }
@@ -1110,6 +1111,7 @@ svg { display: block; width: 100%; height: auto; touch-action: pan-y } svg text 
 <div id="log" role="log" aria-live="polite" tabindex="-1"></div>
 <form id="form">
 <div class="row"><textarea id="box" rows="1" placeholder="Write to the model" aria-label="Message" autofocus></textarea><button id="send">Send</button></div>
+<div class="tools"><button type="button" id="again">Answer again</button><button type="button" id="fresh">New chat</button></div>
 <details><summary>Settings and keys</summary>
 <div class="fields">
 <label>Temperature <output id="warmth">1</output><input id="temperature" type="range" min="0" max="2" step="0.05" value="1"></label>
@@ -1117,8 +1119,7 @@ svg { display: block; width: 100%; height: auto; touch-action: pan-y } svg text 
 <label>API key<input id="key" type="password" autocomplete="off" placeholder="none"></label>
 <label class="wide">System prompt<input id="system" placeholder="the template's own"></label>
 </div>
-<p>Enter sends, Shift+Enter begins a line, Esc stops the answer, ↑ in an empty box brings the last message back. Alt+C chat, Alt+T training, Alt+N new chat.</p>
-<div class="row"><button type="button" id="again">Answer again</button><button type="button" id="fresh">New chat</button></div>
+<p class="keys">Enter sends, Shift+Enter begins a line, Esc stops the answer, ↑ in an empty box brings the last message back. Alt+C chat, Alt+T training, Alt+N new chat.</p>
 </details>
 </form>
 </main>
@@ -1281,7 +1282,7 @@ const CHARTS = [
   ["Gradient norm", ["grad_norm"]],
   ["Learning rate", ["lr"]],
   ["Tokens a second", ["tokens_per_second"]]];
-const W = 320, H = 150, L = 42, R = 34, T = 8, B = 20;
+const W = 320, H = 150, L = 42, T = 8, B = 20;
 const short = x => Math.abs(x) >= 1e4 ? (x / 1e3).toFixed(0) + "k" : x !== 0 && Math.abs(x) < 0.01 ? x.toExponential(1) : String(Number(x.toPrecision(3)));
 
 function svg(tag, attributes, text) {
@@ -1301,7 +1302,7 @@ function range(series) {
 // series: [{label, points: [[step, value]], right}]; `right` has an axis of its own, on the right
 function chart(title, series) {
   const sides = [series.filter(one => !one.right), series.filter(one => one.right)].map(part => part.length ? range(part) : null);
-  const steps = series.flatMap(one => one.points.map(point => point[0])), first = Math.min(...steps), last = Math.max(...steps);
+  const R = sides[1] ? 34 : 6, steps = series.flatMap(one => one.points.map(point => point[0])), first = Math.min(...steps), last = Math.max(...steps);
   const x = step => L + (W - L - R) * (last > first ? (step - first) / (last - first) : 0.5);
   const y = (value, right) => { const [low, high] = sides[right ? 1 : 0]; return T + (H - T - B) * (1 - (value - low) / (high - low)); };
   const told = series.map(one => `${one.label || title} from ${short(one.points[0][1])} to ${short(one.points.at(-1)[1])}`).join(", ");
