@@ -66,6 +66,7 @@ from model import DTYPES, SHAPES, KVCache, Llama, Piece, TextStream, Tokenizer, 
 
 CHUNK = 64             # prompt tokens a step while others wait for theirs: as long as a decode step of 16 rows, twice the pause
 CHUNK_ALONE = 512      # and while nobody does
+LINGER = 0.05          # of a step's time to wait for the next question of a client that has just got its answer
 MIN_REUSE = 8          # copying fewer tokens is not worth its calls
 CALL = 2**19           # bytes of the cache that are read in the time one call of attention costs: 25 us at 20 GB/s
 HEAD_BYTES, BODY_BYTES = 2**16, 2**20
@@ -312,9 +313,13 @@ class Engine(threading.Thread):
                     break
             try:
                 self.drop_left()
-                work = self.plan()
+                work, done, began = self.plan(), self.counters["answers"], time.perf_counter()
                 if work:
                     self.step(work)
+                done = self.counters["answers"] - done
+                if done and self.running:  # whoever got an answer often asks again at once, and would just miss the next step
+                    with self.changed:
+                        self.changed.wait_for(lambda: len(self.waiting) >= done, LINGER * (time.perf_counter() - began))
             except Exception as error:  # a fault of ours or no memory: those on the way get an answer, later ones a new start
                 traceback.print_exc()
                 self.fail(list(self.running), Refusal(500, f"the engine failed ({type(error).__name__}): see the server's log"))
