@@ -267,11 +267,13 @@ class KVCache:
     Of each layer one tensor, (B, 2K, S, D): the K key heads, then the K value heads, so that one copy stores both.
     """
 
-    def __init__(self, config: LlamaConfig, batch: int, slots: int, dtype: torch.dtype, device):
+    def __init__(self, config: LlamaConfig, batch: int, slots: int, dtype: torch.dtype, device, lazy: bool = False):
+        """lazy: on a CPU, take memory only as slots are written to for the first time."""
         if dtype == torch.bfloat16 and torch.device(device).type == "cpu" and not cpu_has_bf16():
             dtype = torch.float32  # there attention over bf16 takes 4 times as long
         shape = (batch, 2 * config.n_kv_heads, slots, config.head_dim)
-        self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        lazy = lazy and torch.device(device).type == "cpu"
+        self.kv = [scratch(shape, dtype) if lazy else torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.dtype = dtype
 
     def place(self, position: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -265,7 +265,7 @@ class Engine(threading.Thread):
         super().__init__(name="engine", daemon=True)
         c = model.config
         self.model, self.context, self.max_waiting = model, context or c.max_seq_len, max_waiting
-        self.cache = KVCache(c, slots, self.context, model.norm.weight.dtype, model.device)
+        self.cache = KVCache(c, slots, self.context, model.norm.weight.dtype, model.device, lazy=True)
         self.call = CALL // (2 * c.n_kv_heads * c.head_dim * self.cache.kv[0].itemsize)  # slots of one layer in CALL bytes
         self.held: list[list[int]] = [[] for _ in range(slots)]  # the ids whose keys and values lie in each slot
         self.used = [0] * slots                                  # the step in which a slot was last given back
@@ -852,7 +852,6 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         length = self.body_length()
         self.unread = length
-        keep = self.close_connection
         self.check_host()
         path = self.path.partition("?")[0].rstrip("/") or "/"
         if self.command == "OPTIONS" and self.server.cors:
@@ -873,9 +872,7 @@ class Handler(BaseHTTPRequestHandler):
             return get[path]()
         if self.headers.get_content_type() != "application/json":  # what a form or a script elsewhere can send without asking is not
             raise Refusal(415, "Content-Type must be application/json")
-        body = self.read_body(length)
-        self.close_connection = keep
-        self.complete(body, post[path])
+        self.complete(self.read_body(length), post[path])
 
     def body_length(self) -> int:
         if self.headers.get("Transfer-Encoding"):

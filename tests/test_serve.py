@@ -203,6 +203,9 @@ def test_draw_treats_rows_by_themselves():
 
 
 def test_penalties_are_openais_formula():
+    logits = torch.zeros(5)
+    serve.penalize(logits, Counter({2: 3, 4: 1}), 0.5, 0.25)
+    assert logits.tolist() == [0, 0, -1.25, 0, -0.75]
     prompt, presence, frequency = ids(6), 0.7, 1.1
     got = finish(Engine(MODEL, 1), job(prompt, presence=presence, frequency=frequency, max_tokens=25, ignore_eos=True))[0]
     made: list[int] = []
