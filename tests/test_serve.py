@@ -324,12 +324,13 @@ def test_non_finite_logits_fail_one_request():
     finish(engine, broken)
     error = events(broken)[-1].error
     assert error.status == 500 and "non-finite" in str(error)
-    engine = Engine(MODEL, 1)
-    good = finish(engine, job(ids(30)))
-    engine.cache.kv[0][0, :, 50:] = math.nan
+    engine = Engine(MODEL, 2)
+    good = MODEL.generate([ids(60), ids(5)], 12, temperature=0)
+    engine.cache.kv[0][0, :, 20:] = math.nan
     with MODEL.output.register_forward_hook(lambda module, x, y: y * math.nan):
-        finish(engine, job(ids(9)))
-    assert finish(engine, job(ids(30))) == good and engine.counters["failed"] == 1 and not engine.running
+        finish(engine, job(ids(30)))
+    long, short = job(ids(60)), job(ids(5))
+    assert finish(engine, long, short) == good and engine.counters["failed"] == 1 and not engine.running
 
 
 def test_a_step_that_fails_ends_its_requests_and_no_others(capsys):
@@ -408,10 +409,14 @@ def test_logprobs_of_text_that_a_stop_string_cuts_off_are_dropped():
 
 # ---- over HTTP ------------------------------------------------------------------------------------------------------
 
-def serving(model: Llama = MODEL, slots: int = 4, max_waiting: int = 64, **options) -> Server:
+def serving(model: Llama = MODEL, slots: int = 4, max_waiting: int = 64, listen: bool = True, **options) -> Server:
     engine = Engine(model, slots, max_waiting=max_waiting)
     engine.start()
     server = Server(("127.0.0.1", 0), engine, TOKENIZER, ALPACA, "tiny", **options)
+    return accept(server) if listen else server
+
+
+def accept(server: Server) -> Server:
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     return server
 
@@ -623,6 +628,7 @@ POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
     (b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 431), (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431),
     (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"A: " + b"b" * 70000 + b"\r\n\r\n", 431), (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + (b"A: " + b"b" * 4000 + b"\r\n") * 20 + b"\r\n", 431),
     (POST + b"\r\n", 411), (POST + b"Content-Length: -5\r\n\r\n", 400), (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}", 400), (POST + b"Content-Length: 1e3\r\n\r\n", 400),
+    (POST + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n{}", 411),
     (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411), (POST + b"Content-Length: 3000000\r\n\r\n" + b"[" * 3000000, 413), (POST + b"Content-Length: 99999999999999999999\r\n\r\n", 400),
     (POST.replace(b"application/json", b"text/plain") + b"Content-Length: 2\r\n\r\n{}", 415), (POST.replace(b"Content-Type: application/json\r\n", b"") + b"Content-Length: 2\r\n\r\n{}", 415),
 ], ids=lambda value: repr(value[:60]) if isinstance(value, bytes) else str(value))
@@ -723,11 +729,14 @@ def test_what_a_request_says_is_logged_escaped(capfd):
 
 
 def test_200_connections_at_once():
-    """The listen queue is long enough: all connect before any is answered, and all get an answer, or 429 with Retry-After."""
-    server = serving(max_waiting=100)
+    """The listen queue is long enough: all connect before any is accepted, and all get an answer, or 429 with Retry-After."""
+    server = serving(max_waiting=100, listen=False)
     clients = [connect(server) for _ in range(200)]
     for client in clients:
+        client.timeout = 2.0
         client.connect()
+        client.sock.settimeout(20.0)
+    accept(server)
     for client in clients:
         client.request("POST", COMPLETE, json.dumps({"prompt": "Once", "max_tokens": 2}).encode(), {"Content-Type": "application/json"})
     answers = [client.getresponse() for client in clients]
@@ -782,6 +791,21 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event():
     status, body, _ = ask(server, COMPLETE, {"prompt": ids(4), "temperature": 0})
     assert status == 500 and body["error"]["code"] == "non_finite_logits"
     assert ask(server, COMPLETE, {"prompt": ids(4), "temperature": 0, "max_tokens": 2})[0] == 200
+    close(server)
+
+
+def test_a_fault_of_ours_frees_the_slot_and_closes_nothing_else(monkeypatch, capfd):
+    server = serving(slots=1)
+    monkeypatch.setattr(serve.Form, "chunk", lambda *_: 1 / 0)
+    client = connect(server)
+    client.request("POST", COMPLETE, json.dumps({"prompt": "Once", "max_tokens": 250, "ignore_eos": True, "stream": True}), {"Content-Type": "application/json"})
+    response = client.getresponse()
+    assert response.status == 500 and json.loads(response.read())["error"]["type"] == "server_error"
+    until(lambda: not server.engine.running)
+    assert server.engine.counters["left"] == 1 and "ZeroDivisionError" in capfd.readouterr().err
+    client.request("GET", "/health")
+    assert client.getresponse().status == 200
+    client.close()
     close(server)
 
 
@@ -1026,7 +1050,7 @@ def test_adapters_and_bad_directories(directory, tmp_path):
     lora.save_adapter(model, tmp_path / "adapter", str(directory))
     args = serve.parse([str(tmp_path / "adapter")])
     opened, tokenizer, template, name = serve.open_everything(args)
-    assert template is ALPACA and name == "adapter" and tokenizer.vocab_size == 1280
+    assert template is ALPACA and name == "adapter" and tokenizer.vocab_size == 1280 and not lora.adapters(opened)
     prompt = ids(9)
     made = finish(Engine(opened.fuse(2), 2), job(prompt))[0]
     assert made == model.eval().generate([prompt], 12, temperature=0)[0] != MODEL.generate([prompt], 12, temperature=0)[0]
