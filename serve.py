@@ -23,7 +23,8 @@ chat so far) instead of computing it: `common`. Which slot, with whom, and in wh
 rounding, and its random numbers depend on its seed, choice and position alone (`uniform`): alone or in a full batch, the same text.
 
 What differs from OpenAI: one model, which a request may name or leave out; `ignore_eos` writes on to max_tokens; usage counts EOS;
-prompt and max_tokens that do not fit the context together are refused; fields that we do not know are refused unless null.
+several answers (n) at temperature 0 are equal; prompt and max_tokens that do not fit the context together are refused; fields that
+we do not know are refused unless null.
 
 Letters: N tokens of a step, V vocabulary, B rows that get a new token.
 """
@@ -42,7 +43,6 @@ import secrets
 import select
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -65,7 +65,7 @@ import lora
 from model import DTYPES, SHAPES, KVCache, Llama, Piece, TextStream, Tokenizer, check_tokenizer, random_model, read_json, read_template, write_file
 
 CHUNK = 64             # prompt tokens a step while others wait for theirs: as long as a decode step of 16 rows, twice the pause
-CHUNK_ALONE = 512      # and while nobody does
+CHUNK_MOST = 512       # and while nobody does, or on a GPU, where a step of few tokens leaves most of it idle
 LINGER = 0.05          # of a step's time to wait for the next question of a client that has just got its answer
 MIN_REUSE = 8          # copying fewer tokens is not worth its calls
 CALL = 2**19           # bytes of the cache that are read in the time one call of attention costs: 25 us at 20 GB/s
@@ -345,7 +345,7 @@ class Engine(threading.Thread):
         """Who computes how many tokens in this step. First come, first served; every answer being written gets its token."""
         work = [(answer, 1) for answer in self.running if len(answer.ids) == len(self.held[answer.slot]) + 1]
         alone = len(self.running) + len(self.waiting) == 1
-        budget = CHUNK_ALONE if alone else CHUNK
+        budget = CHUNK if self.model.device.type == "cpu" and not alone else CHUNK_MOST
         reading = [answer for answer in self.running if len(answer.ids) > len(self.held[answer.slot]) + 1]
         while budget:
             if reading:
@@ -834,7 +834,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def begin(self, status: int, kind: str, headers: dict) -> None:
         self.sent = status
-        self.send_response_only(status, HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "Error")
+        self.send_response_only(status)
         origin = self.server.cors
         cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"} if origin else {}
         close = {"Connection": "close"} if self.close_connection else {}
@@ -1048,7 +1048,7 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exception(), OSError):  # a client that has left is no error
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that has left is no error
             traceback.print_exc()
 
 
@@ -1577,8 +1577,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, value in [(name, getattr(args, name)) for name in ("max_batch", "prompt_tokens", "new_tokens", "rounds")] + [("concurrency", min(args.concurrency))]:
         if value < 1:
             raise ValueError(f"--{name} is {value}, it must be at least 1")
-    if args.max_waiting < 0 or not 0 <= args.http_port < 65536:
-        raise ValueError(f"--max_waiting {args.max_waiting} and --http_port {args.http_port} must be at least 0, a port at most 65535")
+    for name, most in (("max_waiting", 2**20), ("http_port", 65535)):
+        if not 0 <= getattr(args, name) <= most:
+            raise ValueError(f"--{name} is {getattr(args, name)}, it must be from 0 to {most}")
     if args.api_key is not None and not (args.api_key and args.api_key.isascii() and args.api_key.isprintable() and " " not in args.api_key):
         raise ValueError("--api_key must be printable ASCII without spaces: it travels in a header")
     if args.cors is not None and not (args.cors.isascii() and args.cors.startswith(("http://", "https://")) and args.cors.count("/") == 2):

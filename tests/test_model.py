@@ -291,6 +291,25 @@ def test_cache_equals_no_cache_m25():
         assert torch.allclose(torch.cat(got[b]), model.hidden(torch.tensor([rows[b]]))[0], atol=1e-5)
 
 
+def test_decode_of_any_rows_is_hidden():
+    """Tokens of several rows of a larger cache at once, a chunk of this and one of that, in two steps."""
+    for heads in (2, 4):
+        model = tiny(n_kv_heads=heads)
+        texts, cache, G = [some(20, 1), some(9, 2), some(9, 3)], KVCache(model.config, 4, 64, torch.float32, "cpu"), 4 // heads
+        with torch.no_grad():
+            expected = [model.hidden(torch.tensor([text]))[0] for text in texts]
+
+        def sees(start: int, end: int) -> Tensor:
+            return (torch.arange(end) <= torch.arange(start, end)[:, None]).repeat(G, 1)[None, None]  # (1, 1, G*T, S)
+        steps = [([(0, 3, 0, 12), (1, 1, 0, 8), (2, 2, 0, 8)], [M.Piece(slice(0, 12), slice(3, 4), 12, sees(0, 12)), M.Piece(slice(12, 28), slice(1, 3), 8, sees(0, 8))]),
+                 ([(1, 1, 8, 9), (2, 2, 8, 9), (0, 3, 12, 20)], [M.Piece(slice(0, 2), slice(1, 3), 9, None), M.Piece(slice(2, 10), slice(3, 4), 20, sees(12, 20))])]
+        for parts, pieces in steps:  # (text, row of the cache, from, to)
+            token, row, position = (torch.tensor(values) for values in zip(*((texts[text][p], row, p) for text, row, start, end in parts for p in range(start, end))))
+            with torch.no_grad():
+                got = model.decode(token, cache, position, max(piece.slots for piece in pieces), rows=row, pieces=pieces)
+            assert torch.allclose(got, torch.cat([expected[text][start:end] for text, _, start, end in parts]), atol=1e-5)
+
+
 # ---- generation -----------------------------------------------------------------------------------------------------
 
 def greedy_by_recomputing(model: Llama, ids: list[int], steps: int, penalty: float = 1.0) -> list[int]:

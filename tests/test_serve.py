@@ -167,6 +167,7 @@ def test_sampling_depends_on_seed_choice_and_position_alone():
     assert finish(company, job(ids(9), n=3, seed=5, **wish)) == alone
     assert len({tuple(answer) for answer in alone}) == 3                                   # V13
     assert finish(Engine(MODEL, 4), job(ids(9), n=3, seed=6, **wish)) != alone
+    assert len({tuple(answer) for answer in finish(Engine(MODEL, 4), job(ids(9), n=3))}) == 1  # and equal at temperature 0
 
 
 def test_uniform_is_uniform():
