@@ -240,16 +240,16 @@ def attention_calls(rows: list[tuple[int, int]], call: int) -> list[list[tuple[i
 
 def gone(clients: list[socket.socket]) -> set[socket.socket]:
     """Those whose other side has closed: readable, and nothing to read. Never waits."""
-    alive = [client for client in clients if client.fileno() >= 0]
+    open_ones = {fd: client for client in clients if (fd := client.fileno()) >= 0}  # asked once: its thread may close it meanwhile
     if hasattr(select, "poll"):
-        poll, by_fd = select.poll(), {client.fileno(): client for client in alive}
-        for fd in by_fd:
+        poll = select.poll()
+        for fd in open_ones:
             poll.register(fd, select.POLLIN)
-        ready = [by_fd[fd] for fd, _ in poll.poll(0)]
+        ready = [fd for fd, _ in poll.poll(0)]
     else:  # Windows
-        ready = select.select(alive, [], [], 0)[0] if alive else []
-    closed = set(clients) - set(alive)
-    for client in ready:
+        ready = select.select(list(open_ones), [], [], 0)[0] if open_ones else []
+    closed = set(clients) - set(open_ones.values())
+    for client in map(open_ones.get, ready):
         try:
             if not client.recv(1, socket.MSG_PEEK):
                 closed.add(client)
@@ -322,14 +322,15 @@ class Engine(threading.Thread):
                         self.changed.wait_for(lambda: len(self.waiting) >= done, LINGER * (time.perf_counter() - began))
             except Exception as error:  # a fault of ours or no memory: those on the way get an answer, later ones a new start
                 traceback.print_exc()
-                self.fail(list(self.running), Refusal(500, f"the engine failed ({type(error).__name__}): see the server's log"))
+                self.fail([*self.running, *list(self.waiting)[:1]], Refusal(500, f"the engine failed ({type(error).__name__}): see the server's log"))
             with self.changed:
                 self.changed.notify_all()
         self.fail([*self.running, *self.waiting], Refusal(503, "the server was shut down before the answer was complete"))
 
     def drop_left(self) -> None:
         """Free the slots, and places in the queue, of clients that are not there any more."""
-        jobs = {answer.job for answer in [*self.running, *self.waiting]}
+        with self.changed:
+            jobs = {answer.job for answer in [*self.running, *self.waiting]}
         closed = gone([job.client for job in jobs if job.client is not None])
         left = {job for job in jobs if job.left or job.client in closed}
         if left:
@@ -380,7 +381,7 @@ class Engine(threading.Thread):
                 kv[slot, :, :reuse] = kv[source, :, :reuse]
         self.held[slot] = ids[:reuse]
         answer.slot = slot
-        answer.job.reused += reuse
+        answer.job.reused += reuse if answer.choice == 0 else 0  # usage counts a prompt once, however many answers
         self.counters["prefix_tokens"] += reuse
         return True
 
@@ -433,6 +434,8 @@ class Engine(threading.Thread):
         ids = draw(logits, [s.temperature for s in wanted], [s.top_p for s in wanted], u).tolist()  # the one wait for a GPU
         now = time.perf_counter()
         for b, (answer, token) in enumerate(zip(answers, ids)):
+            if answer not in self.running:
+                continue  # its request has failed just now, by another answer
             if token < 0:
                 for kv in self.cache.kv:
                     kv[answer.slot].zero_()  # a hidden NaN is not harmless to the slot's next user: 0 * NaN is NaN
@@ -775,7 +778,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection, self.sent, self.unread, self.command, self.path = True, None, 0, "", ""
-        self.headers, self.request_version, self.requestline = {}, "HTTP/1.1", ""
+        self.headers, self.request_version, self.requestline, self.began = {}, "HTTP/1.1", "", time.perf_counter()
         try:
             self.reader.allow(HEAD_BYTES, self.server.request_seconds)
             self.raw_requestline = self.rfile.readline(HEAD_BYTES + 1)
@@ -791,7 +794,7 @@ class Handler(BaseHTTPRequestHandler):
             except Refusal as refusal:
                 self.refuse(refusal)
         except Refusal as refusal:  # out of the reader, in the middle of the head
-            self.close_connection = True
+            self.unread = BODY_BYTES  # or whatever else may come
             self.refuse(refusal)
         except (TimeoutError, OSError):
             self.close_connection = True  # the client is slow or has left

@@ -325,6 +325,9 @@ def test_non_finite_logits_fail_one_request():
     finish(engine, broken)
     error = events(broken)[-1].error
     assert error.status == 500 and "non-finite" in str(error)
+    engine, both, other = Engine(scripted([*said[:2], None], 4), 3), job(ids(4), n=2, max_tokens=3), job(ids(3), max_tokens=2)
+    finish(engine, both, other)
+    assert [event.error.status for event in events(both) if event.error] == [500] and events(other)[-1].finish == "stop" and engine.counters["failed"] == 1
     engine = Engine(MODEL, 2)
     good = MODEL.generate([ids(60), ids(5)], 12, temperature=0)
     engine.cache.kv[0][0, :, 20:] = math.nan
@@ -336,12 +339,14 @@ def test_non_finite_logits_fail_one_request():
 
 def test_a_step_that_fails_ends_its_requests_and_no_others(capsys):
     engine = Engine(MODEL, 2)
-    step, engine.step = engine.step, lambda work: 1 / 0
     engine.start()
-    one = job(ids(4))
-    engine.submit(one)
-    assert one.events.get(timeout=10).error.status == 500
-    engine.step = step
+    for part in ("step", "seat"):
+        sound = getattr(engine, part)
+        setattr(engine, part, lambda *_: 1 / 0)
+        one = job(ids(4))
+        engine.submit(one)
+        assert one.events.get(timeout=10).error.status == 500
+        setattr(engine, part, sound)
     one = job(ids(4))
     engine.submit(one)
     while not (event := one.events.get(timeout=10)).finish:
@@ -508,6 +513,7 @@ def test_streamed_is_not_streamed(server, path, extra):
     _, whole, _ = ask(server, path, wish)
     *chunks, last = stream(server, path, wish | {"stream_options": {"include_usage": True}})
     assert last["choices"] == [] and all(chunk["usage"] is None for chunk in chunks)
+    assert 0 <= last["usage"]["prompt_tokens_details"]["cached_tokens"] < last["usage"]["prompt_tokens"]  # once, not for each of n
     assert {k: v for k, v in last["usage"].items() if "details" not in k} == {k: v for k, v in whole["usage"].items() if "details" not in k}
     assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in [*chunks, last]}) == 1
     for choice in whole["choices"]:
@@ -724,9 +730,10 @@ def test_what_a_request_says_is_logged_escaped(capfd):
     server = serving(verbose=True)
     raw_request(server, b"GET /\x1b[31m\xff%0d HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     raw_request(server, b"G\x1bT /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    raw_request(server, b"GET /" + b"a" * 70000)
     close(server)
     logged = capfd.readouterr().err
-    assert logged.count("\n") == 2 and "404" in logged and "405" in logged and logged.replace("\n", "").isprintable() and logged.isascii()
+    assert logged.count("\n") == 3 and "431" in logged and "404" in logged and "405" in logged and logged.replace("\n", "").isprintable() and logged.isascii()
 
 
 def test_200_connections_at_once():
