@@ -1050,6 +1050,20 @@ def test_draining_refuses_new_work():
     server.finish(5.0)
 
 
+def test_what_does_not_finish_in_time_is_told_so():
+    engine, gate, one = Engine(MODEL, 1), threading.Semaphore(1), job(ids(4), max_tokens=200, ignore_eos=True)
+    step, waits, finished = engine.step, job(ids(5)), []
+    engine.step = lambda work: (gate.acquire(timeout=15), step(work))
+    engine.submit(one), engine.submit(waits)
+    engine.start()
+    stopper = threading.Thread(target=lambda: finished.append(engine.stop(0.0)))
+    stopper.start()
+    until(lambda: engine.stopped)
+    gate.release(1000)
+    stopper.join()
+    assert finished == [False] and one.completion_tokens < 5 and events(one)[-1].error.status == 503 == events(waits)[-1].error.status and not engine.running
+
+
 def test_adapters_and_bad_directories(directory, tmp_path):
     model = Llama.from_pretrained(directory)
     lora.attach(model, 4, generator=torch.Generator().manual_seed(1))
