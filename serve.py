@@ -1373,7 +1373,7 @@ async function draw() {
   if (response.status === 401) return $("training").replaceChildren(el("p", {textContent: "This server asks for an API key: put it in under Settings in the chat."}));
   if (!response.ok) return;
   tag = response.headers.get("ETag");
-  const runs = (await response.json()).runs.sort((a, b) => a.changed - b.changed);
+  const runs = (await response.json()).runs.sort((a, b) => b.changed - a.changed);
   if (!runs.length) return $("training").replaceChildren(el("p", {textContent: "No run has logged anything yet. The curves of sft.py, rm.py and ppo.py appear here while they train."}));
   const focus = document.activeElement?.closest?.("figure") ? [...document.querySelectorAll("figure svg")].indexOf(document.activeElement) : -1;
   const now = Date.now() / 1000;
