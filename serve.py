@@ -808,6 +808,12 @@ class Handler(BaseHTTPRequestHandler):
         self.request_version = "HTTP/1.1"
         self.refuse(Refusal(int(code), f"the request cannot be read ({message or HTTPStatus(code).phrase})"))
 
+    def handle_expect_100(self) -> bool:
+        """curl asks before it sends a longer body, and waits."""
+        super().handle_expect_100()
+        self.wfile.flush()
+        return True
+
     def refuse(self, refusal: Refusal) -> None:
         if self.sent is not None:  # in the middle of an answer
             self.close_connection = True
@@ -1682,11 +1688,12 @@ def benchmark(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
+    url = args.benchmark and args.directory.startswith("http://")
+    if not url:  # else it is `benchmark` that has started this process
+        told = vars(args) | {"api_key": args.api_key and "(given)"}
+        print("flags: " + " ".join(f"{key}={value}" for key, value in sorted(told.items())), flush=True)
     if args.benchmark:
-        if args.directory.startswith("http://"):
-            summary = {"url": args.directory, "rows": benchmark_url(args.directory, args, args.vocab)}
-        else:
-            summary = benchmark(args)
+        summary = {"url": args.directory, "rows": benchmark_url(args.directory, args, args.vocab)} if url else benchmark(args)
         write_file(args.json, json.dumps(summary, indent=1).encode())
         return summary
     import zero  # here, not above: only to keep memory that was freed

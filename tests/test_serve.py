@@ -647,6 +647,16 @@ def test_requests_that_are_refused_as_a_whole(server, content, status):
     assert b"Access-Control" not in answer
 
 
+def test_a_client_that_asks_before_it_sends_its_body(server):
+    """curl does, with longer ones: Expect: 100-continue."""
+    body = json.dumps({"prompt": "Once", "max_tokens": 2}).encode()
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as client:
+        client.sendall(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
+        assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(body)
+        assert status_of(client.recv(1000)) == 200
+
+
 def test_malformed_requests_never_break_the_server(server, capfd):
     """10,000 of random types, sizes and encodings: each gets an answer below 500, no traceback is printed, and afterwards the
     server is as before."""
