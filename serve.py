@@ -482,7 +482,10 @@ KNOWN = {"model", "stream", "stream_options", "n", "stop", "max_tokens", "temper
 
 def shown(value: object) -> str:
     """A value in an error message, short."""
-    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value)
+    except RecursionError:  # just not too deep to be read
+        return "nested too deeply"
     return repr(text[:60] + "...") if len(text) > 60 else repr(value)
 
 

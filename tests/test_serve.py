@@ -605,6 +605,13 @@ def test_broken_bodies(server, raw):
     assert ask(server, "/health")[0] == 200
 
 
+def test_nesting_of_every_depth(server):
+    """Where Python just manages to read a value, it may not manage to print it."""
+    for depth in range(850, 1010):
+        status, body, _ = ask(server, COMPLETE, b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}")
+        assert status == 400 and body["error"]["message"], depth
+
+
 def raw_request(server: Server, content: bytes, read: bool = True) -> bytes:
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as client:
         try:
