@@ -189,7 +189,7 @@ def test_layer_error_is_that_of_the_outputs():
 
 
 def test_inverse_factor():
-    """U^T U = (H + damp)^-1 and U is upper triangular; in slabs of 512 too."""
+    """U^T U = (H + damp)^-1 and U is upper triangular; in several slabs too."""
     x = correlated(600, 900)
     H = Q.hessian(x)
     assert torch.allclose(H, x.T @ x, rtol=1e-4, atol=1e-2)
