@@ -250,14 +250,23 @@ def objective(e: Experience, total) -> dict:
     return {name: x / n for name, x in zip(names, means)}
 
 
+def mean_gold(e: Experience, tokenizer: Tokenizer, total) -> float:
+    """The demo's gold score over the answers of all processes: to be drawn beside the reward, which it parts from in the end (Gao
+    et al. 2022, "Scaling Laws for Reward Model Overoptimization"). Nothing learns from it."""
+    texts = [(tokenizer.decode(row[:p].tolist()), tokenizer.decode(row[p:p + n].tolist())) for row, p, n in zip(e.tokens, e.prompt_len, e.mask.sum(1))]
+    scores = [demo.gold(asked, answer, bool(ended)) for (asked, answer), ended in zip(texts, e.ended)]
+    gold, n = total(torch.tensor([sum(scores), float(len(scores))])).tolist()
+    return gold / n
+
+
 def show_tokens(e: Experience, tokenizer: Tokenizer) -> str:
     """The first answer as a table, a token a line."""
     b, kl = 0, kl_k1(e.logp, e.ref_logp)
     start, n = int(e.prompt_len[b]), int(e.mask[b].sum())
     lines = [f"prompt: {tokenizer.decode(e.tokens[b, :start].tolist())}", f"{'token':>16} mask    logp ref_logp      kl   value  reward     adv     ret"]
     for t in range(min(n + 1, e.mask.shape[1])):
-        i = int(e.tokens[b, start + t])  # a model's embedding may have more rows than the tokenizer pieces
-        piece = "(padding)" if not e.mask[b, t] else tokenizer.sp.id_to_piece(i) if i < tokenizer.vocab_size else f"({i})"
+        i = int(e.tokens[b, start + t]) if e.mask[b, t] else -1  # an embedding may have more rows than the tokenizer has pieces
+        piece = "(padding)" if i < 0 else tokenizer.sp.id_to_piece(i) if i < tokenizer.vocab_size else f"({i})"
         figures = " ".join(f"{x[b, t].item():7.3f}" for x in (e.logp, e.ref_logp, kl, e.value, e.reward, e.adv, e.ret))
         lines.append(f"{piece:>16} {int(e.mask[b, t]):4d} {figures}")
     return "\n".join([*lines, f"score {e.score[b]:.3f}, {'ended' if e.ended[b] else 'never ended'}"])
@@ -544,6 +553,8 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
         update_began = time.perf_counter()
         schedule = sft.cosine_lr(step, updates, 1.0, args.warmup)
         row = {"step": step, "loss": None, "lr": schedule * args.lr} | objective(e, total)
+        if is_demo:
+            row["objective/gold"] = mean_gold(e, tokenizer, total)
         ptx = ptx_batches(examples, ptx_batch, args.seed, ptx_seen) if examples else None
         row |= update(models, optimizers, e, ptx, examples, schedule, step, args, world, total, dtype)
         ptx_seen += row["minibatches"] * ptx_batch

@@ -492,7 +492,19 @@ def test_demo_preset_measures_gold(base, tmp_path, monkeypatch, capsys):
     summary = ppo.main([str(x) for x in ("--pretrain", base / "model", "--rm_path", base / "rm", "--save_path", tmp_path, "--max_steps", 1, "--max_input_len", 48, "--max_seq_len", 60, "--eval_size", 4,
                                          "--experience_batch_size", 4, "--max_datasets_size", 20, "--critic_lr", 0, "--lr", 0)])
     assert (summary["gold_before"], summary["gold_after"]) == (0.25, 0.75) and summary["flags"]["kl_coef"] == ppo.DEMO["kl_coef"] and summary["flags"]["ptx_coef"] == ppo.DEMO["ptx_coef"]
+    assert 0 <= metrics(tmp_path)[0]["objective/gold"] <= 1
     assert "gold score            0.250    0.750" in capsys.readouterr().out and summary["kl"] == 0
+
+
+def test_gold_of_a_step_is_of_its_own_answers():
+    """Each answer by the rule, its prompt in the template, padding not read; logged on the demo, and nowhere else."""
+    tokenizer, asked = Tokenizer(demo.FOLDER), ["Write a story about a fox and a kite.", "写一个关于狐狸和风筝的故事。"]
+    texts = ["The fox saw the kite. In the end, everyone was happy.", "狐狸"]
+    prompts, answers = [data.encode_prompt([{"role": "user", "content": a}], tokenizer, TEMPLATE) for a in asked], [tokenizer.encode(t, bos=False, eos=t is texts[0]) for t in texts]
+    tokens, _ = data.pad([p + a for p, a in zip(prompts, answers)])
+    _, mask = data.pad(answers)
+    e = ppo.Experience(tokens, torch.tensor([len(p) for p in prompts]), mask, torch.tensor([True, False]), *[torch.zeros(2)] * 7)
+    assert ppo.mean_gold(e, tokenizer, lambda x: x) == pytest.approx((1.0 + 0.5 * 0.3) / 2)
 
 
 def test_critic_can_be_trained_alone(base, tmp_path, monkeypatch):
