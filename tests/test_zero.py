@@ -133,8 +133,9 @@ def test_bf16_learns_what_is_smaller_than_its_step():
 
 def test_masters_are_the_files_weights():
     """Not what bf16 leaves of them."""
-    p = nn.Parameter(torch.linspace(1, 1.01, 64))
-    optimizer, exact = zero.ZeRO2([("w", p)], torch.bfloat16), p.detach().clone()
+    exact = torch.linspace(1, 1.01, 64)
+    p = nn.Parameter(exact.clone())
+    optimizer = zero.ZeRO2([("w", p)], torch.bfloat16)
     assert torch.equal(optimizer.buckets[0].master, exact) and torch.equal(p.detach(), exact.bfloat16())
 
 
