@@ -4,6 +4,7 @@
     python quantize.py DIR --calibration FILE --text FILE --save_path OUT     4 bits by GPTQ, and a table of what it cost
     python quantize.py DIR --bits 8 --text FILE --save_path OUT               8 bits by RTN
     python quantize.py DIR --eval --text FILE                                 perplexity, of a quantized directory too
+    python quantize.py --benchmark big                                        how fast it decodes here, beside bf16
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv 2210.17323).
 A weight becomes a code of 4 or 8 bits on a grid that all weights of a group (some neighbours in a row) share:
@@ -38,6 +39,7 @@ Letters: O outputs and I inputs of a layer, G groups, S columns of a group, N ro
 import argparse
 import functools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -49,7 +51,7 @@ from torch import Tensor, nn
 
 import data
 from data import demo
-from model import DTYPES, Linear, Llama, LlamaConfig, Tokenizer, Where, check_tokenizer, config_from_hf, cpu_has_bf16, load_weights, read_config, read_json, read_template, read_tensors, write_weights
+from model import DTYPES, SHAPES, Linear, Llama, LlamaConfig, Tokenizer, Where, check_tokenizer, config_from_hf, cpu_has_bf16, load_weights, random_model, read_config, read_json, read_template, read_tensors, write_weights
 
 SHRINK = tuple(1 - i / 40 for i in range(17))  # of a grid's span: 1, 0.975, ... 0.6; finer steps changed nothing measurable
 SMALLEST = 2.0**-24                            # of a scale: the smallest number of float16, where scales are stored
@@ -798,6 +800,30 @@ def tokens_per_second(model: Llama, device, new: int = 32) -> float | None:
         return None
 
 
+def benchmark(name: str, batch: int, device, steps: int = 16) -> list[dict]:
+    """Decoding tokens a second of a shape with random weights, in bf16 and in 8 and 4 bits (head too): a step of each in turn, so
+    that what else the machine does meets all alike; medians."""
+    schemes = {"bf16": None, "8 bits": Scheme("rtn", 8, -1, True, clip=False, head=True), "4 bits, groups of 128": Scheme("rtn", clip=False, head=True)}
+    runs, seconds = {}, {kind: [] for kind in schemes}
+    for kind, scheme in schemes.items():
+        model = random_model(SHAPES[name], torch.bfloat16, device).eval()
+        if scheme:
+            quantize_model(model, scheme, device=device)
+        runs[kind] = model.fuse(batch).generate_steps([list(range(3, 11))] * batch, steps + 4, temperature=0, eos_id=-1)
+        for _ in range(3):  # the prefill, and steps that warm up
+            next(runs[kind])
+    for _ in range(steps):
+        for kind, run in runs.items():
+            started = time.perf_counter()
+            next(run)
+            seconds[kind].append(time.perf_counter() - started)
+    median = {kind: statistics.median(taken) for kind, taken in seconds.items()}
+    rows = [{"shape": name, "batch": batch, "weights": kind, "tokens_per_second": batch / taken, "ratio": median["bf16"] / taken} for kind, taken in median.items()]
+    for row in rows:
+        print(f"{name}, batch {batch}, {row['weights']:22} {row['tokens_per_second']:8.1f} tokens/s, {row['ratio']:.2f} x bf16", flush=True)
+    return rows
+
+
 def group_size(text: str) -> int:
     try:
         check_grid(4, int(text))
@@ -819,6 +845,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pretrain", type=Path, help="the same as DIR")
     parser.add_argument("--save_path", type=Path, help="directory to write; without it the table is all there is (the demo: out/ppo-int4)")
     parser.add_argument("--eval", action="store_true", help="change nothing, print the perplexity of DIR, quantized or not, on --text")
+    parser.add_argument("--benchmark", choices=list(SHAPES), metavar="SHAPE", help=f"quantize nothing, time decoding of random weights in bf16, 8 and 4 bits: {' '.join(SHAPES)}")
+    parser.add_argument("--batch", type=sft.whole(1), nargs="+", default=[1, 16], help="benchmark: rows decoded at once")
     # how
     parser.add_argument("--bits", type=int, choices=[4, 8], help="4 in groups, or 8 with one scale a row (4)")
     parser.add_argument("--method", choices=["gptq", "rtn"], help="gptq needs --calibration (4 bits: gptq, 8 bits: rtn)")
@@ -870,6 +898,10 @@ def main(argv: list[str] | None = None) -> dict:
     import zero
     started = time.perf_counter()
     args = parse(argv)
+    if args.benchmark:
+        device = zero.start(args.device, "naive").device
+        with torch.inference_mode():
+            return {"benchmark": [row for batch in args.batch for row in benchmark(args.benchmark, batch, device)], "seconds": time.perf_counter() - started}
     is_chain = args.pretrain is None
     if is_chain:
         args.pretrain = Path("out/ppo")

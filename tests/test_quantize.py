@@ -584,6 +584,15 @@ def test_table_and_summary(tmp_path, capsys):
     assert Q.load(tmp_path / "in", quant="4bit").quantized["bits"] == 4 and "GPTQ loses less" in capsys.readouterr().out
 
 
+def test_benchmark_decodes_the_same_model_in_three_ways(monkeypatch, capsys):
+    models, real = [], Llama.fuse
+    monkeypatch.setitem(Q.SHAPES, "tiny", LlamaConfig(**SIZES | {"ffn_dim": 128, "dim": 128}))
+    monkeypatch.setattr(Llama, "fuse", lambda model, rows=1: (models.append((model.quantized or {"bits": 16})["bits"]), real(model, rows))[1])
+    rows = Q.main(["--benchmark", "tiny", "--batch", "1", "2"])["benchmark"]
+    assert models == [16, 8, 4] * 2 and [(row["batch"], row["weights"]) for row in rows] == [(b, w) for b in (1, 2) for w in ("bf16", "8 bits", "4 bits, groups of 128")]
+    assert rows[0]["ratio"] == 1 and rows[2]["ratio"] == pytest.approx(rows[2]["tokens_per_second"] / rows[0]["tokens_per_second"]) and "x bf16" in capsys.readouterr().out
+
+
 def test_demo_names_what_makes_its_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="out/ppo does not exist: run ppo.py first"):
