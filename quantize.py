@@ -633,6 +633,8 @@ def save(model: Llama, directory: str | Path) -> None:
     if model.fused or not model.quantized:
         raise ValueError("the model is fused for generation: save it before" if model.fused else "the model is not quantized: write it with save_pretrained")
     q, layers = model.quantized, quantized_layers(model)
+    if q["bits"] == 4 and any(isinstance(layer, Linear8) for layer in layers.values()):
+        raise ValueError("this model was rounded at load, with a head in 8 bits, for which 4-bit files have no place: use quantize_model, or quantize.py")
     tensors = {model.hf_name(name): p for name, p in model.named_parameters()}
     exact = {}
     for name, layer in layers.items():
@@ -710,6 +712,14 @@ def read_linear4(linear: Linear, name: str, tensors: dict, q: dict, directory: P
     return layer
 
 
+def round_model(model: Llama, quant: str, device="cpu") -> None:
+    """Quantize a model by RTN to be used at once: "8bit", or "4bit" in groups of 32. A head of its own becomes 8 bits in both."""
+    quantize_model(model, Scheme("rtn", 8, -1, True) if quant == "8bit" else Scheme("rtn", 4, 32), device=device)
+    if hasattr(model, "output") and not model.config.tie_embeddings:
+        replace(model, ("output",), "model", Scheme("rtn", 8, -1, True), None)
+        model.quantized["head"] = True
+
+
 def load(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", quant: str | None = None, head: bool = True) -> Llama:
     """Open a quantized directory; `dtype` is that of activations, embedding and norms (None: the file's). quant "8bit" or "4bit"
     quantizes a plain directory by RTN on the way, block by block, and must agree with a quantized one. Call fuse() before generating:
@@ -720,7 +730,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", 
     if q is None:
         model = Llama.from_pretrained(directory, dtype, "cpu" if quant else device, head)
         if quant:
-            quantize_model(model, Scheme("rtn", 8, -1, True) if quant == "8bit" else Scheme("rtn", 4, 32), device=device)
+            round_model(model, quant, device)
             if quant == "4bit":
                 print(f"note: 4 bits by RTN at load; GPTQ loses less: python quantize.py {directory} --calibration FILE --save_path OUT", flush=True)
         return model.to(device)

@@ -1558,7 +1558,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.error = refuse  # one sentence, no usage text of forty lines before it
     parser.add_argument("directory", nargs="?", default="out/ppo", help=f"weights directory: Hugging Face or Meta layout, quantized, or a LoRA adapter; with --benchmark also a shape with random weights ({' '.join(SHAPES)}), or the URL of a server")
     # model
-    parser.add_argument("--quant", choices=["8bit", "4bit"], help="quantize a plain directory at load by rounding to nearest; on a quantized one it must agree")
+    parser.add_argument("--quant", choices=["8bit", "4bit"], help="quantize a plain directory at load by rounding to nearest (the head to 8 bits); on a quantized one it must agree")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: bf16 on CUDA, fp32 elsewhere")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda where there is one, else cpu")
     parser.add_argument("--template", choices=sorted(data.TEMPLATES), help="prompt template of chats (the one that the directory names, else plain)")
@@ -1609,7 +1609,7 @@ def open_everything(args: argparse.Namespace) -> tuple[Llama, Tokenizer, data.Te
         model = random_model(SHAPES[args.directory], dtype, device).eval()
         if args.quant:
             import quantize
-            quantize.quantize_model(model, quantize.Scheme("rtn", 8, -1, True) if args.quant == "8bit" else quantize.Scheme("rtn", 4, 32), device=device)
+            quantize.round_model(model, args.quant, device)
         return model, Folded(demo.FOLDER), data.TEMPLATES["plain"], args.directory
     if not directory.is_dir():
         hint = "run `python ppo.py` first, which makes it, or name" if args.directory == "out/ppo" else "name"
