@@ -126,8 +126,11 @@ def rtn(w: Tensor, bits: int, group_size: int, sym: bool, clip: bool = False) ->
     w = w.float()
     scale, zero = grids(w, bits, group_size, sym, clip)
     group = groups_of(w.shape[1], group_size, w.device)
-    q = code(w, scale[:, group.long()], zero[:, group.long()], 2**bits - 1)
-    return Quantized(q.to(torch.uint8), scale, zero.to(torch.uint8), group)
+    q, at = torch.empty(w.shape, dtype=torch.uint8, device=w.device), group.long()
+    for rows in torch.arange(len(w)).split(4096):  # of a head there are many, and each pass makes several fp32 copies
+        part = slice(rows[0], rows[-1] + 1)
+        q[part] = code(w[part], scale[part, at], zero[part, at], 2**bits - 1)
+    return Quantized(q, scale, zero.to(torch.uint8), group)
 
 
 # ---- GPTQ -----------------------------------------------------------------------------------------------------------
@@ -426,7 +429,7 @@ class Linear8(QuantizedLinear):
     def of(cls, m: Quantized) -> "Linear8":
         with torch.device(m.q.device):
             layer = cls(m.q.shape[1], m.q.shape[0])
-        layer.weight, layer.scale = (m.q.int() - m.zero).to(torch.int8), m.scale[:, 0].contiguous()
+        layer.weight, layer.scale = (m.q.short() - m.zero).to(torch.int8), m.scale[:, 0].contiguous()
         return layer
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -712,6 +715,7 @@ def read_linear4(linear: Linear, name: str, tensors: dict, q: dict, directory: P
     return layer
 
 
+@torch.no_grad()
 def round_model(model: Llama, quant: str, device="cpu") -> None:
     """Quantize a model by RTN to be used at once: "8bit", or "4bit" in groups of 32. A head of its own becomes 8 bits in both."""
     quantize_model(model, Scheme("rtn", 8, -1, True) if quant == "8bit" else Scheme("rtn", 4, 32), device=device)
