@@ -1296,7 +1296,7 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the step of one token: starts some 15 s later, then small models are faster; on CUDA with graphs")
     parser.add_argument("--benchmark", action="store_true", help="print tokens/s of prefill and decode, and the share of the memory bandwidth in use")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="rows of the benchmark's batches, one figure each (1)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # a prompt may follow a flag
 
     check_sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)  # before minutes of loading
     if args.benchmark and args.prompts or not (args.benchmark or args.prompts):
