@@ -787,6 +787,34 @@ def read_rows(path: Path, tokenizer: Tokenizer, template: str, length: int, most
     return rows, f"{len(rows)} windows of {length - 1} ids on end, BOS before each, the last partial one dropped, every id but BOS predicted"
 
 
+def read_texts(args: argparse.Namespace, tokenizer: Tokenizer, template: str, length: int, is_demo: bool) -> tuple[list[Row], str]:
+    """What to measure perplexity on, and how it was cut: --text, for the demo's models records of its generator, or nothing."""
+    if args.text is not None:
+        return read_rows(args.text, tokenizer, template, length, None, args.skip_bad_records)
+    if not is_demo:
+        return [], ""
+    examples = (data.encode_example(data.normalise(record, "sft"), tokenizer, data.TEMPLATES[template], length) for record in demo.instruction_records(1, 200))
+    texts = [Row(*example) for example in examples if example]
+    return texts, f"{len(texts)} records that the generator wrote for this, only answers predicted"
+
+
+def read_calibration(args: argparse.Namespace, config: LlamaConfig, tokenizer: Tokenizer, template: str, length: int) -> tuple[list[Row], str]:
+    """GPTQ's text, and how it was cut. ValueError where it is too short for an undamped Hessian to have an inverse."""
+    rows, cut = read_rows(args.calibration, tokenizer, template, length, args.max_datasets_size, args.skip_bad_records)
+    inputs, widest = sum(len(row.ids) for row in rows), max(config.ffn_dim, config.dim, config.n_heads * config.head_dim)
+    if inputs < widest and args.damp == 0:
+        raise ValueError(f"{args.calibration} gives {inputs} inputs, which cannot span the {widest} dimensions of the widest layer: calibrate on more text, or with --damp 0.01")
+    if inputs < widest:
+        print(f"note: {inputs} inputs to calibrate on, the widest layer has {widest} dimensions: more text would do better")
+    return rows, cut
+
+
+def print_table(table: list[tuple]) -> None:
+    print(f"{'method':50} {'bits a weight':>13} {'MB in all':>9} {'perplexity':>10} {'tokens/s':>8}")
+    for what, bits, size, value, speed in table:
+        print(f"{what:50} {bits:13.2f} {size / 1e6:9.1f} {'-' if value is None else f'{value:.4f}':>10} {'-' if speed is None else f'{speed:.1f}':>8}")
+
+
 def stored_bytes(model: Llama) -> int:
     """Of a model's weights in its directory."""
     return sum(p.numel() for p in model.parameters()) * DTYPES[model.config.dtype].itemsize + sum(b.nbytes for m in quantized_layers(model).values() for b in m.buffers())
@@ -932,13 +960,7 @@ def main(argv: list[str] | None = None) -> dict:
     config = load_config(args.pretrain)
     check_tokenizer(tokenizer, config)
     length = min(args.max_len, config.max_seq_len)
-    texts, cut = [], ""
-    if args.text is not None:
-        texts, cut = read_rows(args.text, tokenizer, template, length, None, args.skip_bad_records)
-    elif is_demo:
-        examples = (data.encode_example(data.normalise(record, "sft"), tokenizer, data.TEMPLATES[template], length) for record in demo.instruction_records(1, 200))
-        texts = [Row(*example) for example in examples if example]
-        cut = f"{len(texts)} records that the generator wrote for this, only answers predicted"
+    texts, cut = read_texts(args, tokenizer, template, length, is_demo)
     if args.eval:
         if not texts:
             raise ValueError("--eval needs --text: name a text file, or instruction records")
@@ -954,26 +976,21 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError("--head: this model's head is its embedding, which is read row by row and stays as it is; leave the flag out")
     if args.save_path:
         sft.check_save_path(args)
-    rows, calibrated = [], ""
-    if scheme.method == "gptq":
-        rows, calibrated = read_rows(args.calibration, tokenizer, template, length, args.max_datasets_size, args.skip_bad_records)
-        inputs, widest = sum(len(row.ids) for row in rows), max(config.ffn_dim, config.dim, config.n_heads * config.head_dim)
-        if inputs < widest:
-            if scheme.damp == 0:
-                raise ValueError(f"{args.calibration} gives {inputs} inputs, which cannot span the {widest} dimensions of the widest layer: calibrate on more text, or with --damp 0.01")
-            print(f"note: {inputs} inputs to calibrate on, the widest layer has {widest} dimensions: more text would do better")
+    rows, calibrated = read_calibration(args, config, tokenizer, template, length) if scheme.method == "gptq" else ([], "")
     sft.say_flags(world, args)
     open_plain = lambda: Llama.from_pretrained(args.pretrain, dtype).eval()
     table, figures = [], {}
 
+    def measure(when: str, model: Llama, name: str) -> None:
+        figures[f"bytes_{when}"], figures[f"perplexity_{when}"] = stored_bytes(model), perplexity(model, texts, device) if texts else None
+        if is_chain:
+            figures[f"gold_{when}"] = demo.measure(model.to(device), tokenizer, data.TEMPLATES[template])["gold"]
+        bits = bits_a_weight(model)  # before it is fused
+        table.append((name, bits, figures[f"bytes_{when}"], figures[f"perplexity_{when}"], tokens_per_second(model, device)))
+
     # ---- before ----
     model = open_plain()
-    figures["bytes_before"], bits = stored_bytes(model), bits_a_weight(model)
-    figures["perplexity_before"] = perplexity(model, texts, device) if texts else None
-    if is_chain:
-        figures |= {f"{key}_before": value for key, value in demo.measure(model.to(device), tokenizer, data.TEMPLATES[template]).items() if key == "gold"}
-    speed = tokens_per_second(model, device)
-    table.append((str(DTYPES[config.dtype]).removeprefix("torch."), bits, figures["bytes_before"], figures["perplexity_before"], speed))
+    measure("before", model, str(DTYPES[config.dtype]).removeprefix("torch."))
     del model
 
     # ---- quantize and save ----
@@ -990,14 +1007,9 @@ def main(argv: list[str] | None = None) -> dict:
     if args.save_path:
         save(model, args.save_path)
         tokenizer.save(args.save_path, named, data.TEMPLATES[named].jinja if named in data.TEMPLATES else None)
-    figures["bytes_after"], bits = stored_bytes(model), bits_a_weight(model)
-    figures["perplexity_after"] = perplexity(model, texts, device) if texts else None
-    speed = tokens_per_second(model, device)
     name = f"{scheme.method} {scheme.bits} bits" + (f", groups of {scheme.group_size}" if scheme.group_size != -1 else "") + (", symmetric" if scheme.sym else "")
-    table.append((name, bits, figures["bytes_after"], figures["perplexity_after"], speed))
-    figures["tokens_per_second"] = speed
-    if is_chain:
-        figures |= {f"{key}_after": value for key, value in demo.measure(model, tokenizer, data.TEMPLATES[template]).items() if key == "gold"}
+    measure("after", model, name)
+    figures["tokens_per_second"] = table[-1][-1]
     del model
 
     # ---- what rounding alone would have given ----
@@ -1006,11 +1018,10 @@ def main(argv: list[str] | None = None) -> dict:
         model = open_plain()
         quantize_model(model, scheme._replace(method="rtn", clip=False), device=device)
         figures["perplexity_rtn"] = perplexity(model, texts, device)
-        table.insert(1, ("rtn" + name[len(scheme.method):] + ", no clipping", bits, figures["bytes_after"], figures["perplexity_rtn"], speed))
+        _, bits, size, _, speed = table[-1]
+        table.insert(1, ("rtn" + name[len(scheme.method):] + ", no clipping", bits, size, figures["perplexity_rtn"], speed))
 
-    print(f"{'method':50} {'bits a weight':>13} {'MB in all':>9} {'perplexity':>10} {'tokens/s':>8}")
-    for what, bits, size, value, speed in table:
-        print(f"{what:50} {bits:13.2f} {size / 1e6:9.1f} {'-' if value is None else f'{value:.4f}':>10} {'-' if speed is None else f'{speed:.1f}':>8}")
+    print_table(table)
     if texts:
         print(f"perplexity: {cut}")
     if "gold_after" in figures:
