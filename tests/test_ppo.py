@@ -497,7 +497,7 @@ def test_demo_preset_measures_gold(base, tmp_path, monkeypatch, capsys):
 
 
 def test_gold_of_a_step_is_of_its_own_answers():
-    """Each answer by the rule, its prompt in the template, padding not read; logged on the demo, and nowhere else."""
+    """Each answer by the rule, its prompt in the template."""
     tokenizer, asked = Tokenizer(demo.FOLDER), ["Write a story about a fox and a kite.", "写一个关于狐狸和风筝的故事。"]
     texts = ["The fox saw the kite. In the end, everyone was happy.", "狐狸"]
     prompts, answers = [data.encode_prompt([{"role": "user", "content": a}], tokenizer, TEMPLATE) for a in asked], [tokenizer.encode(t, bos=False, eos=t is texts[0]) for t in texts]
