@@ -345,14 +345,17 @@ def test_fast_int4_is_the_reference_within_its_rounding(O, I, size):
     assert fast(x.view(2, -1, I)).shape == (2, 100, 2 * O)
 
 
-@pytest.mark.parametrize("weight_only", [False, True])  # with and without int8 instructions
+@pytest.mark.parametrize("vnni", [False, True])  # without and with int8 instructions
 @pytest.mark.parametrize("O, I", [(172, 64), (64, 172), (5, 100)])
-def test_fast_int8_is_the_reference_within_its_rounding(O, I, weight_only):
+def test_fast_int8_is_the_reference_within_its_rounding(O, I, vnni, monkeypatch):
     if not Q.kernel_works(8, "cpu"):
         pytest.skip("this PyTorch has no int8 product for the CPU")
     layers = [Linear8.of(rtn(matrix(O, I, seed), 8, -1, True)) for seed in (0, 1)]
+    if vnni and not torch.cpu._is_vnni_supported():
+        pytest.skip("this processor has no int8 instructions")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     fast = Linear8.join(layers, 1)
-    fast.weight_only = weight_only
+    assert fast.kernel == ("onednn" if vnni else "weight_only")
     for n in (1, 20):
         x = matrix(n, I, 7) * torch.logspace(-2, 2, n)[:, None]  # every row has a scale of its own
         right = torch.cat([layer(x) for layer in layers], dim=-1)
