@@ -116,11 +116,12 @@ def start(device: str = "auto", strategy: str = "ddp") -> World:
 
 def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next one. By itself it hands large blocks back to the system at once, and
-    every step pays again for having their pages zeroed: a tenth to a third of a step on a CPU. Linux with glibc only."""
+    every step pays again for having their pages zeroed: a tenth to a third of a step on a CPU. One arena for all threads: others
+    cannot hold blocks above 64 MB, and would take those by other ways. Linux with glibc only."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         if mallopt is not None:
-            for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD in malloc.h
+            for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX in malloc.h
                 mallopt(parameter, value)
 
 
