@@ -28,7 +28,6 @@ Where this differs from the paper:
 Read besides: rsLoRA's scaling alpha / sqrt(r) (Kalajdzievski 2023). Refused: DoRA, trained biases, embeddings saved in full.
 """
 
-import argparse
 import json
 import math
 import os
@@ -429,15 +428,15 @@ def load_adapter(model: nn.Module, path: str | Path, dtype: torch.dtype | None =
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description="Merge a LoRA adapter into its base and write an ordinary Hugging Face model.")
+    from model import DTYPES, Parser  # here, not above: the layer and its functions need nothing of ours
+    parser = Parser("Merge a LoRA adapter into its base and write an ordinary Hugging Face model.")
     parser.add_argument("command", choices=["merge"])
     parser.add_argument("adapter", help="folder with adapter_config.json, ours or PEFT's")
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="to write (auto = the base's)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="to write; auto is the base's")
     args = parser.parse_args(argv)
 
-    import quantize  # here, not above: the layer and its functions need nothing of ours
-    from model import DTYPES
+    import quantize
     adapter, base, out = Path(args.adapter), base_path(args.adapter), Path(args.out)
     if is_adapter(out) or out.resolve() == base.resolve():
         raise ValueError(f"{out} is the base or an adapter: name a folder of its own for the merged model")
@@ -485,8 +484,5 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"lora.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    from model import run
+    run(main)

@@ -1196,7 +1196,7 @@ def write_meta(model: Llama, directory: Path) -> None:
 @torch.no_grad()
 def convert(argv: list[str]) -> None:
     """`python model.py convert IN OUT`: from Meta's layout to Hugging Face's or back, same dtype, compared afterwards."""
-    parser = argparse.ArgumentParser(prog="model.py convert", description="Write a model in the other layout: Meta's becomes Hugging Face's, Hugging Face's becomes Meta's (one part).")
+    parser = Parser("Write a model in the other layout: Meta's becomes Hugging Face's, Hugging Face's becomes Meta's (one part).", prog="model.py convert")
     parser.add_argument("source", type=Path, metavar="IN", help="weights directory to read")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write, new or empty")
     args = parser.parse_args(argv)
@@ -1277,25 +1277,68 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device, head: bool = T
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse for all scripts: a wrong flag is a ValueError of one sentence, without forty lines of usage before it, and --help
+    gives defaults where there are any."""
+
+    def __init__(self, description: str, **more):
+        super().__init__(description=description, formatter_class=Help, **more)
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (see --help)")
+
+    def tell(self, usual: dict, demo: dict) -> None:
+        """Put into --help what is filled in later where a flag is left open, since it depends on the input."""
+        for action in self._actions:
+            values = [" ".join(Path(v).name for v in value) if isinstance(value, list) else str(value) for value in (usual.get(action.dest), demo.get(action.dest)) if value is not None]
+            if values:
+                usually = [] if usual.get(action.dest) is None else values[:1]
+                action.help += f" ({'; '.join(usually + ([f'the demo: {values[-1]}'] if action.dest in demo else []))})"
+
+
+def sentence(error: Exception) -> str:
+    """An error in words: the system's own ("[Errno 13] Permission denied: 'x'") begin with a number that says nothing."""
+    raw = isinstance(error, OSError) and error.strerror and error.errno is not None and str(error).startswith("[Errno")
+    return str(error) if not raw else f"{error.filename}: {error.strerror.lower()}" if error.filename is not None else error.strerror
+
+
+def run(main: Callable[[], object]) -> None:
+    """A script's entry: bad input ends in one sentence and exit code 2. `python -X dev` shows the traceback instead."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def main(argv: list[str] | None = None) -> list[dict] | None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["convert"]:
         return convert(argv[1:])
-    parser = argparse.ArgumentParser(description="Continue prompts with a LLaMA, or measure its speed. `model.py convert IN OUT` changes between Meta's and Hugging Face's layout.")
-    parser.add_argument("directory", help=f"weights directory, Hugging Face or Meta layout; for --benchmark also a shape with random weights: {' '.join(SHAPES)}")
+    parser = Parser("Continue prompts with a LLaMA, or measure its speed. `model.py convert IN OUT` changes between Meta's and Hugging Face's layout.")
+    parser.add_argument("directory", help=f"weights directory: Hugging Face or Meta layout, quantized, or a LoRA adapter; for --benchmark also a shape with random weights: {' '.join(SHAPES)}")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue; several are continued one after the other")
     parser.add_argument("--chat", action="store_true", help="each PROMPT is an instruction: put it into the directory's prompt template, print the answer alone")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="longest continuation in tokens (200)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="longest continuation in tokens")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens (0 = all)")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens that make up this probability (1 = all)")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes tokens already seen less likely (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes tokens already seen less likely")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: bf16 on CUDA, fp32 elsewhere")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda where there is one, else cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the step of one token: starts some 15 s later, then small models are faster; on CUDA with graphs")
     parser.add_argument("--benchmark", action="store_true", help="print tokens/s of prefill and decode, and the share of the memory bandwidth in use")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="rows of the benchmark's batches, one figure each (1)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="rows of the benchmark's batches, one figure each")
     args = parser.parse_intermixed_args(argv)  # a prompt may follow a flag
 
     check_sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)  # before minutes of loading
@@ -1308,15 +1351,13 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     if args.benchmark and args.directory in SHAPES and not Path(args.directory).exists():
         model = random_model(SHAPES[args.directory], dtype, device).eval()
     else:
-        file = Path(args.directory, "config.json")
-        if file.exists() and read_json(file).get("quantization_config"):
-            import quantize  # here, not above: the model itself needs nothing of ours
-            config, open_model = quantize.load_config(args.directory), quantize.load
-        else:
-            config, open_model = read_config(args.directory), Llama.from_pretrained
-        tokenizer = Tokenizer(args.directory)
-        check_tokenizer(tokenizer, config)
-        model = open_model(args.directory, dtype, device).eval()
+        from serve import open_model, tokenizer_home  # here, not above: they open quantized models and adapters by way of the other files
+        if not Path(args.directory).is_dir():
+            raise FileNotFoundError(f"{args.directory} does not exist: name a weights directory")
+        home = tokenizer_home(Path(args.directory))
+        tokenizer = Tokenizer(home)
+        model = open_model(Path(args.directory), None, dtype, device)
+        check_tokenizer(tokenizer, model.config)
     model.fuse(max(args.batch) if args.benchmark else 1)
     if args.compile:
         model.compile_decode()
@@ -1328,7 +1369,7 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     for prompt in args.prompts:
         if args.chat:
             import data
-            name = read_template(args.directory)
+            name = read_template(home)
             template = data.TEMPLATES[name if name in data.TEMPLATES else "plain"]
             ids, shown = data.encode_prompt([{"role": "user", "content": prompt}], tokenizer, template), []
         else:
@@ -1342,10 +1383,4 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"model.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -385,6 +385,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_seq_len", type=whole(2), help="longest prompt with answer in tokens")
     parser.add_argument("--eval_size", type=whole(1), default=64, help="prompts that reward and KL are measured on before and after")
     parser.add_argument("--show_tokens", action="store_true", help="print the first answer of each update token by token")
+    parser.tell(FINETUNE, DEMO)
     args = parser.parse_args(argv)
     if args.temperature == 0:
         raise ValueError("--temperature 0 always gives the same answer: PPO learns from differences, sample at 1")
@@ -392,9 +393,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--ptx_coef {args.ptx_coef} would turn the policy's loss around: it is a share, 0 to 1")
     for key, script in (("pretrain", "sft"), ("rm_path", "rm")):
         if getattr(args, key) is None:
-            setattr(args, key, Path(f"out/{script}"))
-            if not getattr(args, key).exists():
-                raise FileNotFoundError(f"out/{script} does not exist: run {script}.py first, or name a model with --{key}")
+            setattr(args, key, sft.finished(Path(f"out/{script}"), script, f"--{key}"))
     return args
 
 
@@ -497,7 +496,8 @@ def main(argv: list[str] | None = None) -> dict:
     check_lengths(args, models)
     prompts, examples = read_prompts(args, tokenizer, world), read_ptx(args, tokenizer, world)
     sft.say_flags(world, args)
-    figures = train(models, base, prompts, examples, is_demo, dtype, tokenizer, args, world)
+    with sft.resumable(args):
+        figures = train(models, base, prompts, examples, is_demo, dtype, tokenizer, args, world)
     summary = sft.write_summary(args, world, figures)
     if world.rank == 0:
         print_table(args, summary, world)
@@ -531,6 +531,8 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
         del states
         step = first = meta["step"]
         drawn, prompts_seen, ptx_seen = meta["drawn"], meta["prompts_seen"], meta["ptx_seen"]
+    if not args.resume:
+        sft.say(world, f"answering {min(args.eval_size, len(held))} prompts, to compare with afterwards")
     before = meta["before"] if args.resume else measure()
     append = sft.open_metrics(args.save_path, world, step)
     batch, ptx_batch = args.experience_batch_size * world.world, args.ptx_batch_size * world.world
@@ -547,6 +549,8 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
             e, a, b = experience(models, draw(prompts, batch, args.seed, prompts_seen), ("rollout", args.seed, drawn), tokenizer, args, world)
             buffer, rollout_seconds, scoring_seconds = [*buffer, e], rollout_seconds + a, scoring_seconds + b
             drawn, prompts_seen = drawn + 1, prompts_seen + batch
+            if step == first + 1 and args.update_timesteps > 1:  # minutes can pass before the first update
+                sft.say(world, f"rollout {drawn} of {rollouts}: {batch} answers in {a + b:.1f} s")
         e = join(buffer)
         if args.show_tokens:
             sft.say(world, show_tokens(e, tokenizer))

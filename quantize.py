@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 import data
 from data import demo
-from model import DTYPES, SHAPES, Linear, Llama, LlamaConfig, Tokenizer, Where, check_tokenizer, config_from_hf, cpu_has_bf16, load_weights, random_model, read_config, read_json, read_template, read_tensors, write_weights
+from model import DTYPES, SHAPES, Linear, Llama, LlamaConfig, Parser, Tokenizer, Where, check_tokenizer, config_from_hf, cpu_has_bf16, load_weights, random_model, read_config, read_json, read_template, read_tensors, write_weights
 
 SHRINK = tuple(1 - i / 40 for i in range(17))  # of a grid's span: 1, 0.975, ... 0.6; finer steps changed nothing measurable
 SMALLEST = 2.0**-24                            # of a scale: the smallest number of float16, where scales are stored
@@ -611,23 +611,28 @@ def quantize_model(model: Llama, scheme: Scheme, rows: list[Row] = (), device="c
                 report += [error for name in BLOCK[half] for error in replace(module, (name,), where, scheme, None)]
                 continue
             # q, k and v, or gate and up, read what the norm gives ...
-            report += replace(module, tuple(first), where, scheme, sum_hessians(norm(x.to(device))[mask] for x, (_, mask, *_) in zip(xs, parts)))
+            report += replace(module, tuple(first), where, scheme, sum_hessians(real(norm(x.to(device)), mask) for x, (_, mask, *_) in zip(xs, parts)))
             # ... and o, or down, what these make of it now: with nothing in its place, the half returns that.
             linear = getattr(module, last)
             setattr(module, last, nn.Identity())
             call = (lambda x, where: module(norm(x), where)) if half == "attention" else (lambda x, where: module(norm(x)))
             inner = [call(x.to(device), where).to(home) for x, (*_, where) in zip(xs, parts)]        # (B, T, I) each
             setattr(module, last, linear)
-            report += replace(module, (last,), where, scheme, sum_hessians(y.to(device)[mask] for y, (_, mask, *_) in zip(inner, parts)))
+            report += replace(module, (last,), where, scheme, sum_hessians(real(y.to(device), mask) for y, (_, mask, *_) in zip(inner, parts)))
             xs = [x + getattr(module, last)(y.to(device)).to(home) for x, y in zip(xs, inner)]
         layer.to(home)
         errors += report
         progress(i, report)
     if scheme.head:
-        H = sum_hessians(model.norm(x)[mask.to(home)] for x, (_, mask, *_) in zip(xs, parts)) if gptq_on else None
+        H = sum_hessians(real(model.norm(x), mask.to(home)) for x, (_, mask, *_) in zip(xs, parts)) if gptq_on else None
         errors += replace(model, ("output",), "model", scheme, H)
     model.quantized = scheme._asdict()
     return errors
+
+
+def real(x: Tensor, mask: Tensor) -> Tensor:
+    """The rows of x (B, T, I) that are no padding, (N, I); a view where all are real."""
+    return x.flatten(0, 1) if mask.all() else x[mask]
 
 
 def sum_hessians(inputs: Iterable[Tensor]) -> Tensor:
@@ -791,6 +796,8 @@ def read_rows(path: Path, tokenizer: Tokenizer, template: str, length: int, most
         encode = functools.partial(data.encode_example, tokenizer=tokenizer, template=data.TEMPLATES[template], max_len=length)
         rows = [Row(*example) for example in data.encode_all(records, encode, "examples")[0]]
         return rows, f"{len(rows)} records in template {template}, cut at {length} ids, only answers predicted"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} {'is no file' if path.exists() else 'does not exist'}: name a text file, or records as .json or .jsonl")
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
@@ -891,12 +898,7 @@ def group_size(text: str) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     import sft  # here, not above: sft itself opens quantized bases by way of this file
-    parser = argparse.ArgumentParser(description="Quantize a LLaMA to 4 bits by GPTQ, or to 8 or 4 by rounding to nearest, and print what it cost. Without flags, the demo: reads out/ppo, writes "
-                                     "out/ppo-int4.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def refuse(message: str):
-        raise ValueError(f"{message} (see --help)")
-    parser.error = refuse
+    parser = Parser("Quantize a LLaMA to 4 bits by GPTQ, or to 8 or 4 by rounding to nearest, and print what it cost. Without flags, the demo: reads out/ppo, writes out/ppo-int4.")
     # input and output
     parser.add_argument("directory", type=Path, nargs="?", metavar="DIR", help="weights directory to quantize, Hugging Face or Meta layout (out/ppo)")
     parser.add_argument("--pretrain", type=Path, help="the same as DIR")
@@ -961,9 +963,7 @@ def main(argv: list[str] | None = None) -> dict:
             return {"benchmark": [row for batch in args.batch for row in benchmark(args.benchmark, batch, device)], "seconds": time.perf_counter() - started}
     is_chain = args.pretrain is None
     if is_chain:
-        args.pretrain = Path("out/ppo")
-        if not args.pretrain.exists():
-            raise FileNotFoundError("out/ppo does not exist: run ppo.py first, or name a model")
+        args.pretrain = sft.finished(Path("out/ppo"), "ppo", "--pretrain")
     if not args.pretrain.is_dir():
         raise FileNotFoundError(f"{args.pretrain} is not a directory: name a weights directory")
     world = zero.start(args.device, "naive")

@@ -204,11 +204,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_len", type=sft.whole(2), help="longest prompt with response in tokens; longer responses are cut (512, or the model's context)")
     parser.add_argument("--eval_size", type=sft.whole(0), default=64, help="rankings held out for accuracy and margin, at most a tenth of all")
     parser.add_argument("--eval_interval", type=sft.whole(0), default=0, help="updates between two evaluations (0 = at the end only)")
+    parser.tell(FINETUNE, DEMO)
     args = parser.parse_args(argv)
     if args.pretrain is None:
-        args.pretrain = Path("out/sft")
-        if not args.pretrain.exists():
-            raise FileNotFoundError("out/sft does not exist: run sft.py first, or name a model with --pretrain")
+        args.pretrain = sft.finished(Path("out/sft"), "sft", "--pretrain")
     return args
 
 
@@ -256,7 +255,8 @@ def main(argv: list[str] | None = None) -> dict:
         return (LOSSES[args.loss_fn](chosen, rejected) * weight).sum(), pair_sums(chosen.detach(), rejected.detach())
 
     task = sft.Task([list(map(len, ranking)) for ranking in rankings], len, loss_of, 3, pair_figures, partial(evaluate, model, held, args.loss_fn, args, world))
-    figures = sft.train(model, optimizer, task, marks, args, world)
+    with sft.resumable(args):
+        figures = sft.train(model, optimizer, task, marks, args, world)
     model.config.extra["reward_mean"] = mean_score(model, answers)
     figures["reward_mean"] = model.reward_mean
     sft.save_model(model, optimizer, args, tokenizer, base, world, {"reward_mean": model.reward_mean})

@@ -63,7 +63,7 @@ from torch import Tensor
 
 import data
 import lora
-from model import DTYPES, SHAPES, KVCache, Llama, Piece, TextStream, Tokenizer, check_tokenizer, random_model, read_json, read_template, write_file
+from model import DTYPES, SHAPES, KVCache, Llama, Parser, Piece, TextStream, Tokenizer, check_tokenizer, random_model, read_json, read_template, run, write_file
 
 CHUNK = 64             # prompt tokens a step while others wait for theirs: as long as a decode step of 16 rows, twice the pause
 CHUNK_MOST = 512       # and while nobody does, or on a GPU, where a step of few tokens leaves most of it idle
@@ -1435,6 +1435,11 @@ view(location.hash === "#training" ? "training" : "chat");
 
 # ---- opening --------------------------------------------------------------------------------------------------------
 
+def tokenizer_home(directory: Path) -> Path:
+    """Where the tokenizer and the name of the template are: in the directory, or in the base of an adapter that has none."""
+    return directory if not lora.is_adapter(directory) or (directory / "tokenizer.model").exists() else lora.base_path(directory)
+
+
 def open_model(directory: Path, quant: str | None, dtype: torch.dtype | None, device: str) -> Llama:
     """A plain or quantized directory, or an adapter, which is merged into a plain base and stays beside a quantized one."""
     base = lora.base_path(directory) if lora.is_adapter(directory) else directory
@@ -1551,12 +1556,7 @@ def benchmark_url(url: str, args: argparse.Namespace, vocab: int) -> list[dict]:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Serve a model over OpenAI's HTTP interface, with a page to talk to it and to watch training; or measure how fast that is.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def refuse(message: str):
-        raise ValueError(f"{message} (see --help)")
-    parser.error = refuse  # one sentence, no usage text of forty lines before it
+    parser = Parser("Serve a model over OpenAI's HTTP interface, with a page to talk to it and to watch training; or measure how fast that is.")
     parser.add_argument("directory", nargs="?", default="out/ppo", help=f"weights directory: Hugging Face or Meta layout, quantized, or a LoRA adapter; with --benchmark also a shape with random weights ({' '.join(SHAPES)}), or the URL of a server")
     # model
     parser.add_argument("--quant", choices=["8bit", "4bit"], help="quantize a plain directory at load by rounding to nearest (the head to 8 bits); on a quantized one it must agree")
@@ -1612,14 +1612,16 @@ def open_everything(args: argparse.Namespace) -> tuple[Llama, Tokenizer, data.Te
             import quantize
             quantize.round_model(model, args.quant, device)
         return model, Folded(demo.FOLDER), data.TEMPLATES["plain"], args.directory
+    if args.directory == "out/ppo" and not any((directory / name).exists() for name in ("config.json", lora.CONFIG)):
+        raise FileNotFoundError("out/ppo has no finished model: run `python ppo.py` first, which makes it, or name a weights directory")
     if not directory.is_dir():
-        hint = "run `python ppo.py` first, which makes it, or name" if args.directory == "out/ppo" else "name"
-        raise FileNotFoundError(f"{directory} does not exist: {hint} a weights directory")
-    own = directory if not lora.is_adapter(directory) or (directory / "tokenizer.model").exists() else lora.base_path(directory)
+        raise FileNotFoundError(f"{directory} does not exist: name a weights directory")
+    own = tokenizer_home(directory)
     tokenizer = Tokenizer(own)
     named = args.template or read_template(own)
     if named not in data.TEMPLATES:
-        print(f"note: {own} names no prompt template that is known here ({named}), chats are worded by the plain one; --template chooses another")
+        what = f"the prompt template {named}, which is not known here" if named else "no prompt template"
+        print(f"note: {own} names {what}: chats are worded by the plain one; --template chooses another")
         named = "plain"
     model = open_model(directory, args.quant, dtype, device)
     check_tokenizer(tokenizer, model.config)
@@ -1741,10 +1743,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"serve.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -21,11 +21,12 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,7 @@ import lora
 import quantize
 import zero
 from data import demo
-from model import DTYPES, SHAPES, Linear, Llama, LlamaConfig, Tokenizer, check_tokenizer, cpu_has_bf16, read_template, write_file
+from model import DTYPES, SHAPES, Linear, Llama, LlamaConfig, Parser, Tokenizer, check_tokenizer, cpu_has_bf16, read_template, sentence, write_file
 
 # The demo's preset, used only when the input is the demo world; real weights get FINETUNE.
 DEMO = {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "lr": 2e-3, "batch_size": 16, "accumulation_steps": 1, "max_epochs": 2, "max_len": 160, "weight_decay": 0.1}
@@ -71,13 +72,9 @@ def number(at_least: float = 0.0) -> Callable[[str], float]:
     return parse
 
 
-def make_parser(description: str, save_path: str) -> argparse.ArgumentParser:
+def make_parser(description: str, save_path: str) -> Parser:
     """The flags that all three stages share. A default of None is filled in later: it depends on the input (`resolve`)."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def refuse(message: str):
-        raise ValueError(f"{message} (see --help)")
-    parser.error = refuse  # one sentence, no usage text of forty lines before it
+    parser = Parser(description)
     # input and output
     parser.add_argument("--pretrain", type=Path, help="weights directory to start from: Hugging Face or Meta layout, or a LoRA adapter, which is merged first")
     parser.add_argument("--model", choices=["llama"], default="llama", help="architecture; LLaMA is the only one here")
@@ -418,6 +415,27 @@ def write_summary(args: argparse.Namespace, world: zero.World, figures: dict) ->
     return summary
 
 
+@contextmanager
+def resumable(args: argparse.Namespace) -> Iterator[None]:
+    """Whoever interrupts the run inside is told what is left of it."""
+    started = time.time()
+    try:
+        yield
+    except KeyboardInterrupt:
+        folder = args.save_path / "resume"
+        kept = folder.exists() and (args.resume or folder.stat().st_mtime >= started)
+        raise KeyboardInterrupt(f"go on from {folder} with the same command and --resume" if kept else
+                                f"before its first checkpoint: it cannot be resumed (--save_interval {args.save_interval} updates)") from None
+
+
+def finished(path: Path, script: str, flag: str) -> Path:
+    """The path, if a script of the chain has written a model there."""
+    if not any((path / name).exists() for name in ("config.json", lora.CONFIG)):
+        how = "has no finished model" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {how}: run {script}.py first, or name a model with {flag}")
+    return path
+
+
 def run(main: Callable[[], dict]) -> None:
     """A script's entry: bad input ends in one sentence and exit code 2, a broken run in one sentence and 1.
     `python -X dev` shows the traceback instead."""
@@ -429,10 +447,11 @@ def run(main: Callable[[], dict]) -> None:
         if sys.flags.dev_mode:
             raise
         if not zero.failed(error):
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            print(f"{name}: {sentence(error)}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{name}: interrupted" + (f", {stop}" if str(stop) else ""), file=sys.stderr)
         sys.exit(130)
 
 
@@ -558,6 +577,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval_size", type=whole(0), default=128, help="records held out for the evaluation loss, at most a tenth of all")
     parser.add_argument("--eval_interval", type=whole(0), default=0, help="updates between two evaluations (0 = at the end only)")
     parser.add_argument("--benchmark", choices=sorted(SHAPES), metavar="SHAPE", help=f"train nothing, time updates of a model of random weights on random tokens: {' '.join(SHAPES)}")
+    parser.tell(FINETUNE, DEMO)
     args = parser.parse_args(argv)
     if args.benchmark:
         return args
@@ -649,7 +669,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     task = Task([[len(ids)] for ids, _ in examples], lambda indices: sum(sum(examples[i][1]) for i in indices), loss_of, 0, lambda sums: {},
                 partial(evaluate, model, held, args, world))
-    figures = train(model, optimizer, task, marks, args, world)
+    with resumable(args):
+        figures = train(model, optimizer, task, marks, args, world)
     save_model(model, optimizer, args, tokenizer, base, world)
     if is_demo:
         figures |= zero.broadcast_object(demo.measure(model, tokenizer, data.TEMPLATES[args.template]) if world.rank == 0 else None)

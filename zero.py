@@ -929,9 +929,9 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from model import SHAPES, read_config
+    from model import SHAPES, Parser, read_config
     from sft import whole
-    parser = argparse.ArgumentParser(description="What a training run needs (--plan), and how fast the sharded optimizer is here (--bench).")
+    parser = Parser("What a training run needs (--plan), and how fast the sharded optimizer is here (--bench).")
     parser.add_argument("--plan", metavar="MODEL", help=f"print the bytes that a process needs: a weights directory, or one of {' '.join(SHAPES)}")
     parser.add_argument("--bench", action="store_true", help="measure the AdamW step, and training steps under every strategy")
     parser.add_argument("--nproc", type=whole(1), help="processes (plan: 1, bench: 2)")
@@ -951,11 +951,8 @@ def main(argv: list[str] | None = None) -> None:
             setattr(args, key, planned if args.plan else benched)
     if args.plan:
         if args.plan not in SHAPES and not os.path.isdir(args.plan):
-            parser.error(f"--plan {args.plan}: neither a weights directory nor one of {' '.join(SHAPES)}")
-        try:
-            config = SHAPES.get(args.plan) or read_config(args.plan)
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
+            raise ValueError(f"--plan {args.plan}: neither a weights directory nor one of {' '.join(SHAPES)}")
+        config = SHAPES.get(args.plan) or read_config(args.plan)
         size, element = size_of(config, args.lora_rank), 4 if args.dtype == "fp32" else 2
         names = [args.strategy] if args.strategy else ["naive" if args.nproc == 1 else "ddp", "zero2", "zero2_cpu"]
         plans = {name: plan(size, name, args.nproc, args.batch_size * args.max_len, element, args.grad_checkpoint, args.accumulation_steps) for name in names}
@@ -970,4 +967,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from model import run
+    run(main)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lora
 import model as M
 from model import KVCache, Llama, LlamaConfig, Tokenizer, check_tokenizer, read_config, sample
 
@@ -624,6 +625,30 @@ def test_real_weights_give_the_reference(layout):
     ids = reference["greedy_ids"].tolist()
     assert ids[:5] == tokenizer.encode("Once upon a time") and model.generate([ids[:5]], 200, 0, eos_id=-1) == [ids[5:]]
     assert tokenizer.decode(ids).strip() == (STORIES / "greedy.txt").read_text().strip()
+
+
+def test_command_line_takes_an_adapter(tmp_path, capsys):
+    """As the other scripts do: its base is found, and the template's name beside it."""
+    model = Llama.from_pretrained(saved(tmp_path / "base", vocab_size=1280))
+    Tokenizer(DEMO).save(tmp_path / "base")
+    lora.attach(model, 2)
+    for layer in lora.adapters(model).values():
+        layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(0))
+    lora.save_adapter(model, tmp_path / "adapter", "../base")
+    said = []
+    for directory in ("base", "adapter", "merged"):
+        if directory == "merged":
+            lora.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")])
+            capsys.readouterr()
+        M.main([str(tmp_path / directory), "a fox", "--temperature", "0", "--max_new_tokens", "20"])
+        said.append(capsys.readouterr().out)
+    assert said[1] == said[2] != said[0]
+
+
+def test_errors_of_the_system_are_told_without_their_number(tmp_path):
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "x").read_text()
+    assert M.sentence(caught.value) == f"{tmp_path}/x: no such file or directory" and M.sentence(FileNotFoundError("x is missing")) == "x is missing"
 
 
 def test_command_line_compares_tokenizer_and_embedding_m15(tmp_path, capsys):

@@ -627,7 +627,7 @@ def test_demo_chain(tmp_path, monkeypatch):
     (["--calibration", "TEXT", "--act_order", "--file_order"], "are opposites"),
     (["--calibration", "SHORT"], "is too short: it has 1 ids, one window takes 63"),
     (["--calibration", "FEW", "--damp", "0"], "gives 64 inputs, which cannot span the 172 dimensions"),
-    (["--calibration", "nowhere.txt"], "No such file"),
+    (["--calibration", "nowhere.txt"], "nowhere.txt does not exist: name a text file"),
     (["--calibration", "BINARY"], "is not text in UTF-8"),
     (["--method", "rtn", "--save_path", "IN"], "overwrite its own input"),
     (["--method", "rtn", "--head"], "its embedding"),

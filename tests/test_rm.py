@@ -279,6 +279,10 @@ def test_missing_stage_1_names_its_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="out/sft does not exist: run sft.py first"):
         rm.main([])
+    (tmp_path / "out/sft").mkdir(parents=True)  # as an interrupted run leaves it
+    (tmp_path / "out/sft/metrics.jsonl").touch()
+    with pytest.raises(FileNotFoundError, match="out/sft has no finished model: run sft.py first"):
+        rm.main([])
 
 
 def test_a_language_model_is_no_reward_model(base):

@@ -549,6 +549,36 @@ def test_every_flag_is_read(script, monkeypatch):
     assert all(action.help for action in seen if action.dest != "seed")
 
 
+@pytest.mark.parametrize("script", [sft, rm, ppo])
+def test_help_gives_what_will_be_filled_in(script, capsys):
+    """For a real model and for the demo; and nowhere "None", which would be no default."""
+    with pytest.raises(SystemExit):
+        script.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "None" not in said and "False" not in said
+    for flag in ("lr", "max_epochs", "accumulation_steps"):
+        assert re.search(rf"--{flag} [^()]*(\([^()]*second spelling\) )?\({script.FINETUNE[flag]}; the demo: {script.DEMO[flag]}\)", said), flag
+    assert re.search(r"--dataset .*\(the demo: \w+\.jsonl\.gz\)|--prompt_dataset .*\(the demo: prompts\.jsonl\)", said)
+
+
+@pytest.mark.parametrize("more, said", [((), "before its first checkpoint: it cannot be resumed (--save_interval 500 updates)"),
+                                         (("--save_interval", 1), "resume with the same command and --resume")])
+def test_an_interrupted_run_says_what_is_left_of_it(base, tmp_path, monkeypatch, capsys, more, said):
+    """Ctrl-C in the second update, in a folder with the checkpoint of an older run."""
+    (tmp_path / "resume").mkdir()
+    os.utime(tmp_path / "resume", (0, 0))
+    rate = sft.cosine_lr
+
+    def interrupted(step, *rest):
+        if step == 2:
+            raise KeyboardInterrupt
+        return rate(step, *rest)
+    monkeypatch.setattr(sft, "cosine_lr", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        sft.run(lambda: sft.main(flags(base, tmp_path, *more)))
+    assert ended.value.code == 130 and said in capsys.readouterr().err
+
+
 def test_coatis_published_flags():
     command = ("--pretrain /7B/ --model llama --strategy naive --log_interval 10 --save_path /Coati-7B --dataset /data.json --batch_size 1 --accimulation_steps 8 "
                "--lr 2e-5 --max_datasets_size 512 --max_epochs 1 --lora_rank 16")
