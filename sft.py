@@ -418,13 +418,10 @@ def write_summary(args: argparse.Namespace, world: zero.World, figures: dict) ->
 @contextmanager
 def resumable(args: argparse.Namespace) -> Iterator[None]:
     """Whoever interrupts the run inside is told what is left of it."""
-    started = time.time()
     try:
         yield
     except KeyboardInterrupt:
-        folder = args.save_path / "resume"
-        kept = folder.exists() and (args.resume or folder.stat().st_mtime >= started)
-        raise KeyboardInterrupt(f"go on from {folder} with the same command and --resume" if kept else
+        raise KeyboardInterrupt(f"go on from {args.save_path / 'resume'} with the same command and --resume" if checkpoints(args.save_path) else
                                 f"before its first checkpoint: it cannot be resumed (--save_interval {args.save_interval} updates)") from None
 
 
