@@ -788,6 +788,17 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+class Source(NamedTuple):
+    """A directory to quantize, but for its weights."""
+    path: Path
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    named: str | None  # the prompt template, as the directory says
+    template: str      # and the one that is used
+    is_demo: bool      # a model of the demo world
+    is_chain: bool     # the step of the chain that no flag names
+
+
 def read_rows(path: Path, tokenizer: Tokenizer, template: str, length: int, most: int | None, skip_bad: bool) -> tuple[list[Row], str]:
     """Texts to calibrate on or to measure with, and in words how they were cut. Records (.json, .jsonl, either gzipped) are put
     into the prompt template, and answers alone are predicted; any other file is one text, cut into windows."""
@@ -809,20 +820,21 @@ def read_rows(path: Path, tokenizer: Tokenizer, template: str, length: int, most
     return rows, f"{len(rows)} windows of {length - 1} ids on end, BOS before each, the last partial one dropped, every id but BOS predicted"
 
 
-def read_texts(args: argparse.Namespace, tokenizer: Tokenizer, template: str, length: int, is_demo: bool) -> tuple[list[Row], str]:
+def read_texts(args: argparse.Namespace, source: Source, length: int) -> tuple[list[Row], str]:
     """What to measure perplexity on, and how it was cut: --text, for the demo's models records of its generator, or nothing."""
     if args.text is not None:
-        return read_rows(args.text, tokenizer, template, length, None, args.skip_bad_records)
-    if not is_demo:
+        return read_rows(args.text, source.tokenizer, source.template, length, None, args.skip_bad_records)
+    if not source.is_demo:
         return [], ""
-    examples = (data.encode_example(data.normalise(record, "sft"), tokenizer, data.TEMPLATES[template], length) for record in demo.instruction_records(1, 200))
+    examples = (data.encode_example(data.normalise(record, "sft"), source.tokenizer, data.TEMPLATES[source.template], length) for record in demo.instruction_records(1, 200))
     texts = [Row(*example) for example in examples if example]
     return texts, f"{len(texts)} records that the generator wrote for this, only answers predicted"
 
 
-def read_calibration(args: argparse.Namespace, config: LlamaConfig, tokenizer: Tokenizer, template: str, length: int) -> tuple[list[Row], str]:
+def read_calibration(args: argparse.Namespace, source: Source, length: int) -> tuple[list[Row], str]:
     """GPTQ's text, and how it was cut. ValueError where it is too short for an undamped Hessian to have an inverse."""
-    rows, cut = read_rows(args.calibration, tokenizer, template, length, args.max_datasets_size, args.skip_bad_records)
+    config = source.config
+    rows, cut = read_rows(args.calibration, source.tokenizer, source.template, length, args.max_datasets_size, args.skip_bad_records)
     inputs, widest = sum(len(row.ids) for row in rows), max(config.ffn_dim, config.dim, config.n_heads * config.head_dim)
     if inputs < widest and args.damp == 0:
         raise ValueError(f"{args.calibration} gives {inputs} inputs, which cannot span the {widest} dimensions of the widest layer: calibrate on more text, or with --damp 0.01")
@@ -952,76 +964,47 @@ def resolve(args: argparse.Namespace, is_demo: bool) -> Scheme:
     return Scheme(args.method, args.bits, args.group_size, args.sym or args.bits == 8, not args.file_order, not args.no_clip, args.damp, args.head)
 
 
-def main(argv: list[str] | None = None) -> dict:
+def open_source(args: argparse.Namespace) -> Source:
     import sft
-    import zero
-    started = time.perf_counter()
-    args = parse(argv)
-    if args.benchmark:
-        device = zero.start(args.device, "naive").device
-        with torch.inference_mode():
-            return {"benchmark": [row for batch in args.batch for row in benchmark(args.benchmark, batch, device)], "seconds": time.perf_counter() - started}
-    is_chain = args.pretrain is None
-    if is_chain:
-        args.pretrain = sft.finished(Path("out/ppo"), "ppo", "--pretrain")
-    if not args.pretrain.is_dir():
-        raise FileNotFoundError(f"{args.pretrain} is not a directory: name a weights directory")
-    world = zero.start(args.device, "naive")
-    dtype, device = sft.compute_dtype(args, world), world.device
-    found, is_demo = read_scheme(args.pretrain), sft.demo_tokenizer(args.pretrain)
-    tokenizer = Tokenizer(args.pretrain)
-    named = read_template(args.pretrain)
-    template = named if named in data.TEMPLATES else "alpaca"
-    config = load_config(args.pretrain)
+    path = sft.finished(Path("out/ppo"), "ppo", "--pretrain") if args.pretrain is None else args.pretrain
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a directory: name a weights directory")
+    named, config, tokenizer = read_template(path), load_config(path), Tokenizer(path)
     check_tokenizer(tokenizer, config)
-    length = min(args.max_len, config.max_seq_len)
-    texts, cut = read_texts(args, tokenizer, template, length, is_demo)
-    if args.eval:
-        if not texts:
-            raise ValueError("--eval needs --text: name a text file, or instruction records")
-        value = perplexity(load(args.pretrain, dtype), texts, device)
-        print(f"{args.pretrain}: perplexity {value:.4f} on {cut}")
-        return {"perplexity": value, "windows": len(texts), "seconds": time.perf_counter() - started}
-    if found:
-        raise ValueError(f"{args.pretrain} is already quantized to {found['bits']} bits: quantize the original, a second rounding would only lose more (--eval measures this one)")
-    scheme = resolve(args, is_demo)
-    if is_chain and args.save_path is None:
-        args.save_path = Path(f"out/ppo-int{scheme.bits}")
-    if scheme.head and config.tie_embeddings:
-        raise ValueError("--head: this model's head is its embedding, which is read row by row and stays as it is; leave the flag out")
-    if args.save_path:
-        sft.check_save_path(args)
-    rows, calibrated = read_calibration(args, config, tokenizer, template, length) if scheme.method == "gptq" else ([], "")
-    sft.say_flags(world, args)
-    open_plain = lambda: Llama.from_pretrained(args.pretrain, dtype).eval()
+    source = Source(path, config, tokenizer, named, named if named in data.TEMPLATES else "alpaca", sft.demo_tokenizer(path), args.pretrain is None)
+    args.pretrain = path
+    return source
+
+
+def compare(args: argparse.Namespace, source: Source, scheme: Scheme, texts: list[Row], rows: list[Row], dtype: torch.dtype | None, device) -> tuple[list[tuple], dict]:
+    """Quantize, write, and measure before and after and what rounding alone would have given: the table, and summary.json's figures."""
+    open_plain = lambda: Llama.from_pretrained(source.path, dtype).eval()
     table, figures = [], {}
 
     def measure(when: str, model: Llama, name: str) -> None:
         figures[f"bytes_{when}"], figures[f"perplexity_{when}"] = stored_bytes(model), perplexity(model, texts, device) if texts else None
-        if is_chain:
-            figures[f"gold_{when}"] = demo.measure(model.to(device), tokenizer, data.TEMPLATES[template])["gold"]
+        if source.is_chain:
+            figures[f"gold_{when}"] = demo.measure(model.to(device), source.tokenizer, data.TEMPLATES[source.template])["gold"]
         bits = bits_a_weight(model)  # before it is fused
         table.append((name, bits, figures[f"bytes_{when}"], figures[f"perplexity_{when}"], tokens_per_second(model, device)))
 
     # ---- before ----
     model = open_plain()
-    measure("before", model, str(DTYPES[config.dtype]).removeprefix("torch."))
+    measure("before", model, str(DTYPES[source.config.dtype]).removeprefix("torch."))
     del model
 
     # ---- quantize and save ----
     model, began = open_plain(), time.perf_counter()
 
     def progress(i: int, report: list[dict]) -> None:
-        left = (time.perf_counter() - began) / (i + 1) * (config.n_layers - i - 1)
+        left = (time.perf_counter() - began) / (i + 1) * (source.config.n_layers - i - 1)
         errors = " ".join(f"{e['layer'].rpartition('.')[2]} {100 * e['rtn']:.3f}>{100 * e['gptq']:.3f}" for e in report if "gptq" in e)
-        print(f"block {i + 1}/{config.n_layers} | {f'error in % of the output, RTN > GPTQ: {errors} | ' if errors else ''}{left:.0f} s left", flush=True)
-    if calibrated:
-        print(f"calibration: {calibrated.rpartition(',')[0]}")
+        print(f"block {i + 1}/{source.config.n_layers} | {f'error in % of the output, RTN > GPTQ: {errors} | ' if errors else ''}{left:.0f} s left", flush=True)
     figures["layers"] = quantize_model(model, scheme, rows, device, progress)
     figures["quantize_seconds"] = time.perf_counter() - began
     if args.save_path:
         save(model, args.save_path)
-        tokenizer.save(args.save_path, named, data.TEMPLATES[named].jinja if named in data.TEMPLATES else None)
+        source.tokenizer.save(args.save_path, source.named, data.TEMPLATES[source.named].jinja if source.named in data.TEMPLATES else None)
     name = f"{scheme.method} {scheme.bits} bits" + (f", groups of {scheme.group_size}" if scheme.group_size != -1 else "") + (", symmetric" if scheme.sym else "")
     measure("after", model, name)
     figures["tokens_per_second"] = table[-1][-1]
@@ -1035,7 +1018,42 @@ def main(argv: list[str] | None = None) -> dict:
         figures["perplexity_rtn"] = perplexity(model, texts, device)
         _, bits, size, _, speed = table[-1]
         table.insert(1, ("rtn" + name[len(scheme.method):] + ", no clipping", bits, size, figures["perplexity_rtn"], speed))
+    return table, figures
 
+
+def main(argv: list[str] | None = None) -> dict:
+    import sft
+    import zero
+    started = time.perf_counter()
+    args = parse(argv)
+    world = zero.start(args.device, "naive")
+    dtype, device = sft.compute_dtype(args, world), world.device
+    if args.benchmark:
+        with torch.inference_mode():
+            return {"benchmark": [row for batch in args.batch for row in benchmark(args.benchmark, batch, device)], "seconds": time.perf_counter() - started}
+    source = open_source(args)
+    length = min(args.max_len, source.config.max_seq_len)
+    texts, cut = read_texts(args, source, length)
+    if args.eval:
+        if not texts:
+            raise ValueError("--eval needs --text: name a text file, or instruction records")
+        value = perplexity(load(source.path, dtype), texts, device)
+        print(f"{source.path}: perplexity {value:.4f} on {cut}")
+        return {"perplexity": value, "windows": len(texts), "seconds": time.perf_counter() - started}
+    if found := read_scheme(source.path):
+        raise ValueError(f"{source.path} is already quantized to {found['bits']} bits: quantize the original, a second rounding would only lose more (--eval measures this one)")
+    scheme = resolve(args, source.is_demo)
+    if scheme.head and source.config.tie_embeddings:
+        raise ValueError("--head: this model's head is its embedding, which is read row by row and stays as it is; leave the flag out")
+    if source.is_chain and args.save_path is None:
+        args.save_path = Path(f"out/ppo-int{scheme.bits}")
+    if args.save_path:
+        sft.check_save_path(args)
+    rows, calibrated = read_calibration(args, source, length) if scheme.method == "gptq" else ([], "")
+    sft.say_flags(world, args)
+    if calibrated:
+        print(f"calibration: {calibrated.rpartition(',')[0]}")
+    table, figures = compare(args, source, scheme, texts, rows, dtype, device)
     print_table(table)
     if texts:
         print(f"perplexity: {cut}")

@@ -34,15 +34,6 @@ SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=44
 LINE = "Two  spaces,\ta tab,\na line: 🦊 and 👩‍👧, “写一个关于狐狸和风筝的故事。” é \x07 end  " * 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only wait for one another on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -40,8 +40,7 @@ def tiny(seed: int = 1, reward: bool = False):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with an SFT model, a reward model rm/, prompts.json (8) and ptx.json (5)."""
-    folder, before = tmp_path_factory.mktemp("base"), torch.get_num_threads()
-    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("base")
     make_model(folder / "model")
     model = tiny(2, reward=True)
     model.config.extra["reward_mean"] = 0.3
@@ -49,8 +48,7 @@ def base(tmp_path_factory):
     Tokenizer(demo.FOLDER).save(folder / "rm", "alpaca", TEMPLATE.jinja)
     write(folder / "prompts.json", demo.prompt_records(0)[:8])
     write(folder / "ptx.json", demo.instruction_records(5, 5))
-    yield folder
-    torch.set_num_threads(before)
+    return folder
 
 
 def flags(base, out, *further) -> list[str]:

@@ -33,15 +33,13 @@ def tiny(seed: int = 3, **sizes) -> RewardModel:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with an SFT model as model/, as adapter/ of it and as merged/, and pref.json: 20 rankings of 4."""
-    folder, before = tmp_path_factory.mktemp("base"), torch.get_num_threads()
-    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("base")
     make_model(folder / "model")
     write(folder / "data.json", demo.instruction_records(5, 24))
     write(folder / "pref.json", demo.preference_records(5, 20))
     run_sft(folder, folder / "adapter", "--lora_rank", 4, "--max_steps", 2, "--save_interval", 0)
     lora.main(["merge", str(folder / "adapter"), str(folder / "merged")])
-    yield folder
-    torch.set_num_threads(before)
+    return folder
 
 
 def run(base, out, *further) -> dict:

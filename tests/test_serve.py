@@ -41,15 +41,6 @@ TOKENIZER = Tokenizer(demo.FOLDER)
 ALPACA = data.TEMPLATES["alpaca"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only wait for one another on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny(dtype: torch.dtype = torch.float32, **sizes) -> Llama:
     """Random, with logits far enough apart for argmax to be the same by every way."""
     model = Llama(LlamaConfig(**SIZES | sizes), generator=torch.Generator().manual_seed(0)).eval()

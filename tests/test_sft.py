@@ -47,12 +47,10 @@ def write(file: Path, records: list) -> Path:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with model/ and data.json: 24 records, of which --eval_size 2 leaves 22 to train on."""
-    folder, before = tmp_path_factory.mktemp("base"), torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("base")
     make_model(folder / "model")
     write(folder / "data.json", demo.instruction_records(5, 24))
-    torch.set_num_threads(1)  # two would fight over 32 x 32 matrices, and take longer
-    yield folder
-    torch.set_num_threads(before)
+    return folder
 
 
 def flags(base: Path, out: Path, *further) -> list[str]:

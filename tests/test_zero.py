@@ -25,15 +25,6 @@ CONFIG = LlamaConfig(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, ff
 TOKENS = torch.arange(8 * 10).view(8, 10) ** 2 % 37
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two would fight over 16 x 16 matrices, and take longer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def llama(tied: bool = False) -> Llama:
     return Llama(LlamaConfig(**vars(CONFIG) | {"tie_embeddings": tied}), generator=torch.Generator().manual_seed(0))
 
