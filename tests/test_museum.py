@@ -44,6 +44,7 @@ def test_readme_commands_parse(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("sft", "rm", "ppo"):  # what the first stages write
         (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "config.json").touch()
     for script, *flags in found:
         if script in STAGES:
             STAGES[script].parse(flags)
