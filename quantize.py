@@ -266,10 +266,19 @@ class QuantizedLinear(nn.Module):
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__()
         self.in_features, self.out_features = fan_in, fan_out
+        self.fast: nn.Module | None = None  # while the model generates, `quicken`
 
     @torch.compiler.disable  # it would unroll the loops of dequantizing, for minutes
     def forward(self, x: Tensor) -> Tensor:
-        return QuantizedProduct.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else dequantized_product(x, self, False)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return QuantizedProduct.apply(x, self)
+        return dequantized_product(x, self, False) if self.fast is None else self.fast(x)
+
+    def quicken(self, on: bool) -> None:
+        """Run on the kernels that `fuse` gives, and keep what training needs: PPO's rollouts then take a step's time a token, and not
+        that of dequantizing. What they sample differs from the slow layer's by the kernels' rounding; PPO's log-probabilities are the
+        slow layer's anyway."""
+        self.fast = self.join([self], 1) if on else None
 
     def plain(self, dtype: torch.dtype) -> Linear:
         """The same layer with its weights written out: for a merge, which needs them."""

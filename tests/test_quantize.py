@@ -374,6 +374,25 @@ def test_layers_without_a_kernel_fall_back(monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_in_training_generates_on_the_kernels(bits, monkeypatch):
+    """PPO's rollouts: the fast form is there while it generates and no longer, also where that fails; training sees the same weights."""
+    if not Q.kernel_works(bits, "cpu"):
+        pytest.skip(f"this PyTorch has no product of {bits} bits for the CPU")
+    model, tokens, used = tiny(), torch.tensor([texts()[0].ids]), []
+    Q.quantize_model(model, Scheme("rtn", bits, 32 if bits == 4 else -1, bits == 8))
+    lora.attach(model, 2)
+    kernel = Q.Fast4 if bits == 4 else Q.Fast8
+    forward = kernel.forward
+    monkeypatch.setattr(kernel, "forward", lambda layer, x: used.append(x.shape) or forward(layer, x))
+    before = model(tokens)
+    model.generate([texts()[0].ids[:5]] * 2, 4, temperature=0, eos_id=-1)
+    assert len(used) == 4 * 14 and used[14] == (2, 64)  # a prefill and three steps of 14 matrices
+    with pytest.raises(ValueError):
+        model.generate([[]], 4)
+    assert all(layer.fast is None for layer in Q.quantized_layers(model).values()) and torch.equal(model(tokens), before) and len(used) == 4 * 14
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_fused_generation_is_the_reference(bits):
     """Decoding through the fast kernels: each id is the reference's likeliest, or lost to one that is nearly as likely."""
     model = tiny(tie_embeddings=True)
