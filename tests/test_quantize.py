@@ -3,6 +3,7 @@
 Names such as Q03 are cases of the developers' list of faults that users of this field met."""
 
 import inspect
+import itertools
 import json
 import math
 import platform
@@ -10,6 +11,8 @@ import re
 import resource
 import subprocess
 import sys
+import time
+import types
 import warnings
 import weakref
 from pathlib import Path
@@ -607,9 +610,13 @@ def test_benchmark_decodes_the_same_model_in_three_ways(monkeypatch, capsys):
     models, real = [], Llama.fuse
     monkeypatch.setitem(Q.SHAPES, "tiny", LlamaConfig(**SIZES | {"ffn_dim": 128, "dim": 128}))
     monkeypatch.setattr(Llama, "fuse", lambda model, rows=1: (models.append((model.quantized or {"bits": 16})["bits"]), real(model, rows))[1])
-    rows = Q.main(["--benchmark", "tiny", "--batch", "1", "2"])["benchmark"]
+    clock = itertools.accumulate(itertools.cycle((0, 4.0, 0, 2.0, 0, 1.0)))  # began and ended: steps of 4, 2 and 1 s in turn
+    monkeypatch.setattr(Q, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    rows = [row for batch in (1, 2) for row in Q.benchmark("tiny", batch, torch.device("cpu"))]
     assert models == [16, 8, 4] * 2 and [(row["batch"], row["weights"]) for row in rows] == [(b, w) for b in (1, 2) for w in ("bf16", "8 bits", "4 bits, groups of 128")]
-    assert rows[0]["ratio"] == 1 and rows[2]["ratio"] == pytest.approx(rows[2]["tokens_per_second"] / rows[0]["tokens_per_second"]) and "x bf16" in capsys.readouterr().out
+    assert [(row["tokens_per_second"], row["ratio"]) for row in rows] == [(0.25, 1), (0.5, 2), (1, 4), (0.5, 1), (1, 2), (2, 4)] and "4.00 x bf16" in capsys.readouterr().out
+    monkeypatch.setattr(Q, "time", time)
+    assert len(Q.main(["--benchmark", "tiny", "--batch", "1"])["benchmark"]) == 3
 
 
 def test_demo_names_what_makes_its_input(tmp_path, monkeypatch):
