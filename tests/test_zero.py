@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import types
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -642,6 +643,19 @@ def test_nobody_waits_for_a_dead_process(tmp_path, how, who, word):
     results = processes(tmp_path, 2, DYING, how, who, launcher=False)
     assert f"process {1 - who} stops: {word}" in results[1 - who].stderr, results[1 - who].stderr
     assert results[1 - who].returncode == 1 and results[who].returncode == (1 if how == "raise" else -9)
+
+
+def test_silence_is_counted_in_beats():
+    """A job that was suspended finds that hours have passed; nobody has died of it. Here no time passes at all."""
+    watch = zero.Watch.__new__(zero.Watch)
+    beats, ended = iter([False] * 12 + [True]), []
+    said = iter(["alive 0"] * 3 + ["alive 1"] * 20)  # process 1 is heard at beats 0 and 3, and then no longer
+    watch.rank, watch.world, watch.INTERVAL, watch.SILENCE = 0, 2, 1.0, 5.0
+    watch.over = types.SimpleNamespace(wait=lambda seconds: next(beats))
+    watch.store = types.SimpleNamespace(set=lambda key, word: setattr(watch, "word", word), multi_get=lambda keys: [watch.word.encode(), next(said).encode()])
+    watch.end = lambda why: ended.append((watch.word, why))
+    watch.run()
+    assert ended[0] == ("alive 9", "process 1 has died or hangs: no sign of life for 5 s")  # more than 5 beats after beat 3
 
 
 @pytest.mark.parametrize("world, flags", [(1, ["--strategy", "naive"]), (1, ["--strategy", "naive", "--lora_rank", "16"]), (2, ["--strategy", "zero2"]), (2, ["--strategy", "zero2_cpu", "--lora_rank", "16"])])
