@@ -1639,9 +1639,12 @@ def apart(call: Callable, *arguments):
             future.set_result(call(*arguments))
         except BaseException as error:
             future.set_exception(error)
-    thread = threading.Thread(target=run, daemon=True)  # a daemon: Ctrl-C need not wait for it
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        os._exit(130)  # while the thread computes: PyTorch aborts, with a message, in threads that Python ends on its way out
     return future.result()
 
 
