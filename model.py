@@ -882,11 +882,11 @@ def read_config(directory: str | Path) -> LlamaConfig:
 
 
 def config_from_hf(c: dict, directory: Path) -> LlamaConfig:
+    if c.get("quantization_config"):
+        raise ValueError(f"{directory} is quantized: open it with quantize.load, not as a plain model")
     kind = c.get("model_type")
     if kind not in ("llama", "mistral"):
         raise ValueError(f"{directory}: model_type {kind!r} is not a LLaMA (llama and mistral are)")
-    if c.get("quantization_config"):
-        raise ValueError(f"{directory} is quantized: open it with quantize.load, not as a plain model")
     for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if c.get(key) not in (None, plain):
             raise ValueError(f"{directory}: config.json has {key} = {c[key]!r}, which is not supported: a LLaMA has {plain!r}")

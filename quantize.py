@@ -55,6 +55,7 @@ from model import DTYPES, SHAPES, Linear, Llama, LlamaConfig, Parser, Tokenizer,
 
 SHRINK = tuple(1 - i / 40 for i in range(17))  # of a grid's span: 1, 0.975, ... 0.6; finer steps changed nothing measurable
 SMALLEST = 2.0**-24                            # of a scale: the smallest number of float16, where scales are stored
+FOREIGN = "octet_int8"                         # the model_type of our 8-bit layout: as "llama", transformers would warn and take codes for weights
 TOKENS = 4096                                  # that pass through a block at a time, at least one row
 
 
@@ -296,44 +297,42 @@ class QuantizedLinear(nn.Module):
 
 
 class Linear4(QuantizedLinear):
-    """Four bits in AutoGPTQ's tensors, O and I padded to multiples of 8; zeros as they are (gptq_v2), whatever the file had."""
+    """Four bits in AutoGPTQ's tensors; zeros as they are (gptq_v2), whatever the file had. Where 8 does not divide a side, the last
+    words are not full."""
 
     def __init__(self, fan_in: int, fan_out: int, groups: int):
         super().__init__(fan_in, fan_out)
-        I, O = fan_in + -fan_in % 8, fan_out + -fan_out % 8
-        self.register_buffer("qweight", torch.zeros(I // 8, O, dtype=torch.int32))
-        self.register_buffer("qzeros", torch.zeros(groups, O // 8, dtype=torch.int32))
-        self.register_buffer("scales", torch.zeros(groups, O, dtype=torch.float16))
-        self.register_buffer("g_idx", torch.zeros(I, dtype=torch.int32))
+        self.register_buffer("qweight", torch.zeros(-(-fan_in // 8), fan_out, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(groups, -(-fan_out // 8), dtype=torch.int32))
+        self.register_buffer("scales", torch.zeros(groups, fan_out, dtype=torch.float16))
+        self.register_buffer("g_idx", torch.zeros(fan_in, dtype=torch.int32))
 
     @classmethod
     def of(cls, m: Quantized) -> "Linear4":
         O, I = m.q.shape
         with torch.device(m.q.device):
             layer = cls(I, O, m.scale.shape[1])
-        more_O, more_I = -O % 8, -I % 8
-        # A code at its zero is a weight of 0: so is all padding of rows; padding of columns meets no input.
-        layer.qweight = pack_int4(F.pad(m.q, (0, more_I, 0, more_O)))                        # (I/8, O)
-        layer.qzeros = pack_int4(F.pad(m.zero, (0, 0, 0, more_O)).T).T.contiguous()          # (G, O) -> (O/8, G) -> (G, O/8)
-        layer.scales = F.pad(m.scale, (0, 0, 0, more_O)).T.contiguous().half()               # (G, O)
-        layer.g_idx = F.pad(m.group, (0, more_I), value=int(m.group[-1]))                    # (I,)
+        layer.qweight = pack_int4(m.q)                                                       # (I/8, O)
+        layer.qzeros = pack_int4(m.zero.T).T.contiguous()                                    # (G, O) -> (O/8, G) -> (G, O/8)
+        layer.scales = m.scale.T.contiguous().half()                                         # (G, O)
+        layer.g_idx = m.group.clone()                                                        # (I,)
         return layer
 
     def quantized(self) -> Quantized:
-        O = self.out_features
-        zero = unpack_int4(self.qzeros.T)                                                    # (O/8, G) -> (G, O)
-        return Quantized(unpack_int4(self.qweight, self.in_features)[:O], self.scales.float().T[:O], zero.T[:O], self.g_idx[:self.in_features])
+        zero = unpack_int4(self.qzeros.T, self.out_features)                                 # (O/8, G) -> (G, O)
+        return Quantized(unpack_int4(self.qweight, self.in_features), self.scales.float().T, zero.T, self.g_idx)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W (O, I), a transposed view. On a CPU some words at a time, which stay in its cache from the first step to the last."""
-        zero = unpack_int4(self.qzeros.T).to(torch.int32)                                    # (O/8, G) -> (G, O)
-        W = torch.empty(8 * self.qweight.shape[0], self.qweight.shape[1], dtype=dtype, device=self.qweight.device)  # (I, O)
-        step = max(1, (2**14 if W.device.type == "cpu" else 2**22) // W.shape[1])
-        for r in range(0, self.qweight.shape[0], step):
-            q = ((self.qweight[r:r + step, None] >> shifts(W.device)) & 15).flatten(0, 1)    # (R, 8, O) -> (8R, O)
+        I, O = self.in_features, self.out_features
+        zero = unpack_int4(self.qzeros.T, O).to(torch.int32)                                 # (O/8, G) -> (G, O)
+        W = torch.empty(I, O, dtype=dtype, device=self.qweight.device)
+        step = max(1, (2**14 if W.device.type == "cpu" else 2**22) // O)
+        for r in range(0, len(self.qweight), step):
             g = self.g_idx[8 * r:8 * (r + step)].long()
-            W[8 * r:8 * (r + step)] = q.sub_(zero[g]) * self.scales[g].float()
-        return W[:self.in_features, :self.out_features].T
+            q = ((self.qweight[r:r + step, None] >> shifts(W.device)) & 15).flatten(0, 1)    # (R, 8, O) -> (8R, O)
+            W[8 * r:8 * (r + step)] = q[:len(g)].sub_(zero[g]) * self.scales[g].float()
+        return W.T
 
     @staticmethod
     def join(layers: "list[Linear4]", rows: int) -> "Fast4 | None":
@@ -659,9 +658,18 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
+def unread(model: Llama) -> list[str]:
+    """What of a 4-bit model other programs cannot read (gptqmodel 7.6, and transformers 5.24 by way of it, were tried)."""
+    layers, size = quantized_layers(model), model.quantized["group_size"]
+    odd = sum(bool(layer.out_features % 8 or layer.in_features % 8) for layer in layers.values())
+    return ([f"of {len(layers)} matrices, {odd} have a side that 8 does not divide: gptqmodel reads them, llama.cpp does not"] if odd else []) + (
+        [f"gptqmodel and transformers have no groups of {size}, but of 16, 32, 64, 128, 256, 512, 1024 and whole rows"] if size not in (-1, 16, 32, 64, 128, 256, 512, 1024) else []) + (
+        ["transformers leaves out a quantized head and makes up another, gptqmodel and llama.cpp read it"] if model.quantized["head"] else [])
+
+
 def save(model: Llama, directory: str | Path) -> None:
     """Write a quantized model: 4 bits as AutoGPTQ has it, 8 bits in our two tensors a layer, the rest as Llama.save_pretrained.
-    Its config.json says how it is quantized, and names the layers that were padded with their true sizes."""
+    Its config.json says how it is quantized."""
     if model.fused or not model.quantized:
         raise ValueError("the model is fused for generation: save it before" if model.fused else "the model is not quantized: write it with save_pretrained")
     q, layers = model.quantized, quantized_layers(model)
@@ -672,18 +680,19 @@ def save(model: Llama, directory: str | Path) -> None:
     for name, layer in layers.items():
         for buffer, tensor in layer.named_buffers():
             if buffer == "qzeros" and q["sym"]:
-                tensor = tensor - 0x11111111  # of every zero: 8 becomes 7, so no digit borrows
+                tensor = tensor - 0x11111111  # of every zero: 8 becomes 7, so no digit borrows (but for those that fill up a word)
             exact[f"{model.hf_name(name)}.{buffer}"] = tensor
-    config = {"bits": q["bits"], "group_size": q["group_size"], "sym": q["sym"], "method": q["method"], "lm_head": q["head"]}
+    config = {"bits": q["bits"], "group_size": q["group_size"], "sym": q["sym"], "octet_method": q["method"], "lm_head": q["head"]}
+    more = {"quantization_config": config}
     if q["bits"] == 8:
         config |= {"quant_method": "octet"}
+        more |= {"model_type": FOREIGN}
     else:
-        padded = {model.hf_name(name): [layer.out_features, layer.in_features] for name, layer in layers.items() if layer.out_features % 8 or layer.in_features % 8}
         config |= {"quant_method": "gptq", "checkpoint_format": "gptq" if q["sym"] else "gptq_v2", "desc_act": q["act_order"], "static_groups": True,
-                   "true_sequential": True, "damp_percent": q["damp"], "pack_dtype": "int32"} | ({"padded": padded} if padded else {})
-        if padded:
-            print(f"note: {len(padded)} of {len(layers)} matrices have a side that 8 does not divide and are written padded: other programs may not read them", flush=True)
-    write_weights(tensors | exact, model.config, Path(directory), "LlamaForCausalLM", {"quantization_config": config}, exact=exact)
+                   "true_sequential": True, "pack_dtype": "int32"} | ({"damp_percent": q["damp"]} if q["damp"] else {})  # gptqmodel refuses a 0
+        if limits := unread(model):
+            print(f"note: {'; '.join(limits)}", flush=True)
+    write_weights(tensors | exact, model.config, Path(directory), "LlamaForCausalLM", more, exact=exact)
 
 
 def read_scheme(directory: str | Path) -> dict | None:
@@ -694,7 +703,7 @@ def read_scheme(directory: str | Path) -> dict | None:
         return None
     if not isinstance(q, dict) or q.get("quant_method") not in ("gptq", "octet"):
         raise ValueError(f"{directory} is quantized by {q.get('quant_method') if isinstance(q, dict) else q!r}: GPTQ's files and our own can be read here")
-    q = {"group_size": -1, "sym": True, "desc_act": False, "checkpoint_format": "gptq", "padded": {}, "lm_head": False, "method": "gptq", "damp_percent": 0.01} | q
+    q = {"group_size": -1, "sym": True, "desc_act": False, "checkpoint_format": q.get("format", "gptq"), "lm_head": False, "octet_method": "gptq", "damp_percent": 0.0} | q
     wanted = 4 if q["quant_method"] == "gptq" else 8
     if q.get("bits") != wanted:
         raise ValueError(f"{directory} has {q.get('bits')!r} bits in {'AutoGPTQ' if wanted == 4 else 'our own'} layout: of that layout, {wanted} bits can be read here")
@@ -709,7 +718,8 @@ def load_config(directory: Path) -> LlamaConfig:
     """read_config, of a quantized directory too."""
     if read_scheme(directory) is None:
         return read_config(directory)
-    return config_from_hf({key: value for key, value in read_json(directory / "config.json").items() if key != "quantization_config"}, directory)
+    plain = {key: value for key, value in read_json(directory / "config.json").items() if key != "quantization_config"}
+    return config_from_hf(plain | ({"model_type": "llama"} if plain.get("model_type") == FOREIGN else {}), directory)
 
 
 def take(tensors: dict, name: str, shape: tuple[int, ...], integer: bool, directory: Path) -> Tensor:
@@ -728,16 +738,13 @@ def read_linear4(linear: Linear, name: str, tensors: dict, q: dict, directory: P
     I, O, S = linear.in_features, linear.out_features, q["group_size"]
     G = 1 if S == -1 else -(-I // S)
     layer = Linear4(I, O, G)
-    if (I % 8 or O % 8) and q["padded"].get(Llama.hf_name(name)) != [O, I]:
-        raise ValueError(f"{directory}: {Llama.hf_name(name)} is {O} x {I}, 8 does not divide that and the config has no word of padding: it was written by a program that pads in another way")
-    for buffer, integer in (("qweight", True), ("qzeros", True), ("scales", False), ("g_idx", True)):
-        setattr(layer, buffer, take(tensors, f"{name}.{buffer}", tuple(getattr(layer, buffer).shape), integer, directory))
+    for buffer, tensor in list(layer.named_buffers()):
+        setattr(layer, buffer, take(tensors, f"{name}.{buffer}", tuple(tensor.shape), buffer != "scales", directory))
     layer.g_idx = layer.g_idx.to(torch.int32)
     if layer.g_idx.min() < 0 or layer.g_idx.max() >= G:
         raise ValueError(f"{directory}: {Llama.hf_name(name)}.g_idx reaches from {layer.g_idx.min()} to {layer.g_idx.max()}, there are groups 0 to {G - 1}: copy the file again")
     if q["checkpoint_format"] == "gptq":
-        zero = (unpack_int4(layer.qzeros.T) + 1) & 15          # (G, O); a zero of 0 was stored as -1, which is 15
-        layer.qzeros = pack_int4(zero).T.contiguous()          # (G, O/8)
+        layer.qzeros = layer.qzeros + 0x11111111               # (G, O/8): as gptqmodel writes them, a whole word at a time; a zero of 0 had borrowed
     bias = tensors.pop(f"{name}.bias", None)                   # AutoGPTQ writes one of zeros
     if bias is not None and bias().any():
         raise ValueError(f"{directory}: {Llama.hf_name(name)} has a bias, a LLaMA has none")
@@ -790,7 +797,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", 
     rest = {name: read for name, read in tensors.items() if head or not name.startswith(("output.", "score."))}
     load_weights(model, rest, dtype, device, (), directory)
     model.make_rope()
-    model.quantized = {"method": q["method"], "bits": q["bits"], "group_size": q["group_size"], "sym": bool(q["sym"]), "act_order": bool(q["desc_act"]), "clip": True,
+    model.quantized = {"method": q["octet_method"], "bits": q["bits"], "group_size": q["group_size"], "sym": bool(q["sym"]), "act_order": bool(q["desc_act"]), "clip": True,
                        "damp": q["damp_percent"], "head": bool(q["lm_head"])}
     return model
 

@@ -238,7 +238,8 @@ def nibbles(words: np.ndarray, axis: int) -> np.ndarray:
 
 @pytest.mark.parametrize("sym, act_order", [(True, False), (False, True), (False, False), (True, True)])
 def test_directory_by_an_independent_reader(tmp_path, sym, act_order):
-    """AutoGPTQ's layout, read by numpy: codes, zeros minus one in `gptq` and as they are in `gptq_v2`, scales, g_idx, padding."""
+    """AutoGPTQ's layout, read by numpy: codes, zeros minus one in `gptq` and as they are in `gptq_v2`, scales, g_idx, and words that
+    are not full, which gptqmodel 7.6 reads in these shapes."""
     model = tiny()
     w = {name: p.detach().clone() for name, p in model.named_parameters()}
     w["layers.0.feed_forward.w2.weight"][:4, :32] = torch.tensor([[0.0], [1.0], [14.0], [15.0]]) - torch.linspace(0, 15, 32)  # Q08: zeros at 15 .. 0
@@ -251,12 +252,12 @@ def test_directory_by_an_independent_reader(tmp_path, sym, act_order):
     stored = {name: t.numpy() for name, t in safetensors.torch.load_file(tmp_path / "model.safetensors").items()}
     for name, layer in Q.quantized_layers(model).items():
         prefix, O, I = model.hf_name(name), layer.out_features, layer.in_features
-        assert config.get("padded", {}).get(prefix) == ([O, I] if O % 8 or I % 8 else None)
-        zero = nibbles(stored[f"{prefix}.qzeros"], 1) + (1 if sym else 0)                # (G, O)
+        zero = nibbles(stored[f"{prefix}.qzeros"], 1)[:, :O] + (1 if sym else 0)         # (G, O)
         g = stored[f"{prefix}.g_idx"]
-        dense = (nibbles(stored[f"{prefix}.qweight"], 0) - zero[g]) * stored[f"{prefix}.scales"][g].astype(np.float32)  # (I, O)
-        assert np.allclose(dense[:I, :O].T, layer.dequantize(torch.float32).numpy(), atol=1e-7) and not dense[:, O:].any()
-        assert stored[f"{prefix}.scales"].dtype == np.float16 and (g[:I] == np.arange(I) // 32).all()
+        dense = (nibbles(stored[f"{prefix}.qweight"], 0)[:I] - zero[g]) * stored[f"{prefix}.scales"][g].astype(np.float32)  # (I, O)
+        assert np.allclose(dense.T, layer.dequantize(torch.float32).numpy(), atol=1e-7)
+        assert stored[f"{prefix}.scales"].dtype == np.float16 and (g == np.arange(I) // 32).all()
+        assert [stored[f"{prefix}.{part}"].shape for part in ("qweight", "qzeros")] == [(-(-I // 8), O), (-(-I // 32), -(-O // 8))]
     if not sym:
         assert {0, 15} <= set(zero_of(model, "layers.0.feed_forward.w2")[0, :4].tolist())
     assert oct((tmp_path / "model.safetensors").stat().st_mode & 0o777) == oct((tmp_path / "config.json").stat().st_mode & 0o777)
@@ -284,6 +285,23 @@ def test_saved_and_reloaded(tmp_path, bits, sym, tied, dtype):
         assert name in ("cos", "sin") or torch.equal(buffer, buffers[name]) and buffer.dtype == buffers[name].dtype
 
 
+def test_what_others_cannot_read_is_said(tmp_path, capsys):
+    """As gptqmodel and transformers were seen to do; and an 8-bit model is no "llama" to them, which they would read as nonsense."""
+    for size, sides, head, said in ((32, {"ffn_dim": 96}, False, ""), (48, {"ffn_dim": 96}, False, "no groups of 48"), (32, {}, False, "of 14 matrices, 6 have a side that 8 does not divide"),
+                                    (-1, {"ffn_dim": 96}, True, "makes up another")):
+        model = tiny(**sides)
+        Q.quantize_model(model, Scheme("rtn", 4, size, head=head, damp=0.0))
+        Q.save(model, tmp_path / "4")
+        out = capsys.readouterr().out
+        assert said in out and bool(said) == bool(out)
+        config = json.loads((tmp_path / "4" / "config.json").read_text())
+        assert config["model_type"] == "llama" and not config["quantization_config"].keys() & {"method", "damp_percent"}  # gptqmodel refuses "rtn", and 0
+        assert Q.load(tmp_path / "4").quantized["method"] == "rtn"
+    Q.quantize_model(model := tiny(), Scheme("rtn", 8, -1, True))
+    Q.save(model, tmp_path / "8")
+    assert json.loads((tmp_path / "8" / "config.json").read_text())["model_type"] == "octet_int8" and Q.load(tmp_path / "8").config == model.config
+
+
 def foreign(directory: Path, act_order: bool, layout: str, **changed) -> dict[str, Tensor]:
     """A checkpoint as AutoGPTQ writes it, made by numpy: groups that its act-order has scattered, zero biases. Returns the
     dense weights."""
@@ -292,12 +310,14 @@ def foreign(directory: Path, act_order: bool, layout: str, **changed) -> dict[st
     dense = {}
     for name in [name for name in tensors if "proj" in name]:
         O, I = tensors.pop(name).shape
-        q, zero = rng.integers(0, 16, (I, O)), rng.integers(1 if layout == "gptq" else 0, 16, (I // 32, O))
+        q, zero = rng.integers(0, 16, (I, O)), rng.integers(0, 16, (I // 32, O))
         scale = rng.uniform(0.01, 0.02, (I // 32, O)).astype(np.float16)
         g = (rng.permutation(I) if act_order else np.arange(I)) // 32
         pack = lambda codes, axis: sum(np.take(codes, range(k, codes.shape[axis], 8), axis).astype(np.int64) << 4 * k for k in range(8)).astype(np.uint32).view(np.int32)
         prefix = name.removesuffix(".weight")
-        tensors |= {f"{prefix}.qweight": torch.tensor(pack(q, 0)), f"{prefix}.qzeros": torch.tensor(pack(zero - (layout == "gptq"), 1)),
+        # Q08: in `gptq` files gptqmodel takes one from each zero by taking 0x11111111 from the word: a zero of 0 borrows from the next.
+        words = (pack(zero, 1).astype(np.int64) - (0x11111111 if layout == "gptq" else 0)).astype(np.uint32).view(np.int32)
+        tensors |= {f"{prefix}.qweight": torch.tensor(pack(q, 0)), f"{prefix}.qzeros": torch.tensor(words),
                     f"{prefix}.scales": torch.tensor(scale), f"{prefix}.g_idx": torch.tensor(g.astype(np.int32)), f"{prefix}.bias": torch.zeros(O)}
         dense[name] = torch.tensor(((q - zero[g]) * scale[g].astype(np.float32)).T.copy(), dtype=torch.float32)
     tiny(ffn_dim=96).save_pretrained(directory)
@@ -308,11 +328,14 @@ def foreign(directory: Path, act_order: bool, layout: str, **changed) -> dict[st
     return dense
 
 
-@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("checkpoint_format, key", [("gptq", "checkpoint_format"), ("gptq_v2", "checkpoint_format"), ("gptq_v2", "format")])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_checkpoints_of_others(tmp_path, act_order, checkpoint_format):
-    """Q05: groups that act-order has scattered, both conventions for zeros; also through the fast kernels."""
+def test_checkpoints_of_others(tmp_path, act_order, checkpoint_format, key):
+    """Q05: groups that act-order has scattered, both conventions for zeros, both names of the key; also through the fast kernels."""
     dense = foreign(tmp_path, act_order, checkpoint_format)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"][key] = config["quantization_config"].pop("checkpoint_format")
+    (tmp_path / "config.json").write_text(json.dumps(config))
     plain = tiny(ffn_dim=96)
     plain.load_state_dict({name: dense.get(plain.hf_name(name), p) for name, p in plain.state_dict().items()})
     model, tokens = Q.load(tmp_path), torch.tensor([texts()[0].ids])
