@@ -1465,9 +1465,9 @@ class Folded(Tokenizer):
         return super().decode([3 + i % (self.vocab_size - 3) for i in ids])
 
 
-def random_prompts(count: int, tokens: int, vocab: int) -> list[list[int]]:
-    """Prompts that share nothing, so that none is found in the cache."""
-    return torch.randint(3, vocab, (count, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+def random_prompts(count: int, tokens: int, vocab: int, seed: int) -> list[list[int]]:
+    """Prompts that share nothing with one another nor with those of another seed, so that none is found in the cache."""
+    return torch.randint(3, vocab, (count, tokens), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def ask(url: str, prompt: list[int], new: int, key: str | None) -> dict:
@@ -1545,9 +1545,9 @@ def benchmark_url(url: str, args: argparse.Namespace, vocab: int) -> list[dict]:
           f"{'':<26}{'ms p50':>12}{'ms':>7}{'p50':>14}{'5 %':>9}", flush=True)
     rows = []
     for concurrency in args.concurrency:
-        prompts = random_prompts(concurrency * args.rounds, args.prompt_tokens, vocab)
         if not rows:
-            ask(url, prompts[-1], 4, args.api_key)  # warms up
+            ask(url, random_prompts(1, args.prompt_tokens, vocab, 1)[0], 4, args.api_key)  # warms up
+        prompts = random_prompts(concurrency * args.rounds, args.prompt_tokens, vocab, 2 + len(rows))
         rows.append(measure(lambda prompt: ask(url, prompt, args.new_tokens, args.api_key), prompts, concurrency))
         print_row(rows[-1], "HTTP")
     return rows
@@ -1706,10 +1706,10 @@ def benchmark(args: argparse.Namespace) -> dict:
         raise ValueError("the clients of the benchmark failed: see above")
     rows = json.loads(args.json.read_text())["rows"]
     most = max(args.concurrency)
-    alone = measure(lambda prompt: ask_engine(engine, tokenizer, args.new_tokens, prompt), random_prompts(most * args.rounds, args.prompt_tokens, model.config.vocab_size)[::-1], most)
+    alone = measure(lambda prompt: ask_engine(engine, tokenizer, args.new_tokens, prompt), random_prompts(most * args.rounds, args.prompt_tokens, model.config.vocab_size, 0), most)
     print_row(alone, "engine")
     through = next(row for row in rows if row["concurrency"] == most)
-    summary |= {"rows": rows, "engine": alone, "http_cost": 1 - through["tokens_per_second"] / alone["tokens_per_second"], "peak_memory_bytes": zero.peak_memory_bytes(model.device)}
+    summary |= {"rows": rows, "engine": alone, "http_cost": 1 - through["tokens_per_second"] / alone["tokens_per_second"], "prefix_tokens_reused": engine.counters["prefix_tokens"], "peak_memory_bytes": zero.peak_memory_bytes(model.device)}
     engine.stop(1.0)
     server.finish(1.0)
     print(f"{most} clients get {through['tokens_per_second'] / rows[0]['tokens_per_second']:.2f} times the tokens of {rows[0]['concurrency']}; HTTP costs {100 * summary['http_cost']:.0f} %; "
