@@ -1149,8 +1149,8 @@ def test_benchmark_counts_new_tokens_alone(monkeypatch):
 
 def test_benchmark_over_http(directory, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    summary = serve.main([str(directory), "--benchmark", "--concurrency", "1,3", "--prompt_tokens", "8", "--new_tokens", "6", "--rounds", "2", "--max_batch", "4", "--json", str(tmp_path / "b.json")])
-    assert summary["prefix_tokens_reused"] < 8  # of 14 prompts of 8 tokens: each is read, none was asked before
+    summary = serve.main([str(directory), "--benchmark", "--concurrency", "1,3", "--prompt_tokens", "24", "--new_tokens", "6", "--rounds", "2", "--max_batch", "4", "--json", str(tmp_path / "b.json")])
+    assert summary["prefix_tokens_reused"] < 8  # of 14 prompts of 24: each is read, none was asked before
     assert json.loads((tmp_path / "b.json").read_text()) == json.loads(json.dumps(summary))
-    assert [(row["concurrency"], row["requests"], row["new_tokens"], row["prompt_tokens"]) for row in summary["rows"]] == [(1, 2, 6, 8), (3, 6, 6, 8)]
+    assert [(row["concurrency"], row["requests"], row["new_tokens"], row["prompt_tokens"]) for row in summary["rows"]] == [(1, 2, 6, 24), (3, 6, 6, 24)]
     assert {"dtype", "threads", "slots", "peak_memory_bytes", "http_cost"} <= set(summary) and "first token" in capfd.readouterr().out
