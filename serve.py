@@ -71,6 +71,7 @@ LINGER = 0.05          # of a step's time to wait for the next question of a cli
 MIN_REUSE = 8          # copying fewer tokens is not worth its calls
 CALL = 2**19           # bytes of the cache that are read in the time one call of attention costs: 25 us at 20 GB/s
 HEAD_BYTES, BODY_BYTES = 2**16, 2**20
+STREAM_PAUSE = 0.01    # seconds from one piece of a stream to the next: no screen shows more, and each costs time that the engine's Python waits for
 REQUEST_SECONDS = 30   # for a client to send its request, and to take a piece of the answer
 MAX_MESSAGES, MAX_CHOICES, MAX_STOPS, MAX_CONNECTIONS = 512, 32, 16, 1024
 
@@ -1006,6 +1007,8 @@ class Handler(BaseHTTPRequestHandler):
                     chunks.append(form.head | {"choices": [], "usage": job.usage()})
                 chunks.append("[DONE]")
             self.send_events(chunks)
+            if open_answers:
+                time.sleep(STREAM_PAUSE)
         self.send_part(b"")
 
     def send_events(self, chunks: list) -> None:
