@@ -34,7 +34,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +43,9 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from data import run
+from data.weights import DTYPES, hf_name
 
 LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -247,8 +249,7 @@ def fold(model: nn.Module) -> None:
 
 def _hf_name(model: nn.Module, name: str) -> str:
     """Our module's name -> PEFT's, below "base_model.model."; a reward model's trunk sits where a causal model's sits."""
-    trunk = getattr(model, "trunk", model)
-    return name if name == "score" else trunk.hf_name(name.removeprefix("trunk."))
+    return name if name == "score" else hf_name(name.removeprefix("trunk."))
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -302,6 +303,12 @@ def _write(file: Path, content: bytes) -> None:
 
 def is_adapter(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
+
+
+def home(path: str | Path) -> Path:
+    """Where tokenizer and template lie: in the directory, or in the base of an adapter that has none."""
+    path = Path(path)
+    return base_path(path) if is_adapter(path) and not (path / "tokenizer.model").exists() else path
 
 
 def read_adapter_config(path: str | Path) -> dict:
@@ -428,15 +435,14 @@ def load_adapter(model: nn.Module, path: str | Path, dtype: torch.dtype | None =
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> dict:
-    from model import DTYPES, Parser  # here, not above: the layer and its functions need nothing of ours
-    parser = Parser("Merge a LoRA adapter into its base and write an ordinary Hugging Face model.")
+    parser = run.Parser("Merge a LoRA adapter into its base and write an ordinary Hugging Face model.")
     parser.add_argument("command", choices=["merge"])
     parser.add_argument("adapter", help="folder with adapter_config.json, ours or PEFT's")
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="to write; auto is the base's")
     args = parser.parse_args(argv)
 
-    import quantize
+    import quantize  # here, not above: it stands on this file
     adapter, base, out = Path(args.adapter), base_path(args.adapter), Path(args.out)
     if is_adapter(out) or out.resolve() == base.resolve():
         raise ValueError(f"{out} is the base or an adapter: name a folder of its own for the merged model")
@@ -484,5 +490,4 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    from model import run
-    run(main)
+    run.command(main)

@@ -1,4 +1,4 @@
-"""LLaMA in one file: config, transformer, KV cache, sampling, tokenizer, reading and writing weights.
+"""LLaMA in one file: config, transformer, KV cache, sampling, generation.
 
 Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models" (arXiv 2302.13971). What makes it a LLaMA:
 RMSNorm before each half of a block (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020),
@@ -20,34 +20,28 @@ Letters on reshaping lines: B batch, T time (tokens of this call), S slots of th
 K key/value heads, G = H / K query heads that share one of them, D head dim, V vocabulary.
 """
 
-import argparse
-import hashlib
 import itertools
 import json
 import math
-import mmap
 import os
 import platform
-import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
-import safetensors.torch
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-          "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from data.run import Parser, command
+from data.text import TEMPLATES, Tokenizer, check_tokenizer, encode_prompt, read_template
+from data.weights import DTYPES, check_config, fill, quantization, read_config, read_tensors, write_file, write_model
 
 
 @dataclass
@@ -70,29 +64,7 @@ class LlamaConfig:
     extra: dict = field(default_factory=dict)  # further keys for config.json, such as a reward model's "reward_mean"
 
     def __post_init__(self):
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"):
-            value, most = getattr(self, name), 1000 if name == "n_layers" else 2**20  # building what a broken file says may never end
-            if type(value) is not int or not 1 <= value <= most:  # True is an int too
-                raise ValueError(f"config: {name} is {value!r}, it must be a whole number from 1 to {most:,}")
-        for name, most in (("norm_eps", 1.0), ("rope_theta", 1e30), ("rope_factor", 1e30)):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value <= most:
-                raise ValueError(f"config: {name} is {value!r}, it must be a number above 0 and at most {most:g}")
-            setattr(self, name, float(value))
-        if type(self.tie_embeddings) is not bool:
-            raise ValueError(f"config: tie_embeddings is {self.tie_embeddings!r}, it must be true or false")
-        for name in ("bos_id", "eos_id"):
-            if type(getattr(self, name)) not in (int, type(None)):
-                raise ValueError(f"config: {name} is {getattr(self, name)!r}, it must be a whole number or null")
-        mean = self.extra.get("reward_mean", 0.0)
-        if type(mean) not in (int, float) or not abs(mean) < math.inf:
-            raise ValueError(f"config: reward_mean is {mean!r}, it must be a finite number")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"config: {self.n_heads} query heads cannot be shared out over {self.n_kv_heads} key/value heads")
-        if self.head_dim % 2:
-            raise ValueError(f"config: head_dim {self.head_dim} is odd, rotary embedding needs pairs")
-        if self.dtype not in DTYPES:
-            self.dtype = "float32"  # float64 and the like
+        vars(self).update(check_config(dict(vars(self))))
 
 
 def shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int, vocab_size: int = 32000, context: int = 2048) -> LlamaConfig:
@@ -288,8 +260,7 @@ class KVCache:
         if dtype == torch.bfloat16 and torch.device(device).type == "cpu" and not cpu_has_bf16():
             dtype = torch.float32  # there attention over bf16 takes 4 times as long
         shape = (batch, 2 * config.n_kv_heads, slots, config.head_dim)
-        lazy = lazy and torch.device(device).type == "cpu"
-        self.kv = [scratch(shape, dtype) if lazy else torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.dtype = dtype
 
     def place(self, position: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -670,24 +641,19 @@ class Llama(nn.Module):
 
     # ---- files ----
 
-    @staticmethod
-    def hf_name(name: str) -> str:
-        """Our name of a module or parameter -> Hugging Face's: layers.0.attention.wq -> model.layers.0.self_attn.q_proj."""
-        for ours, theirs in HF_NAMES.items():
-            name = re.sub(rf"(^|\.){re.escape(ours)}(?=\.|$)", rf"\g<1>{theirs}", name)
-        return name if name.startswith(("lm_head", "score")) else f"model.{name}"
-
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None, device="cpu", head: bool = True) -> "Llama":
         """Read a Hugging Face or Meta directory; dtype None keeps the file's. Raises ValueError or FileNotFoundError with a
         sentence when anything is missing, left over, cut short, or of another architecture."""
-        config = read_config(directory)
-        tensors = read_tensors(directory, config)
+        if quantization(directory):
+            raise ValueError(f"{directory} is quantized: open it with quantize.open_model, not as a plain model")
+        fields = read_config(directory)
+        tensors, config = read_tensors(directory, fields), LlamaConfig(**fields)
         if head and "score.weight" in tensors:  # with tied embeddings it would open as a language model, and babble
             raise ValueError(f"{directory} is a reward model, it has no words: open it with RewardModel.from_pretrained of rm.py")
         with torch.device("meta"):
             model = cls(config, head)
-        load_weights(model, tensors, dtype, device, () if head else ("output.weight", "score.weight"), directory)
+        fill(model, tensors, dtype, device, directory, () if head else ("output.weight", "score.weight"))
         model.make_rope()
         return model
 
@@ -697,8 +663,7 @@ class Llama(nn.Module):
             raise ValueError("the model is fused for generation: save it before, or open its directory again")
         if self.quantized:
             raise ValueError("the model is quantized: write it with quantize.save")
-        tensors = {self.hf_name(name): p for name, p in self.named_parameters()}  # a tied head appears once, as the embedding
-        write_weights(tensors, self.config, Path(directory), "LlamaForCausalLM")
+        write_model(directory, vars(self.config), dict(self.named_parameters()))  # a tied head appears once, as the embedding
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -743,442 +708,6 @@ def sample(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.
         race = torch.empty_like(scaled).exponential_(generator=generator)
         token, highest = (scaled.softmax(-1) / race).argmax(-1), logits.amax(-1)
     return torch.where(highest.isfinite(), token, -1)  # NaN anywhere is the maximum
-
-
-# ---- tokenizer ------------------------------------------------------------------------------------------------------
-
-class Tokenizer:
-    """A sentencepiece model. BOS and EOS are added as ids, never as text; "</s>" typed by a user is ordinary pieces."""
-
-    def __init__(self, path: str | Path):
-        path = Path(path)
-        file = path / "tokenizer.model" if path.is_dir() else path
-        if not file.exists() and (path / "params.json").exists() and (path.parent / "tokenizer.model").exists():
-            file = path.parent / "tokenizer.model"  # Meta puts one beside the folders 7B, 13B, ...
-        if not file.exists():
-            only = ", a tokenizer.json cannot be read here" if (path / "tokenizer.json").exists() else ""
-            raise FileNotFoundError(f"{file} does not exist{only}: put the sentencepiece file of the original release there")
-        self.proto = file.read_bytes()
-        self.sp = sentencepiece.SentencePieceProcessor()
-        try:
-            self.sp.LoadFromSerializedProto(self.proto)
-        except RuntimeError as error:
-            raise ValueError(f"{file} is not a sentencepiece model: copy it again ({error})") from None
-        self.vocab_size = self.sp.vocab_size()
-        self.bos_id, self.eos_id = self.sp.bos_id(), self.sp.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise ValueError(f"{file} defines no BOS or no EOS piece: it is not a LLaMA tokenizer")
-
-    @property
-    def fingerprint(self) -> str:
-        """Two tokenizers with equal fingerprints give equal ids."""
-        return hashlib.sha256(self.proto).hexdigest()
-
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        # Sentencepiece takes a lone surrogate (half an emoji in broken JSON) for an error, so it becomes U+FFFD first.
-        ids = self.sp.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids; BOS, EOS and ids beyond the vocabulary (padded embeddings) give nothing."""
-        return self.sp.decode([i for i in ids if 0 <= i < self.vocab_size and i not in (self.bos_id, self.eos_id)])
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text piece by piece as ids arrive; joined, exactly decode(ids). Bytes of an unfinished character are held back."""
-        text = TextStream(self)
-        for i in ids:
-            if piece := text.push(i):
-                yield piece
-        if piece := text.rest():
-            yield piece
-
-    def save(self, directory: str | Path, template: str | None = None, chat_template: str | None = None) -> None:
-        """Write tokenizer.model and tokenizer_config.json, with the prompt template's name and its Jinja text."""
-        directory = Path(directory)
-        config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
-                  "bos_token": self.sp.id_to_piece(self.bos_id), "eos_token": self.sp.id_to_piece(self.eos_id),
-                  "unk_token": self.sp.id_to_piece(self.sp.unk_id())}
-        if template is not None:
-            config |= {"template": template, "chat_template": chat_template}
-        write_file(directory / "tokenizer.model", self.proto)
-        write_file(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False).encode())
-
-
-class TextStream:
-    """Ids in, text out, one at a time. After `before`, ids whose text is known already, the text goes on as theirs would.
-
-    Each piece is the difference of two decodes that begin at the same id, because sentencepiece strips the space of
-    whatever comes first; the beginning moves up only to an id that has text, so long answers stay cheap.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
-        self.decode = tokenizer.decode
-        self.held, self.sent = list(before), 0  # ids from the current beginning; characters of their text that were given out
-        self.more()
-
-    def push(self, i: int) -> str:
-        """The text that is certain once this id is there. Bytes of an unfinished character are held back."""
-        self.held.append(i)
-        return self.more()
-
-    def more(self) -> str:
-        text = self.decode(self.held)
-        # A character has at most four bytes, so up to three at the end may be the first ones of a character to come.
-        broken = min(3, len(text) - len(text.rstrip("\ufffd")))
-        new = text[self.sent:len(text) - broken]
-        self.sent += len(new)
-        if len(self.held) > 16 and not broken and (first := self.decode(self.held[-1:])):
-            self.held, self.sent = self.held[-1:], len(first)
-        return new
-
-    def rest(self) -> str:
-        """What was held back, when nothing more comes."""
-        return self.decode(self.held)[self.sent:]
-
-
-def read_template(directory: str | Path) -> str | None:
-    """The template's name that a directory carries, or None."""
-    file = Path(directory) / "tokenizer_config.json"
-    return read_json(file).get("template") if file.exists() else None
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-HF_NAMES = {"tok_embeddings": "embed_tokens", "attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj",
-            "wo": "o_proj", "feed_forward": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
-            "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "output": "lm_head"}
-# Buffers that old files carry and that follow from the config.
-DERIVED = re.compile(r"(rotary_emb\.inv_freq|rope\.freqs)$")
-PATTERNS = "config.json with model.safetensors, model.safetensors.index.json, pytorch_model.bin or pytorch_model.bin.index.json " \
-           "(Hugging Face), or params.json with consolidated.*.pth (Meta)"
-
-
-def read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}): copy it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a JSON object: copy it again")
-    return content
-
-
-def read_config(directory: str | Path) -> LlamaConfig:
-    """The config of a Hugging Face or Meta directory; for Meta's it takes a look into the weights (sizes not in params.json)."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a directory: name a weights directory, {PATTERNS}")
-    if (directory / "config.json").exists():
-        return config_from_hf(read_json(directory / "config.json"), directory)
-    if (directory / "params.json").exists():
-        return config_from_meta(read_json(directory / "params.json"), directory)
-    if (directory / "adapter_config.json").exists():
-        raise ValueError(f"{directory} holds an adapter, not a model: merge it first with `python lora.py merge {directory} OUT`")
-    for file in directory.glob("*.bin"):
-        if not file.name.startswith("pytorch_model"):
-            raise ValueError(f"{file} is not a checkpoint that can be read here (llama2.c's own .bin?): get the same model as "
-                             f"{PATTERNS}")
-    raise FileNotFoundError(f"{directory} has neither config.json nor params.json: looked for {PATTERNS}")
-
-
-def config_from_hf(c: dict, directory: Path) -> LlamaConfig:
-    if c.get("quantization_config"):
-        raise ValueError(f"{directory} is quantized: open it with quantize.load, not as a plain model")
-    kind = c.get("model_type")
-    if kind not in ("llama", "mistral"):
-        raise ValueError(f"{directory}: model_type {kind!r} is not a LLaMA (llama and mistral are)")
-    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        if c.get(key) not in (None, plain):
-            raise ValueError(f"{directory}: config.json has {key} = {c[key]!r}, which is not supported: a LLaMA has {plain!r}")
-    # transformers 5 moved rope_theta into rope_parameters; older files have the two older keys.
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{directory}/config.json has {rope!r} as rope_parameters or rope_scaling: copy it again")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "linear"):
-        raise ValueError(f"{directory}: rotary scaling {rope_type!r} is not supported (default and linear are)")
-    dtype = c.get("dtype") or c.get("torch_dtype") or stored_dtype(directory)
-    try:
-        dim, n_heads, eos = c["hidden_size"], c["num_attention_heads"], c.get("eos_token_id", 2)
-        thetas = (rope.get("rope_theta"), c.get("rope_theta"), 10000.0)
-        context = c.get("max_position_embeddings", 2048)
-        if c.get("sliding_window"):
-            context = min(context, c["sliding_window"])  # Mistral: up to its window, sliding attention is plain attention
-        # Defaults are those of transformers' LlamaConfig, which leaves out of the file what equals them.
-        return LlamaConfig(
-            dim=dim, n_layers=c["num_hidden_layers"], n_heads=n_heads, n_kv_heads=c.get("num_key_value_heads") or n_heads,
-            head_dim=c.get("head_dim") or dim // n_heads, ffn_dim=c["intermediate_size"], vocab_size=c["vocab_size"],
-            max_seq_len=context, norm_eps=c.get("rms_norm_eps", 1e-6),
-            rope_theta=next(theta for theta in thetas if theta is not None),
-            rope_factor=rope["factor"] if rope_type == "linear" else 1.0, tie_embeddings=c.get("tie_word_embeddings", False),
-            dtype=str(dtype).removeprefix("torch."),
-            bos_id=c.get("bos_token_id", 1), eos_id=eos[0] if isinstance(eos, list) and eos else eos,
-            extra={key: c[key] for key in ("reward_mean",) if key in c})
-    except KeyError as error:
-        raise ValueError(f"{directory}/config.json lacks {error}: copy it again") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:  # null where a number should be, sizes that do not fit
-        raise ValueError(f"{directory}/config.json does not describe a LLaMA ({error}): copy it again") from None
-
-
-def stored_dtype(directory: Path) -> str:
-    """The dtype of the weights themselves, for a config.json that does not say."""
-    embedding = read_tensors(directory).get("tok_embeddings.weight")
-    return str(embedding().dtype) if embedding else "float32"
-
-
-def config_from_meta(p: dict, directory: Path) -> LlamaConfig:
-    if p.get("use_scaled_rope"):
-        raise ValueError(f"{directory}: params.json has use_scaled_rope, the rotary scaling of Llama 3.1, which is not supported")
-    parts = meta_parts(directory)
-    n, part = len(parts), parts[0]
-    try:
-        dim, n_layers, n_heads = p["dim"], p["n_layers"], p["n_heads"]
-        wq, wk = part["layers.0.attention.wq.weight"], part["layers.0.attention.wk.weight"]
-        w1, embedding = part["layers.0.feed_forward.w1.weight"], part["tok_embeddings.weight"]
-        head_dim = p.get("head_dim") or dim // n_heads
-        rows = n_heads * head_dim
-    except KeyError as error:
-        raise ValueError(f"{directory}: params.json or consolidated.00.pth lacks {error}: it is no LLaMA of Meta's") from None
-    except (TypeError, ZeroDivisionError):
-        raise ValueError(f"{directory}: params.json has dim {dim!r} and n_heads {n_heads!r}, which are no sizes: copy it again") from None
-    if wq.shape[0] * n != rows:
-        raise ValueError(f"{directory}: wq has {wq.shape[0]} rows in a part and {wq.shape[0] * n} in all ({n} consolidated.*.pth), "
-                         f"by params.json it has {rows}: copy the missing parts, or the params.json that belongs to them")
-    n_kv_heads = wk.shape[0] * n // head_dim
-    if p.get("n_kv_heads") not in (None, n_kv_heads):  # else a wrong n_heads would go unseen: other heads, the same shapes
-        raise ValueError(f"{directory}: wk has rows for {n_kv_heads} heads of {head_dim}, by params.json there are "
-                         f"{p['n_kv_heads']!r}: copy it again")
-    tied, eps, theta = "output.weight" not in part, p.get("norm_eps", 1e-5), p.get("rope_theta", 10000.0)
-    if not all(type(value) in (int, float) for value in (eps, theta)):
-        raise ValueError(f"{directory}: params.json has norm_eps {eps!r} and rope_theta {theta!r}, which are no numbers: copy it again")
-    try:
-        return LlamaConfig(
-            dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
-            ffn_dim=w1.shape[0] * n, vocab_size=embedding.shape[0] if tied else part["output.weight"].shape[0] * n,
-            # Meta's files do not say. LLaMA 1 has 2048, CodeLlama 16384; Llama 2, which they do not tell from LLaMA 1, has 4096:
-            # write "max_seq_len": 4096 into its params.json.
-            max_seq_len=p.get("max_seq_len", 16384 if theta > 1e4 else 2048),
-            norm_eps=eps, rope_theta=theta, tie_embeddings=tied,
-            dtype=str(wk.dtype).removeprefix("torch."))
-    except ValueError as error:
-        raise ValueError(f"{directory}/params.json does not describe a LLaMA ({error}): copy it again") from None
-
-
-def torch_load(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # zip, pickle and unpickling errors share no base class
-        reason = str(error).partition("\n")[0][:120]
-        raise ValueError(f"{file} cannot be read, it is cut short or not a checkpoint: copy it again ({reason})") from None
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()):
-        raise ValueError(f"{file} is no dictionary of named tensors: get the file with the weights alone")
-    return tensors
-
-
-def meta_parts(directory: Path) -> list[dict[str, Tensor]]:
-    files = sorted(directory.glob("consolidated.*.pth"))
-    if not files:
-        raise FileNotFoundError(f"{directory} has params.json but no consolidated.*.pth: copy the weights there")
-    if [file.name for file in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
-        raise FileNotFoundError(f"{directory} has {', '.join(f.name for f in files)}: a part is missing or misnamed, they are "
-                                "numbered from 00 without a gap: copy all of them")
-    parts = [torch_load(file) for file in files]
-    kinds = [{name: (tensor.shape, tensor.dtype) for name, tensor in part.items()} for part in parts]
-    if any(other != kinds[0] for other in kinds):
-        raise ValueError(f"{directory}: its consolidated.*.pth differ in names, shapes or dtypes, they are not parts of one "
-                         "checkpoint: copy them again")
-    return parts
-
-
-def join_meta(name: str, parts: list[dict[str, Tensor]], config: LlamaConfig) -> Tensor:
-    """One tensor out of its model-parallel parts, wq and wk brought into half-rotation order."""
-    tensors = [part[name] for part in parts]
-    if len(parts) == 1 or tensors[0].dim() == 1:  # norms are whole in every part
-        whole = tensors[0]
-    else:
-        by_input = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))  # these are cut along their input (dim 1)
-        rows, columns = tensors[0].shape
-        whole = scratch((rows, columns * len(parts)) if by_input else (rows * len(parts), columns), tensors[0].dtype)
-        torch.cat(tensors, dim=1 if by_input else 0, out=whole)
-    if name.endswith(("wq.weight", "wk.weight")):
-        D, interleaved = config.head_dim, whole
-        whole = scratch(interleaved.shape, interleaved.dtype)
-        # (H*D, C) -> (H, D/2 pairs, 2, C) -> (H, 2, D/2, C) -> (H*D, C)
-        whole.view(-1, 2, D // 2, whole.shape[1]).copy_(interleaved.view(-1, D // 2, 2, whole.shape[1]).transpose(1, 2))
-    return whole
-
-
-def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory of its own from the system, for what lives shorter than the parameters around it: in malloc's heap it would leave
-    holes that no later matrix fits, 40 % of a model in two parts."""
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
-
-
-def read_tensors(directory: str | Path, config: LlamaConfig | None = None) -> dict[str, Callable[[], Tensor]]:
-    """Our name -> a function that reads that tensor. Nothing is read before it is called for, so two copies never exist.
-    Meta's files need the config, to bring wq and wk into our order."""
-    directory = Path(directory)
-    if not (directory / "config.json").exists():
-        parts = meta_parts(directory)
-        return {name: lambda name=name: join_meta(name, parts, config) for name in parts[0] if not DERIVED.search(name)}
-    tensors: dict[str, Callable[[], Tensor]] = {}
-    for file in hf_files(directory):
-        if file.suffix == ".safetensors":
-            try:
-                handle = safetensors.safe_open(file, framework="pt")
-            except Exception as error:  # SafetensorError derives from Exception alone
-                raise ValueError(f"{file} cannot be read, it is cut short or not safetensors: copy it again ({error})") from None
-            found = {name: lambda name=name, handle=handle: handle.get_tensor(name) for name in handle.keys()}
-        else:
-            found = {name: lambda tensor=tensor: tensor for name, tensor in torch_load(file).items()}
-        tensors |= {our_name(name): read for name, read in found.items() if not DERIVED.search(name)}
-    return tensors
-
-
-def hf_files(directory: Path) -> list[Path]:
-    """The weight files of a Hugging Face directory, its index checked against what is there in both directions."""
-    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index, single = directory / f"{stem}.{ending}.index.json", directory / f"{stem}.{ending}"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise ValueError(f"{index} does not map names of tensors to names of files: copy it again")
-            named = {directory / name for name in weight_map.values()}
-            missing = sorted(file.name for file in named if not file.is_file())
-            unlisted = sorted(file.name for file in directory.glob(f"{stem}-*-of-*.{ending}") if file not in named)
-            if missing or not named:
-                instead = f", or the index that belongs to {', '.join(unlisted)}" if unlisted else ""
-                raise FileNotFoundError(f"{index} names {', '.join(missing) or 'no files'}, which {directory} does not have: copy "
-                                        f"the missing files{instead}")
-            if unlisted:
-                raise ValueError(f"{directory} has {', '.join(unlisted)}, which {index.name} does not name: index and files are "
-                                 "of two different savings, copy them again")
-            return sorted(named)
-        if single.exists():
-            return [single]
-    loose = sorted(file.name for file in directory.iterdir() if file.suffix in (".safetensors", ".bin"))
-    unknown = f", only {', '.join(loose)}, which no index names" if loose else ""
-    raise FileNotFoundError(f"{directory} has config.json but no weights{unknown}: looked for {PATTERNS}")
-
-
-def our_name(name: str) -> str:
-    """Hugging Face's parameter name -> ours, the inverse of Llama.hf_name."""
-    name = name.removeprefix("model.")
-    for ours, theirs in HF_NAMES.items():
-        name = re.sub(rf"(^|\.){theirs}(?=\.|$)", rf"\g<1>{ours}", name)
-    return name
-
-
-def load_weights(model: nn.Module, tensors: dict[str, Callable[[], Tensor]], dtype: torch.dtype | None, device,
-                 ignore: tuple[str, ...] = (), directory: str | Path | None = None) -> None:
-    """Fill a model built on the meta device, tensor by tensor; all names and shapes must agree. Tied heads stay tied.
-    `directory` is where the tensors come from: messages name it, and the names as they are in its files."""
-    source = directory or "the checkpoint"
-    shown = Llama.hf_name if directory and (Path(directory) / "config.json").exists() else str
-    names = [name for name, _ in model.named_parameters()]  # a tied head appears once, as the embedding
-    tied = model.config.tie_embeddings
-    missing = [shown(name) for name in names if name not in tensors]
-    known = {*names, *ignore, *(["output.weight"] if tied else [])}  # a tied head may be stored beside the embedding
-    unexpected = [shown(name) for name in tensors if name not in known]
-    if missing or unexpected:
-        more = " (and more)" if max(len(missing), len(unexpected)) > 5 else ""
-        raise ValueError(f"{source} does not fit its config: missing {', '.join(missing[:5]) or 'nothing'}; "
-                         f"unexpected {', '.join(unexpected[:5]) or 'nothing'}{more}")
-    dtype = dtype or DTYPES[model.config.dtype]
-    for name in names:
-        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        tensor, shape = tensors[name](), getattr(module, leaf).shape
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):  # int8 or fp8 lack their scales
-            raise ValueError(f"{source}: {shown(name)} is {str(tensor.dtype).removeprefix('torch.')}, plain weights are float32, "
-                             "bfloat16 or float16: get the model that is not quantized")
-        if tensor.shape != shape:
-            raise ValueError(f"{source}: {shown(name)} is {tuple(tensor.shape)}, by the config it should be {tuple(shape)}")
-        # copy=True: parameters must not be views of the mapped file, which is read-only to us.
-        setattr(module, leaf, nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True)))
-    if tied and getattr(model, "output", None) is not None:
-        model.output.weight = model.tok_embeddings.weight
-        if "output.weight" in tensors and not torch.equal(tensors["output.weight"](), tensors["tok_embeddings.weight"]()):
-            raise ValueError(f"{source}: config.json ties the head to the embedding, but the files have a head that differs: set "
-                             "tie_word_embeddings to false")
-
-
-def check_tokenizer(tokenizer: Tokenizer, config: LlamaConfig) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model's embedding {config.vocab_size} rows: use the "
-                         "tokenizer.model that came with the model")
-
-
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-def write_file(file: Path, content: bytes) -> None:
-    """Write under a temporary name and rename, so that a reader sees the old file or the new one, never a part."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{file} cannot be written: make room or name another directory ({error.strerror})") from None
-    os.replace(temporary, file)
-
-
-def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """As write_file; safetensors creates files as 0600, which would hide a model from everybody else."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
-    try:
-        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-    except Exception as error:  # a full disk is a SafetensorError here, which derives from Exception alone
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{file} cannot be written: make room or name another directory ({error})") from None
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)
-    os.replace(temporary, file)
-
-
-def write_weights(tensors: dict[str, Tensor], config: LlamaConfig, directory: Path, architecture: str, further: dict | None = None,
-                  shard_bytes: int = 5 * 10**9, exact: Collection[str] = ()) -> None:
-    """config.json (with `further` keys) and safetensors under Hugging Face names, cast to config.dtype but those named in
-    `exact`, in shards above 5 GB."""
-    if any("lora_" in name for name in tensors):
-        raise ValueError("the model still has adapters: merge and fold them, or save the adapter alone")
-    dtype = {name: tensor.dtype if name in exact else DTYPES[config.dtype] for name, tensor in tensors.items()}
-    size = {name: tensor.numel() * dtype[name].itemsize for name, tensor in tensors.items()}
-    shards: list[list[str]] = [[]]
-    for name in tensors:
-        if shards[-1] and sum(size[other] for other in shards[-1]) + size[name] > shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
-    n = len(shards)
-    files = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-    for file, shard in zip(files, shards):
-        write_safetensors({name: tensors[name].to("cpu", dtype[name]) for name in shard}, directory / file)
-    if n > 1:
-        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
-        files.append("model.safetensors.index.json")
-        write_file(directory / files[-1], json.dumps(index, indent=1).encode())
-    # Files of an earlier saving with another number of shards would be read instead of these, or beside them.
-    for pattern in ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
-        for file in directory.glob(pattern):
-            if file.name not in files:
-                file.unlink()
-    write_file(directory / "config.json", json.dumps(config_to_hf(config, architecture) | (further or {}), indent=1).encode())
-
-
-def config_to_hf(config: LlamaConfig, architecture: str) -> dict:
-    """config.json with both spellings of the keys that transformers 5 renamed."""
-    scaling = {"rope_type": "linear", "factor": config.rope_factor} if config.rope_factor != 1.0 else {}
-    return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu", "hidden_size": config.dim,
-            "intermediate_size": config.ffn_dim, "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
-            "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim, "vocab_size": config.vocab_size,
-            "max_position_embeddings": config.max_seq_len, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta} | scaling,
-            "rope_scaling": {"type": "linear"} | scaling if scaling else None,
-            "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": config.tie_embeddings, "bos_token_id": config.bos_id,
-            "eos_token_id": config.eos_id, "torch_dtype": config.dtype, "dtype": config.dtype, **config.extra}
 
 
 # ---- converting -----------------------------------------------------------------------------------------------------
@@ -1293,48 +822,6 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device, head: bool = T
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse for all scripts: a wrong flag is a ValueError of one sentence, without forty lines of usage before it, and --help
-    gives defaults where there are any."""
-
-    def __init__(self, description: str, **more):
-        super().__init__(description=description, formatter_class=Help, **more)
-
-    def error(self, message: str):
-        raise ValueError(f"{message} (see --help)")
-
-    def tell(self, usual: dict, demo: dict) -> None:
-        """Put into --help what is filled in later where a flag is left open, since it depends on the input."""
-        for action in self._actions:
-            values = [" ".join(Path(v).name for v in value) if isinstance(value, list) else str(value) for value in (usual.get(action.dest), demo.get(action.dest)) if value is not None]
-            if values:
-                usually = [] if usual.get(action.dest) is None else values[:1]
-                action.help += f" ({'; '.join(usually + ([f'the demo: {values[-1]}'] if action.dest in demo else []))})"
-
-
-def sentence(error: Exception) -> str:
-    """An error in words: the system's own ("[Errno 13] Permission denied: 'x'") begin with a number that says nothing."""
-    raw = isinstance(error, OSError) and error.strerror and error.errno is not None and str(error).startswith("[Errno")
-    return str(error) if not raw else f"{error.filename}: {error.strerror.lower()}" if error.filename is not None else error.strerror
-
-
-def run(main: Callable[[], object]) -> None:
-    """A script's entry: bad input ends in one sentence and exit code 2. `python -X dev` shows the traceback instead."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
-            raise
-        print(f"{Path(sys.argv[0]).name}: {sentence(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
 
 def main(argv: list[str] | None = None) -> list[dict] | None:
     argv = sys.argv[1:] if argv is None else argv
@@ -1367,13 +854,14 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     if args.benchmark and args.directory in SHAPES and not Path(args.directory).exists():
         model = random_model(SHAPES[args.directory], dtype, device).eval()
     else:
-        from serve import open_model, tokenizer_home  # here, not above: they open quantized models and adapters by way of the other files
+        from lora import home as tokenizer_home  # here, not above: they open quantized models and adapters by way of the other files
+        from serve import open_model
         if not Path(args.directory).is_dir():
             raise FileNotFoundError(f"{args.directory} does not exist: name a weights directory")
         home = tokenizer_home(Path(args.directory))
         tokenizer = Tokenizer(home)
         model = open_model(Path(args.directory), None, dtype, device)
-        check_tokenizer(tokenizer, model.config)
+        check_tokenizer(tokenizer, model.config.vocab_size)
     model.fuse(max(args.batch) if args.benchmark else 1)
     if args.compile:
         model.compile_decode()
@@ -1384,10 +872,9 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in args.prompts:
         if args.chat:
-            import data
             name = read_template(home)
-            template = data.TEMPLATES[name if name in data.TEMPLATES else "plain"]
-            ids, shown = data.encode_prompt([{"role": "user", "content": prompt}], tokenizer, template), []
+            template = TEMPLATES[name if name in TEMPLATES else "plain"]
+            ids, shown = encode_prompt([{"role": "user", "content": prompt}], tokenizer, template), []
         else:
             ids = shown = tokenizer.encode(prompt)
         steps = model.generate_steps([ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.eos_id,
@@ -1399,4 +886,4 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command(main)

@@ -54,12 +54,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import data
 import lora
 import sft
 import zero
-from data import demo
-from model import Llama, Tokenizer, check_tokenizer
+from data import demo, run, text
+from data.records import read_records
+from data.text import Tokenizer, check_tokenizer
+from model import Llama
 from rm import RewardModel
 
 DEMO = {"prompt_dataset": [demo.FOLDER / "prompts.jsonl"], "pretrain_dataset": [demo.FOLDER / "sft.jsonl.gz"], "num_episodes": 24, "max_timesteps": 1, "update_timesteps": 1,
@@ -204,8 +205,8 @@ def frozen(models: Models):
 def rollout(actor: Llama, prompts: list[list[int]], eos_id: int, max_seq_len: int, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Step 1: answer the prompts -> tokens (B, T), prompt_len (B,), mask (B, R), ended (B,)."""
     answers = actor.generate(prompts, [max_seq_len - len(prompt) for prompt in prompts], temperature, eos_id=eos_id, generator=generator)
-    tokens, _ = data.pad([prompt + answer for prompt, answer in zip(prompts, answers)])
-    _, mask = data.pad(answers)
+    tokens, _ = text.pad([prompt + answer for prompt, answer in zip(prompts, answers)])
+    _, mask = text.pad(answers)
     return tokens, torch.tensor([len(prompt) for prompt in prompts]), mask, torch.tensor([answer[-1] == eos_id for answer in answers])
 
 
@@ -266,7 +267,7 @@ def show_tokens(e: Experience, tokenizer: Tokenizer) -> str:
     lines = [f"prompt: {tokenizer.decode(e.tokens[b, :start].tolist())}", f"{'token':>16} mask    logp ref_logp      kl   value  reward     adv     ret"]
     for t in range(min(n + 1, e.mask.shape[1])):
         i = int(e.tokens[b, start + t]) if e.mask[b, t] else -1  # an embedding may have more rows than the tokenizer has pieces
-        piece = "(padding)" if i < 0 else tokenizer.sp.id_to_piece(i) if i < tokenizer.vocab_size else f"({i})"
+        piece = "(padding)" if i < 0 else tokenizer.piece(i)
         figures = " ".join(f"{x[b, t].item():7.3f}" for x in (e.logp, e.ref_logp, kl, e.value, e.reward, e.adv, e.ret))
         lines.append(f"{piece:>16} {int(e.mask[b, t]):4d} {figures}")
     return "\n".join([*lines, f"score {e.score[b]:.3f}, {'ended' if e.ended[b] else 'never ended'}"])
@@ -281,22 +282,22 @@ def ptx_batches(examples: list, batch: int, seed: int, seen: int):
     epoch, skip = divmod(seen, len(examples))
     while True:
         while len(left) < batch:
-            left += sum(data.global_batches(lengths, batch, seed, epoch, skip), [])
+            left += sum(text.global_batches(lengths, batch, seed, epoch, skip), [])
             epoch, skip = epoch + 1, 0
         yield left[:batch]
         left = left[batch:]
 
 
-def check_ratio(first: float, dtype: torch.dtype, world: zero.World) -> None:
+def check_ratio(first: float, dtype: torch.dtype, world: run.World) -> None:
     """The ratio before any update is exp(0). first: mean |logp - old_logp| (bf16, fp16) or its maximum (fp32)."""
     if dtype == torch.float32 and first > 1e-4:
         raise FloatingPointError(f"the ratio is not 1 before the first update: log-probabilities differ by {first:.2e}; scoring and update compute different things")
     if dtype != torch.float32 and first > 0.05:
-        sft.say(world, f"warning: before the first update log-probabilities differ by {first:.3f} on average: {dtype} is too coarse for this model, try --dtype fp32")
+        run.say(world, f"warning: before the first update log-probabilities differ by {first:.3f} on average: {dtype} is too coarse for this model, try --dtype fp32")
 
 
 def update(models: Models, optimizers: tuple[zero.ZeRO2, zero.ZeRO2], e: Experience, ptx, examples: list, schedule: float, step: int,
-           args: argparse.Namespace, world: zero.World, total, dtype: torch.dtype) -> dict:
+           args: argparse.Namespace, world: run.World, total, dtype: torch.dtype) -> dict:
     """Step 5: --max_epochs over the buffer in minibatches, at `schedule` times each learning rate. Returns the means of what is logged."""
     actor_opt, critic_opt = optimizers
     adv = whiten(e.adv, e.mask, total)
@@ -332,7 +333,7 @@ def update(models: Models, optimizers: tuple[zero.ZeRO2, zero.ZeRO2], e: Experie
             actor_opt.flush()
             critic_opt.flush()
             sums += total(seen)
-            sft.stop_if_broken((sums[0] + sums[1] + ptx_sum).item(), step, schedule * args.lr, args.save_path)
+            run.stop_if_broken((sums[0] + sums[1] + ptx_sum).item(), step, schedule * args.lr, args.save_path)
             actor_opt.step(schedule * args.lr)
             critic_opt.step(schedule * args.critic_lr)
             steps += 1
@@ -343,11 +344,11 @@ def update(models: Models, optimizers: tuple[zero.ZeRO2, zero.ZeRO2], e: Experie
     return {name: x / steps for name, x in zip(names, sums.tolist())} | {"loss/ptx_avg": total(torch.tensor([float(ptx_sum)])).item() / steps, "early_stop": early, "minibatches": steps}
 
 
-def ptx_backward(actor: Llama, optimizer: zero.ZeRO2, indices: list[int], examples: list, args: argparse.Namespace, world: zero.World) -> float:
+def ptx_backward(actor: Llama, optimizer: zero.ZeRO2, indices: list[int], examples: list, args: argparse.Namespace, world: run.World) -> float:
     """The SFT loss of one ptx batch, weighted and sent backward as the step's last micro-batch; returns this process's share."""
     targets, nll = sum(sum(examples[i][1]) for i in indices), 0.0
-    for micro in data.micro_batches(indices, [len(ids) for ids, _ in examples], args.ptx_batch_size, world.rank, world.world):
-        tokens, _, target = data.collate([examples[i] for i in micro])
+    for micro in text.micro_batches(indices, [len(ids) for ids, _ in examples], args.ptx_batch_size, world.rank, world.world):
+        tokens, _, target = text.collate([examples[i] for i in micro])
         loss = sft.lm_loss(actor, tokens, target) / targets
         optimizer.backward(args.ptx_coef * loss, last=True)
         nll += loss.item()
@@ -357,8 +358,8 @@ def ptx_backward(actor: Llama, optimizer: zero.ZeRO2, indices: list[int], exampl
 # ---- stage 3 --------------------------------------------------------------------------------------------------------
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    whole, number = sft.whole, sft.number
-    parser = sft.make_parser("Stage 3: PPO and PPO-ptx. Without flags, the demo: reads out/sft and out/rm, writes out/ppo.", "out/ppo")
+    whole, number = run.whole, run.number
+    parser = run.training_parser("Stage 3: PPO and PPO-ptx. Without flags, the demo: reads out/sft and out/rm, writes out/ppo.", "out/ppo")
     parser.add_argument("--rm_path", type=Path, help="the reward model that rm.py wrote")
     parser.add_argument("--rm_pretrain", type=Path, help="base of a reward model that is an adapter, if it has moved")
     parser.add_argument("--prompt_dataset", type=Path, nargs="+", help="prompts to answer: any record form, answers are ignored (data/__init__.py)")
@@ -393,7 +394,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--ptx_coef {args.ptx_coef} would turn the policy's loss around: it is a share, 0 to 1")
     for key, script in (("pretrain", "sft"), ("rm_path", "rm")):
         if getattr(args, key) is None:
-            setattr(args, key, sft.finished(Path(f"out/{script}"), script, f"--{key}"))
+            setattr(args, key, run.finished(Path(f"out/{script}"), script, f"--{key}"))
     return args
 
 
@@ -405,7 +406,7 @@ def frozen_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     return model
 
 
-def open_models(args: argparse.Namespace, tokenizer: Tokenizer, world: zero.World, dtype: torch.dtype) -> tuple[Models, str | None]:
+def open_models(args: argparse.Namespace, tokenizer: Tokenizer, world: run.World, dtype: torch.dtype) -> tuple[Models, str | None]:
     """The four models, and what an adapter will name as its base."""
     reward_tokenizer = sft.open_tokenizer(argparse.Namespace(template=args.template), args.rm_path, world)
     if reward_tokenizer.fingerprint != tokenizer.fingerprint:
@@ -413,8 +414,8 @@ def open_models(args: argparse.Namespace, tokenizer: Tokenizer, world: zero.Worl
     # All weights: in the file's dtype, from which the fp32 master is made. Frozen ones are only computed with.
     actor = sft.open_llama(args.pretrain, dtype if args.lora_rank else None, world)
     critic = RewardModel.from_pretrained(args.rm_path, dtype if args.lora_rank else None, world.device, args.rm_pretrain)
-    check_tokenizer(tokenizer, actor.config)
-    check_tokenizer(tokenizer, critic.config)
+    check_tokenizer(tokenizer, actor.config.vocab_size)
+    check_tokenizer(tokenizer, critic.config.vocab_size)
     base = sft.base_for_adapter(actor, args, tokenizer, world) if args.lora_rank else None
     if args.lora_rank:
         reward = RewardModel(critic.trunk)
@@ -432,25 +433,25 @@ def open_models(args: argparse.Namespace, tokenizer: Tokenizer, world: zero.Worl
     return models, base
 
 
-def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, world: zero.World) -> list[list[int]]:
-    records = data.read_records(args.prompt_dataset, "prompt", args.skip_bad_records, args.max_datasets_size, partial(sft.say, world))
-    prompts = [data.encode_prompt(record["messages"], tokenizer, data.TEMPLATES[args.template]) for record in records]
+def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer, world: run.World) -> list[list[int]]:
+    records = read_records(args.prompt_dataset, "prompt", args.skip_bad_records, args.max_datasets_size, partial(run.say, world))
+    prompts = [text.encode_prompt(record["messages"], tokenizer, text.TEMPLATES[args.template]) for record in records]
     kept = [prompt for prompt in prompts if len(prompt) <= args.max_input_len]
     if not kept:
         raise ValueError(f"all {len(prompts)} prompts have more than --max_input_len {args.max_input_len} tokens, the shortest {min(map(len, prompts))}: raise it")
     if len(kept) < len(prompts):
-        sft.say(world, f"note: {len(prompts) - len(kept)} of {len(prompts)} prompts have more than --max_input_len {args.max_input_len} tokens: left out")
+        run.say(world, f"note: {len(prompts) - len(kept)} of {len(prompts)} prompts have more than --max_input_len {args.max_input_len} tokens: left out")
     return kept
 
 
-def read_ptx(args: argparse.Namespace, tokenizer: Tokenizer, world: zero.World) -> list:
+def read_ptx(args: argparse.Namespace, tokenizer: Tokenizer, world: run.World) -> list:
     """Examples of --pretrain_dataset as stage 1 encodes them; none when ptx is off, and the file is not even read."""
     if args.pretrain_dataset is None or args.ptx_coef == 0:
         args.ptx_coef = 0.0
         return []
-    records = data.read_records(args.pretrain_dataset, "sft", args.skip_bad_records, args.max_datasets_size, partial(sft.say, world))
-    encode = partial(data.encode_example, tokenizer=tokenizer, template=data.TEMPLATES[args.template], max_len=args.max_seq_len)
-    return data.encode_all(records, encode, "ptx examples")[0]
+    records = read_records(args.pretrain_dataset, "sft", args.skip_bad_records, args.max_datasets_size, partial(run.say, world))
+    encode = partial(text.encode_example, tokenizer=tokenizer, template=text.TEMPLATES[args.template], max_len=args.max_seq_len)
+    return text.encode_all(records, encode, "ptx examples")[0]
 
 
 def seeded(*what, device="cpu") -> torch.Generator:
@@ -469,7 +470,7 @@ def draw(prompts: list[list[int]], n: int, seed: int, seen: int) -> list[list[in
     return drawn
 
 
-def experience(models: Models, prompts: list[list[int]], seed: tuple, tokenizer: Tokenizer, args: argparse.Namespace, world: zero.World) -> tuple[Experience, float, float]:
+def experience(models: Models, prompts: list[list[int]], seed: tuple, tokenizer: Tokenizer, args: argparse.Namespace, world: run.World) -> tuple[Experience, float, float]:
     """Answer and score prompts, this process's share of them; returns seconds of rollout and of scoring too."""
     generator = seeded(*seed, world.rank, device=world.device)  # no two rollouts, and no two processes, draw alike
     began = time.perf_counter()
@@ -482,23 +483,23 @@ def experience(models: Models, prompts: list[list[int]], seed: tuple, tokenizer:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    world = zero.start(args.device, args.strategy)
-    is_demo = args.prompt_dataset is None and sft.demo_tokenizer(args.pretrain)
-    sft.check_save_path(args)
+    world = run.start(args.device, args.strategy)
+    is_demo = args.prompt_dataset is None and demo.is_demo(args.pretrain)
+    run.check_save_path(args.save_path, sft.inputs_of(args))
     if args.save_path.resolve() == args.rm_path.resolve():
         raise ValueError(f"--save_path {args.save_path} is --rm_path: the run would overwrite the reward model, name another directory")
     tokenizer = sft.open_tokenizer(args, args.pretrain, world)
     if not is_demo and args.prompt_dataset is None:
         raise ValueError("--prompt_dataset is missing: name the prompts to answer")
-    sft.resolve(args, DEMO if is_demo else FINETUNE)
-    dtype = sft.compute_dtype(args, world)
+    run.resolve(args, DEMO if is_demo else FINETUNE)
+    dtype = run.choose_dtype(args.dtype, world.device)
     models, base = open_models(args, tokenizer, world, dtype)
     check_lengths(args, models)
     prompts, examples = read_prompts(args, tokenizer, world), read_ptx(args, tokenizer, world)
-    sft.say_flags(world, args)
-    with sft.resumable(args):
+    run.say_flags(world, args)
+    with run.resumable(args):
         figures = train(models, base, prompts, examples, is_demo, dtype, tokenizer, args, world)
-    summary = sft.write_summary(args, world, figures)
+    summary = run.write_summary(args, world, figures)
     if world.rank == 0:
         print_table(args, summary, world)
     return summary
@@ -513,11 +514,11 @@ def check_lengths(args: argparse.Namespace, models: Models) -> None:
 
 
 def train(models: Models, base: str | None, prompts: list, examples: list, is_demo: bool, dtype: torch.dtype, tokenizer: Tokenizer,
-          args: argparse.Namespace, world: zero.World) -> dict:
-    total = lambda x: zero.all_reduce(x.to(world.device)).cpu()  # a sum over processes of a small CPU tensor
-    marks = sft.fingerprint(torch.nn.ModuleList([models.actor, models.critic]), [prompts, examples], args.seed)
-    template = data.TEMPLATES[args.template]
-    held = [data.encode_prompt([{"role": "user", "content": record["instruction"]}], tokenizer, template) for record in demo.prompt_records(0, held=True)] if is_demo else prompts
+          args: argparse.Namespace, world: run.World) -> dict:
+    total = lambda x: run.all_reduce(x.to(world.device)).cpu()  # a sum over processes of a small CPU tensor
+    marks = run.fingerprint(torch.nn.ModuleList([models.actor, models.critic]), [prompts, examples], args.seed)
+    template = text.TEMPLATES[args.template]
+    held = [text.encode_prompt([{"role": "user", "content": record["instruction"]}], tokenizer, template) for record in demo.prompt_records(0, held=True)] if is_demo else prompts
     held = [prompt for prompt in held if len(prompt) <= args.max_input_len]
     measure = partial(evaluate, models, held[:args.eval_size], is_demo, tokenizer, args, world, total)
     optimizers = sft.make_optimizer(models.actor, args, dtype), sft.make_optimizer(models.critic, args, dtype)
@@ -525,22 +526,22 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
     updates = min(math.ceil(rollouts / args.update_timesteps), args.max_steps or 10**9)
     step = first = drawn = prompts_seen = ptx_seen = 0  # drawn: rollouts so far
     if args.resume:
-        meta, states, _ = sft.load_checkpoint(args.save_path, world, marks, optimizers[0].strategy)
+        meta, states, _ = run.load_checkpoint(args.save_path, world, marks, optimizers[0].strategy)
         for optimizer, key in zip(optimizers, ("actor", "critic")):
             optimizer.load_state_dict([state[key] for state in states])
         del states
         step = first = meta["step"]
         drawn, prompts_seen, ptx_seen = meta["drawn"], meta["prompts_seen"], meta["ptx_seen"]
     if not args.resume:
-        sft.say(world, f"answering {min(args.eval_size, len(held))} prompts, to compare with afterwards")
+        run.say(world, f"answering {min(args.eval_size, len(held))} prompts, to compare with afterwards")
     before = meta["before"] if args.resume else measure()
-    append = sft.open_metrics(args.save_path, world, step)
+    append = run.open_metrics(args.save_path, world, step)
     batch, ptx_batch = args.experience_batch_size * world.world, args.ptx_batch_size * world.world
-    sft.say(world, f"{len(prompts)} prompts | {updates} updates of {args.update_timesteps} x {args.experience_batch_size} x {world.world} answers, {args.max_epochs} epochs | "
+    run.say(world, f"{len(prompts)} prompts | {updates} updates of {args.update_timesteps} x {args.experience_batch_size} x {world.world} answers, {args.max_epochs} epochs | "
                    f"ptx {f'{len(examples)} examples, weight {args.ptx_coef}' if examples else 'off'} | {sum(p.numel() for m in models[:2] for p in m.parameters() if p.requires_grad):,} parameters trained")
     plan, planned = zero.run_plan([(models.actor, models.actor.config), (models.critic, models.critic.config)], [models.ref, models.reward], args.strategy, world,
                                   args.train_batch_size * args.max_seq_len, dtype, args.lora_rank, args.grad_checkpoint)
-    sft.say(world, plan)
+    run.say(world, plan)
     started, tokens_done = time.perf_counter(), 0
     while step < updates:
         step, began = step + 1, time.perf_counter()
@@ -550,10 +551,10 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
             buffer, rollout_seconds, scoring_seconds = [*buffer, e], rollout_seconds + a, scoring_seconds + b
             drawn, prompts_seen = drawn + 1, prompts_seen + batch
             if step == first + 1 and args.update_timesteps > 1:  # minutes can pass before the first update
-                sft.say(world, f"rollout {drawn} of {rollouts}: {batch} answers in {a + b:.1f} s")
+                run.say(world, f"rollout {drawn} of {rollouts}: {batch} answers in {a + b:.1f} s")
         e = join(buffer)
         if args.show_tokens:
-            sft.say(world, show_tokens(e, tokenizer))
+            run.say(world, show_tokens(e, tokenizer))
         update_began = time.perf_counter()
         schedule = sft.cosine_lr(step, updates, 1.0, args.warmup)
         row = {"step": step, "loss": None, "lr": schedule * args.lr} | objective(e, total)
@@ -568,14 +569,14 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
         row |= {"loss": row["loss/policy_avg"], "seconds": now - started, "tokens_per_second": tokens / (now - began), "seconds/rollout": rollout_seconds,
                 "seconds/scoring": scoring_seconds, "seconds/update": now - update_began, "skipped": sum(o.skipped for o in optimizers)}
         append(row)
-        sft.progress(world, step, updates, started, f"score {row['objective/scores']:+.3f} | kl {row['objective/kl']:.2f} | clipfrac {row['policy/clipfrac_avg']:.3f} | "
+        run.progress(world, step, updates, started, f"score {row['objective/scores']:+.3f} | kl {row['objective/kl']:.2f} | clipfrac {row['policy/clipfrac_avg']:.3f} | "
                      f"value loss {row['loss/value_avg']:.3f} | length {row['response_length']:.0f} | eos {row['eos_rate']:.2f}", step % args.log_interval == 0 or step <= 3, first)
         if row["objective/kl"] > KL_WARNING or row["objective/kl"] < -1:
-            sft.say(world, f"warning: the KL to the SFT model is {row['objective/kl']:.1f} nats an answer: {'raise --kl_coef or lower --lr' if row['objective/kl'] > 0 else 'log-probabilities and samples disagree'}")
+            run.say(world, f"warning: the KL to the SFT model is {row['objective/kl']:.1f} nats an answer: {'raise --kl_coef or lower --lr' if row['objective/kl'] > 0 else 'log-probabilities and samples disagree'}")
         if args.save_interval and (step % args.save_interval == 0 or step == args.max_steps):
             meta = {"step": step, "drawn": drawn, "prompts_seen": prompts_seen, "ptx_seen": ptx_seen, "world": world.world,
                     "strategy": optimizers[0].strategy, "marks": marks, "before": before}
-            sft.save_checkpoint(args.save_path, world, meta, {"actor": optimizers[0].state_dict(), "critic": optimizers[1].state_dict()})
+            run.save_checkpoint(args.save_path, world, meta, {"actor": optimizers[0].state_dict(), "critic": optimizers[1].state_dict()})
     seconds = time.perf_counter() - started
     sft.save_model(models.actor, optimizers[0], args, tokenizer, base, world)
     after = measure()
@@ -583,17 +584,17 @@ def train(models: Models, base: str | None, prompts: list, examples: list, is_de
         "kl": after["kl"], "steps": step, "seconds": seconds, "tokens_per_second": tokens_done / max(seconds, 1e-9), "skipped": sum(o.skipped for o in optimizers)}
 
 
-def evaluate(models: Models, held: list, is_demo: bool, tokenizer: Tokenizer, args: argparse.Namespace, world: zero.World, total) -> dict:
+def evaluate(models: Models, held: list, is_demo: bool, tokenizer: Tokenizer, args: argparse.Namespace, world: run.World, total) -> dict:
     """Reward and KL over held-out prompts (of the demo; else over the first prompts), and the demo's gold score; a fixed seed."""
     e, _, _ = experience(models, held, ("evaluate", args.seed), tokenizer, args, world)
     means = objective(e, total)
     figures = {"reward": means["objective/scores"], "kl": means["objective/kl"]}
     if is_demo:
-        figures |= zero.broadcast_object(demo.measure(models.actor, tokenizer, data.TEMPLATES[args.template]) if world.rank == 0 else None)
+        figures |= run.broadcast_object(demo.measure(models.actor, tokenizer, text.TEMPLATES[args.template]) if world.rank == 0 else None)
     return figures
 
 
-def print_table(args: argparse.Namespace, summary: dict, world: zero.World) -> None:
+def print_table(args: argparse.Namespace, summary: dict, world: run.World) -> None:
     """What the three stages did, from the summary.json of each."""
     rows = []
     for directory, key, figure in ((args.pretrain, "eval_loss", "held-out loss"), (args.rm_path, "accuracy", "held-out accuracy")):
@@ -606,11 +607,11 @@ def print_table(args: argparse.Namespace, summary: dict, world: zero.World) -> N
     print(f"\n{'stage':<24}{'seconds':>8}  {'figure':<18}{'before':>9}{'after':>9}")
     for directory, seconds, figure, before, after in rows:
         print(f"{str(directory)[-23:]:<24}{seconds:>8.0f}  {figure:<18}{before:>9.3f}{after:>9.3f}")
-    print(f"KL to the SFT model {summary['kl']:.2f} nats an answer, {sft.peak_text(summary, world)}")
+    print(f"KL to the SFT model {summary['kl']:.2f} nats an answer, {run.peak_text(summary, world)}")
     for when in ("before", "after"):
         if f"samples_{when}" in summary:
             print(f"\n{when} (distinct-2 {summary[f'distinct_2_{when}']:.3f}):", *summary[f"samples_{when}"], sep="\n  ")
 
 
 if __name__ == "__main__":
-    sft.run(main)
+    run.command(main)

@@ -49,13 +49,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import data
-from data import demo
-from model import DTYPES, SHAPES, Linear, Llama, LlamaConfig, Parser, Tokenizer, Where, check_tokenizer, config_from_hf, cpu_has_bf16, load_weights, random_model, read_config, read_json, read_template, read_tensors, write_weights
+from data import demo, run, text
+from data.records import normalise, read_records
+from data.text import Tokenizer, check_tokenizer, read_template
+from data.weights import DTYPES, FOREIGN, fill, hf_name, quantization, read_config, read_tensors, write_model
+from model import SHAPES, Linear, Llama, LlamaConfig, Where, cpu_has_bf16, random_model
 
 SHRINK = tuple(1 - i / 40 for i in range(17))  # of a grid's span: 1, 0.975, ... 0.6; finer steps changed nothing measurable
 SMALLEST = 2.0**-24                            # of a scale: the smallest number of float16, where scales are stored
-FOREIGN = "octet_int8"                         # the model_type of our 8-bit layout: as "llama", transformers would warn and take codes for weights
 TOKENS = 4096                                  # that pass through a block at a time, at least one row
 
 
@@ -549,7 +550,7 @@ def batches(model: Llama, rows: list[Row], device) -> Iterable[tuple[Tensor, Ten
     """tokens, mask, target, each (B, T), and where the tokens stand; padding on the right, which nothing real looks at."""
     step = max(1, TOKENS // max((len(row.ids) for row in rows), default=1))
     for i in range(0, len(rows), step):
-        tokens, mask, target = data.collate(rows[i:i + step])
+        tokens, mask, target = text.collate(rows[i:i + step])
         where = model.locate(tokens[:1].to(model.device), None, None, None, 0)
         yield tokens, mask.to(device), target, Where(where.cos.to(device), where.sin.to(device), None)
 
@@ -675,13 +676,13 @@ def save(model: Llama, directory: str | Path) -> None:
     q, layers = model.quantized, quantized_layers(model)
     if q["bits"] == 4 and any(isinstance(layer, Linear8) for layer in layers.values()):
         raise ValueError("this model was rounded at load, with a head in 8 bits, for which 4-bit files have no place: use quantize_model, or quantize.py")
-    tensors = {model.hf_name(name): p for name, p in model.named_parameters()}
+    tensors = dict(model.named_parameters())
     exact = {}
     for name, layer in layers.items():
         for buffer, tensor in layer.named_buffers():
             if buffer == "qzeros" and q["sym"]:
                 tensor = tensor - 0x11111111  # of every zero: 8 becomes 7, so no digit borrows (but for those that fill up a word)
-            exact[f"{model.hf_name(name)}.{buffer}"] = tensor
+            exact[f"{name}.{buffer}"] = tensor
     config = {"bits": q["bits"], "group_size": q["group_size"], "sym": q["sym"], "octet_method": q["method"], "lm_head": q["head"]}
     more = {"quantization_config": config}
     if q["bits"] == 8:
@@ -692,13 +693,12 @@ def save(model: Llama, directory: str | Path) -> None:
                    "true_sequential": True, "pack_dtype": "int32"} | ({"damp_percent": q["damp"]} if q["damp"] else {})  # gptqmodel refuses a 0
         if limits := unread(model):
             print(f"note: {'; '.join(limits)}", flush=True)
-    write_weights(tensors | exact, model.config, Path(directory), "LlamaForCausalLM", more, exact=exact)
+    write_model(directory, vars(model.config), tensors | exact, more=more, exact=exact)
 
 
 def read_scheme(directory: str | Path) -> dict | None:
     """The quantization_config of a directory, checked; None where it is not quantized. ValueError for what cannot be read here."""
-    file = Path(directory) / "config.json"
-    q = read_json(file).get("quantization_config") if file.exists() else None
+    q = quantization(directory)
     if not q:
         return None
     if not isinstance(q, dict) or q.get("quant_method") not in ("gptq", "octet"):
@@ -714,20 +714,12 @@ def read_scheme(directory: str | Path) -> dict | None:
     return q
 
 
-def load_config(directory: Path) -> LlamaConfig:
-    """read_config, of a quantized directory too."""
-    if read_scheme(directory) is None:
-        return read_config(directory)
-    plain = {key: value for key, value in read_json(directory / "config.json").items() if key != "quantization_config"}
-    return config_from_hf(plain | ({"model_type": "llama"} if plain.get("model_type") == FOREIGN else {}), directory)
-
-
 def take(tensors: dict, name: str, shape: tuple[int, ...], integer: bool, directory: Path) -> Tensor:
     """One tensor of a quantized layer, its shape and kind checked, out of the dictionary."""
-    shown = Llama.hf_name(name)
+    shown = hf_name(name)
     if name not in tensors:
         raise ValueError(f"{directory} lacks {shown}: the file is of another layout or was cut, copy it again")
-    tensor = tensors.pop(name)()
+    tensor = tensors.pop(name).read()
     if tuple(tensor.shape) != shape or tensor.is_floating_point() == integer:
         raise ValueError(f"{directory}: {shown} is {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}, by the config it should be {shape} {'whole numbers' if integer else 'floats'}")
     return tensor
@@ -742,12 +734,12 @@ def read_linear4(linear: Linear, name: str, tensors: dict, q: dict, directory: P
         setattr(layer, buffer, take(tensors, f"{name}.{buffer}", tuple(tensor.shape), buffer != "scales", directory))
     layer.g_idx = layer.g_idx.to(torch.int32)
     if layer.g_idx.min() < 0 or layer.g_idx.max() >= G:
-        raise ValueError(f"{directory}: {Llama.hf_name(name)}.g_idx reaches from {layer.g_idx.min()} to {layer.g_idx.max()}, there are groups 0 to {G - 1}: copy the file again")
+        raise ValueError(f"{directory}: {hf_name(name)}.g_idx reaches from {layer.g_idx.min()} to {layer.g_idx.max()}, there are groups 0 to {G - 1}: copy the file again")
     if q["checkpoint_format"] == "gptq":
         layer.qzeros = layer.qzeros + 0x11111111               # (G, O/8): as gptqmodel writes them, a whole word at a time; a zero of 0 had borrowed
     bias = tensors.pop(f"{name}.bias", None)                   # AutoGPTQ writes one of zeros
-    if bias is not None and bias().any():
-        raise ValueError(f"{directory}: {Llama.hf_name(name)} has a bias, a LLaMA has none")
+    if bias is not None and bias.read().any():
+        raise ValueError(f"{directory}: {hf_name(name)} has a bias, a LLaMA has none")
     return layer
 
 
@@ -776,8 +768,8 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", 
         return model.to(device)
     if quant and int(quant[0]) != q["bits"]:
         raise ValueError(f"{directory} is quantized to {q['bits']} bits, {quant} was asked for: leave the flag out, or quantize the original again")
-    config = load_config(directory)
-    tensors = read_tensors(directory, config)
+    fields = read_config(directory)
+    config, tensors = LlamaConfig(**fields), read_tensors(directory, fields)
     with torch.device("meta"):
         model = Llama(config, head)
     for name, linear in list(model.named_modules()):
@@ -795,7 +787,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", 
     if not quantized_layers(model):
         raise ValueError(f"{directory} says that it is quantized, but no layer is: copy it again")
     rest = {name: read for name, read in tensors.items() if head or not name.startswith(("output.", "score."))}
-    load_weights(model, rest, dtype, device, (), directory)
+    fill(model, rest, dtype, device, directory)
     model.make_rope()
     model.quantized = {"method": q["octet_method"], "bits": q["bits"], "group_size": q["group_size"], "sym": bool(q["sym"]), "act_order": bool(q["desc_act"]), "clip": True,
                        "damp": q["damp_percent"], "head": bool(q["lm_head"])}
@@ -819,17 +811,17 @@ def read_rows(path: Path, tokenizer: Tokenizer, template: str, length: int, most
     """Texts to calibrate on or to measure with, and in words how they were cut. Records (.json, .jsonl, either gzipped) are put
     into the prompt template, and answers alone are predicted; any other file is one text, cut into windows."""
     if path.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")):
-        records = data.read_records([path], "sft", skip_bad, most)
-        encode = functools.partial(data.encode_example, tokenizer=tokenizer, template=data.TEMPLATES[template], max_len=length)
-        rows = [Row(*example) for example in data.encode_all(records, encode, "examples")[0]]
+        records = read_records([path], "sft", skip_bad, most)
+        encode = functools.partial(text.encode_example, tokenizer=tokenizer, template=text.TEMPLATES[template], max_len=length)
+        rows = [Row(*example) for example in text.encode_all(records, encode, "examples")[0]]
         return rows, f"{len(rows)} records in template {template}, cut at {length} ids, only answers predicted"
     if not path.is_file():
         raise FileNotFoundError(f"{path} {'is no file' if path.exists() else 'does not exist'}: name a text file, or records as .json or .jsonl")
     try:
-        text = path.read_text("utf-8")
+        content = path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}), nor named .json or .jsonl: name a text file") from None
-    ids = tokenizer.encode(text, bos=False)
+    ids = tokenizer.encode(content, bos=False)
     rows = windows(ids, length, tokenizer.bos_id, most)
     if not rows:
         raise ValueError(f"{path} is too short: it has {len(ids)} ids, one window takes {length - 1}; name a longer text or lower --max_len")
@@ -842,7 +834,7 @@ def read_texts(args: argparse.Namespace, source: Source, length: int) -> tuple[l
         return read_rows(args.text, source.tokenizer, source.template, length, None, args.skip_bad_records)
     if not source.is_demo:
         return [], ""
-    examples = (data.encode_example(data.normalise(record, "sft"), source.tokenizer, data.TEMPLATES[source.template], length) for record in demo.instruction_records(1, 200))
+    examples = (text.encode_example(normalise(record, "sft"), source.tokenizer, text.TEMPLATES[source.template], length) for record in demo.instruction_records(1, 200))
     texts = [Row(*example) for example in examples if example]
     return texts, f"{len(texts)} records that the generator wrote for this, only answers predicted"
 
@@ -905,9 +897,9 @@ def benchmark(name: str, batch: int, device, steps: int = 16) -> list[dict]:
         for _ in range(3):  # the prefill, and steps that warm up
             next(runs[kind])
     for _ in range(steps):
-        for kind, run in runs.items():
+        for kind, steps_of in runs.items():
             started = time.perf_counter()
-            next(run)
+            next(steps_of)
             seconds[kind].append(time.perf_counter() - started)
     median = {kind: statistics.median(taken) for kind, taken in seconds.items()}
     rows = [{"shape": name, "batch": batch, "weights": kind, "tokens_per_second": batch / taken, "ratio": median["bf16"] / taken} for kind, taken in median.items()]
@@ -925,15 +917,14 @@ def group_size(text: str) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    import sft  # here, not above: sft itself opens quantized bases by way of this file
-    parser = Parser("Quantize a LLaMA to 4 bits by GPTQ, or to 8 or 4 by rounding to nearest, and print what it cost. Without flags, the demo: reads out/ppo, writes out/ppo-int4.")
+    parser = run.Parser("Quantize a LLaMA to 4 bits by GPTQ, or to 8 or 4 by rounding to nearest, and print what it cost. Without flags, the demo: reads out/ppo, writes out/ppo-int4.")
     # input and output
     parser.add_argument("directory", type=Path, nargs="?", metavar="DIR", help="weights directory to quantize, Hugging Face or Meta layout (out/ppo)")
     parser.add_argument("--pretrain", type=Path, help="the same as DIR")
     parser.add_argument("--save_path", type=Path, help="directory to write; without it the table is all there is (the demo: out/ppo-int4)")
     parser.add_argument("--eval", action="store_true", help="change nothing, print the perplexity of DIR, quantized or not, on --text")
     parser.add_argument("--benchmark", choices=list(SHAPES), metavar="SHAPE", help=f"quantize nothing, time decoding of random weights in bf16, 8 and 4 bits: {' '.join(SHAPES)}")
-    parser.add_argument("--batch", type=sft.whole(1), nargs="+", default=[1, 16], help="benchmark: rows decoded at once")
+    parser.add_argument("--batch", type=run.whole(1), nargs="+", default=[1, 16], help="benchmark: rows decoded at once")
     # how
     parser.add_argument("--bits", type=int, choices=[4, 8], help="4 in groups, or 8 with one scale a row (4)")
     parser.add_argument("--method", choices=["gptq", "rtn"], help="gptq needs --calibration (4 bits: gptq, 8 bits: rtn)")
@@ -942,13 +933,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--act_order", action="store_true", help="gptq: take columns by falling activation; on anyway without --file_order")
     parser.add_argument("--file_order", action="store_true", help="gptq: take columns as they come")
     parser.add_argument("--no_clip", action="store_true", help="let every grid span all weights of its group, instead of the best of 17 shrunk ones")
-    parser.add_argument("--damp", type=sft.number(), default=0.01, help="gptq: added to H's diagonal, as a share of its mean")
+    parser.add_argument("--damp", type=run.number(), default=0.01, help="gptq: added to H's diagonal, as a share of its mean")
     parser.add_argument("--head", action="store_true", help="quantize the output head too (not where it is tied to the embedding)")
     # text
     parser.add_argument("--calibration", type=Path, help="gptq: text file, or instruction records as .json or .jsonl, like what the model will see")
     parser.add_argument("--text", type=Path, help="to measure perplexity on, of either kind; not the calibration text")
-    parser.add_argument("--max_len", type=sft.whole(2), default=256, help="ids of a window or a record, BOS included")
-    parser.add_argument("--max_datasets_size", type=sft.whole(1), default=128, help="windows or records to calibrate on")
+    parser.add_argument("--max_len", type=run.whole(2), default=256, help="ids of a window or a record, BOS included")
+    parser.add_argument("--max_datasets_size", type=run.whole(1), default=128, help="windows or records to calibrate on")
     parser.add_argument("--skip_bad_records", action="store_true", help="count and skip broken records instead of stopping")
     # run
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="to compute in; sums and grids are fp32 (auto: bf16 on CUDA, fp32 elsewhere)")
@@ -966,13 +957,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def resolve(args: argparse.Namespace, is_demo: bool) -> Scheme:
     """Fill in the flags left open, and refuse those that contradict one another."""
-    import sft
     bits = args.bits or 4
     if bits == 8 and args.group_size not in (None, -1):
         raise ValueError(f"8 bits have one scale a row, --group_size {args.group_size} is for 4 bits: leave it out")
-    sft.resolve(args, {"bits": 4, "method": "gptq" if bits == 4 else "rtn", "group_size": -1 if bits == 8 else 32 if is_demo else 128})
+    run.resolve(args, {"bits": 4, "method": "gptq" if bits == 4 else "rtn", "group_size": -1 if bits == 8 else 32 if is_demo else 128})
     if is_demo:
-        sft.resolve(args, {"calibration": demo.FOLDER / "sft.jsonl.gz"})
+        run.resolve(args, {"calibration": demo.FOLDER / "sft.jsonl.gz"})
     if args.method == "gptq" and args.calibration is None:
         raise ValueError("--method gptq needs --calibration: name a text file, or instruction records, like what the model will see (or --method rtn, which needs none)")
     if args.method == "rtn" and (args.file_order or args.act_order):
@@ -981,13 +971,12 @@ def resolve(args: argparse.Namespace, is_demo: bool) -> Scheme:
 
 
 def open_source(args: argparse.Namespace) -> Source:
-    import sft
-    path = sft.finished(Path("out/ppo"), "ppo", "--pretrain") if args.pretrain is None else args.pretrain
+    path = run.finished(Path("out/ppo"), "ppo", "--pretrain") if args.pretrain is None else args.pretrain
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a directory: name a weights directory")
-    named, config, tokenizer = read_template(path), load_config(path), Tokenizer(path)
-    check_tokenizer(tokenizer, config)
-    source = Source(path, config, tokenizer, named, named if named in data.TEMPLATES else "alpaca", sft.demo_tokenizer(path), args.pretrain is None)
+    named, config, tokenizer = read_template(path), LlamaConfig(**read_config(path)), Tokenizer(path)
+    check_tokenizer(tokenizer, config.vocab_size)
+    source = Source(path, config, tokenizer, named, named if named in text.TEMPLATES else "alpaca", demo.is_demo(path), args.pretrain is None)
     args.pretrain = path
     return source
 
@@ -1000,7 +989,7 @@ def compare(args: argparse.Namespace, source: Source, scheme: Scheme, texts: lis
     def measure(when: str, model: Llama, name: str) -> None:
         figures[f"bytes_{when}"], figures[f"perplexity_{when}"] = stored_bytes(model), perplexity(model, texts, device) if texts else None
         if source.is_chain:
-            figures[f"gold_{when}"] = demo.measure(model.to(device), source.tokenizer, data.TEMPLATES[source.template])["gold"]
+            figures[f"gold_{when}"] = demo.measure(model.to(device), source.tokenizer, text.TEMPLATES[source.template])["gold"]
         bits = bits_a_weight(model)  # before it is fused
         table.append((name, bits, figures[f"bytes_{when}"], figures[f"perplexity_{when}"], tokens_per_second(model, device)))
 
@@ -1020,7 +1009,7 @@ def compare(args: argparse.Namespace, source: Source, scheme: Scheme, texts: lis
     figures["quantize_seconds"] = time.perf_counter() - began
     if args.save_path:
         save(model, args.save_path)
-        source.tokenizer.save(args.save_path, source.named, data.TEMPLATES[source.named].jinja if source.named in data.TEMPLATES else None)
+        source.tokenizer.save(args.save_path, source.named)
     name = f"{scheme.method} {scheme.bits} bits" + (f", groups of {scheme.group_size}" if scheme.group_size != -1 else "") + (", symmetric" if scheme.sym else "")
     measure("after", model, name)
     figures["tokens_per_second"] = table[-1][-1]
@@ -1038,12 +1027,10 @@ def compare(args: argparse.Namespace, source: Source, scheme: Scheme, texts: lis
 
 
 def main(argv: list[str] | None = None) -> dict:
-    import sft
-    import zero
     started = time.perf_counter()
     args = parse(argv)
-    world = zero.start(args.device, "naive")
-    dtype, device = sft.compute_dtype(args, world), world.device
+    world = run.start(args.device, "naive")
+    dtype, device = run.choose_dtype(args.dtype, world.device), world.device
     if args.benchmark:
         with torch.inference_mode():
             return {"benchmark": [row for batch in args.batch for row in benchmark(args.benchmark, batch, device)], "seconds": time.perf_counter() - started}
@@ -1064,9 +1051,9 @@ def main(argv: list[str] | None = None) -> dict:
     if source.is_chain and args.save_path is None:
         args.save_path = Path(f"out/ppo-int{scheme.bits}")
     if args.save_path:
-        sft.check_save_path(args)
+        run.check_save_path(args.save_path, [args.pretrain])
     rows, calibrated = read_calibration(args, source, length) if scheme.method == "gptq" else ([], "")
-    sft.say_flags(world, args)
+    run.say_flags(world, args)
     if calibrated:
         print(f"calibration: {calibrated.rpartition(',')[0]}")
     table, figures = compare(args, source, scheme, texts, rows, dtype, device)
@@ -1077,11 +1064,10 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"gold score on held-out instructions: {figures['gold_before']:.3f} before, {figures['gold_after']:.3f} after")
     figures |= {"seconds": time.perf_counter() - started}
     if args.save_path:
-        figures = sft.write_summary(args, world, figures)
+        figures = run.write_summary(args, world, figures)
         print(f"wrote {args.save_path} in {figures['seconds']:.0f} s, {figures['quantize_seconds']:.0f} of them quantizing")
     return figures
 
 
 if __name__ == "__main__":
-    import sft
-    sft.run(main)
+    run.command(main)

@@ -32,13 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import data
 import lora
 import quantize
 import sft
-import zero
-from data import demo
-from model import Llama, Tokenizer, check_tokenizer, load_weights, read_config, read_tensors, write_weights
+from data import demo, run, text
+from data.records import normalise, read_records
+from data.text import Tokenizer, check_tokenizer
+from data.weights import fill, read_config, read_tensors, write_model
+from model import Llama, LlamaConfig
 
 DEMO = {"dataset": [demo.FOLDER / "preferences.jsonl.gz"], "lr": 1e-3, "batch_size": 4, "accumulation_steps": 2, "max_epochs": 1, "max_len": 160, "weight_decay": 0.1}
 # Coati: lr 9e-6, 1 epoch, batch 1. One epoch is InstructGPT's: reward models overfit in the second.
@@ -85,15 +86,15 @@ class RewardModel(nn.Module):
             model.config.extra["reward_mean"] = config.get("reward_mean", 0.0)
             lora.fold(model)
             return model
-        config = read_config(directory)
-        tensors = read_tensors(directory, config)
+        fields = read_config(directory)
+        tensors, config = read_tensors(directory, fields), LlamaConfig(**fields)
         if "score.weight" not in tensors:
             raise ValueError(f"{directory} has no score.weight: it is not a reward model, train one with rm.py")
         with torch.device("meta"):
             model = cls(Llama(config, head=False))
-        load_weights(model.trunk, tensors, dtype, device, ignore=("score.weight", "output.weight"), directory=directory)
+        fill(model.trunk, tensors, dtype, device, directory, ("score.weight", "output.weight"))
         model.trunk.make_rope()
-        score = tensors["score.weight"]()
+        score = tensors["score.weight"].read()
         if score.shape != model.score.weight.shape:
             raise ValueError(f"{directory}: score.weight is {tuple(score.shape)}, a reward model of this width has {tuple(model.score.weight.shape)}")
         model.score.weight = nn.Parameter(score.to(device, torch.float32, copy=True))  # tiny, and computed in fp32 anyway
@@ -101,9 +102,9 @@ class RewardModel(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the layout of LlamaForSequenceClassification, which scores the last id that is not pad_token_id: so 0, never EOS."""
-        tensors = {Llama.hf_name(name.removeprefix("trunk.")): p for name, p in self.named_parameters()}
-        write_weights(tensors, self.config, Path(directory), "LlamaForSequenceClassification",
-                      {"pad_token_id": 0, "num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}})
+        tensors = {name.removeprefix("trunk."): p for name, p in self.named_parameters()}
+        write_model(directory, vars(self.config), tensors, "LlamaForSequenceClassification",
+                    {"pad_token_id": 0, "num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}})
 
 
 def at_last(x: Tensor, mask: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ def pairs(sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 def score_rankings(model: RewardModel, rankings: list[list[list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
     """Score all responses of some rankings in one batch -> chosen (P,), rejected (P,), weight (P,)."""
-    tokens, mask = data.pad([row for ranking in rankings for row in ranking])
+    tokens, mask = text.pad([row for ranking in rankings for row in ranking])
     device = model.score.weight.device
     scores = at_last(model.values(tokens.to(device)), mask.to(device))  # (B,)
     better, worse, weight = (x.to(device) for x in pairs([len(ranking) for ranking in rankings]))
@@ -159,25 +160,25 @@ def pair_figures(sums: list[float]) -> dict:
 
 
 @torch.no_grad()
-def evaluate(model: RewardModel, held: list, loss_fn: str, args: argparse.Namespace, world: zero.World) -> dict:
+def evaluate(model: RewardModel, held: list, loss_fn: str, args: argparse.Namespace, world: run.World) -> dict:
     """eval_loss, accuracy and margin over all pairs of the held-out rankings, shared out over the processes."""
     if not held:
         return {"eval_loss": None, "accuracy": None, "margin": None}
     model.eval()
     total = torch.zeros(4, device=world.device)
     lengths = [max(map(len, ranking)) for ranking in held]
-    for micro in data.micro_batches(list(range(len(held))), lengths, args.batch_size, world.rank, world.world):
+    for micro in text.micro_batches(list(range(len(held))), lengths, args.batch_size, world.rank, world.world):
         chosen, rejected, weight = score_rankings(model, [held[i] for i in micro])
         total += torch.cat(((LOSSES[loss_fn](chosen, rejected) * weight).sum().view(1), pair_sums(chosen, rejected)))
-    loss, *sums = zero.all_reduce(total).tolist()
+    loss, *sums = run.all_reduce(total).tolist()
     model.train()
     return {"eval_loss": loss / len(held)} | pair_figures(sums)
 
 
 def sample_answers(model: Llama, records: list[dict], tokenizer: Tokenizer, args: argparse.Namespace, n: int = 64) -> list[list[int]]:
     """The SFT model's own answers to the first n prompts that leave room for one, prompt included; every process draws the same."""
-    template = data.TEMPLATES[args.template]
-    encoded = (data.encode_prompt(record["messages"], tokenizer, template) for record in records)
+    template = text.TEMPLATES[args.template]
+    encoded = (text.encode_prompt(record["messages"], tokenizer, template) for record in records)
     prompts = list(islice((prompt for prompt in encoded if len(prompt) < args.max_len), n))
     generator = torch.Generator(model.device).manual_seed(args.seed)
     answers = model.generate(prompts, [args.max_len - len(prompt) for prompt in prompts], eos_id=tokenizer.eos_id, generator=generator)
@@ -190,53 +191,53 @@ def mean_score(model: RewardModel, rows: list[list[int]]) -> float:
     model.eval()
     total = 0.0
     for i in range(0, len(rows), 16):
-        tokens, mask = (x.to(model.score.weight.device) for x in data.pad(rows[i:i + 16]))
+        tokens, mask = (x.to(model.score.weight.device) for x in text.pad(rows[i:i + 16]))
         total += (at_last(model.values(tokens), mask) + model.reward_mean).sum().item()
     return total / len(rows)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = sft.make_parser("Stage 2: the reward model. Without flags, the demo: reads out/sft, writes out/rm.", "out/rm")
+    parser = run.training_parser("Stage 2: the reward model. Without flags, the demo: reads out/sft, writes out/rm.", "out/rm")
     parser.add_argument("--dataset", type=Path, nargs="+", help="preferences: prompt/chosen/rejected, HH-RLHF transcripts or rankings (data/__init__.py)")
     parser.add_argument("--loss_fn", choices=sorted(LOSSES), default="log_sig", help="two names for the same function, see the docstring")
-    parser.add_argument("--batch_size", type=sft.whole(1), help="rankings (or pairs) a process and micro-batch")
-    parser.add_argument("--max_epochs", type=sft.whole(1), help="passes over the data")
-    parser.add_argument("--max_len", type=sft.whole(2), help="longest prompt with response in tokens; longer responses are cut (512, or the model's context)")
-    parser.add_argument("--eval_size", type=sft.whole(0), default=64, help="rankings held out for accuracy and margin, at most a tenth of all")
-    parser.add_argument("--eval_interval", type=sft.whole(0), default=0, help="updates between two evaluations (0 = at the end only)")
+    parser.add_argument("--batch_size", type=run.whole(1), help="rankings (or pairs) a process and micro-batch")
+    parser.add_argument("--max_epochs", type=run.whole(1), help="passes over the data")
+    parser.add_argument("--max_len", type=run.whole(2), help="longest prompt with response in tokens; longer responses are cut (512, or the model's context)")
+    parser.add_argument("--eval_size", type=run.whole(0), default=64, help="rankings held out for accuracy and margin, at most a tenth of all")
+    parser.add_argument("--eval_interval", type=run.whole(0), default=0, help="updates between two evaluations (0 = at the end only)")
     parser.tell(FINETUNE, DEMO)
     args = parser.parse_args(argv)
     if args.pretrain is None:
-        args.pretrain = sft.finished(Path("out/sft"), "sft", "--pretrain")
+        args.pretrain = run.finished(Path("out/sft"), "sft", "--pretrain")
     return args
 
 
-def read_rankings(args: argparse.Namespace, tokenizer: Tokenizer, world: zero.World, is_demo: bool) -> tuple[list, list, list[dict]]:
+def read_rankings(args: argparse.Namespace, tokenizer: Tokenizer, world: run.World, is_demo: bool) -> tuple[list, list, list[dict]]:
     """(train, held out, the records they came from). Held out of the demo are clean rankings about unseen pairs of things."""
-    encode = partial(data.encode_preference, tokenizer=tokenizer, template=data.TEMPLATES[args.template], max_len=args.max_len)
-    records = data.read_records(args.dataset, "preference", args.skip_bad_records, args.max_datasets_size, partial(sft.say, world))
-    encoded, dropped = data.encode_all(records, encode, "rankings")
+    encode = partial(text.encode_preference, tokenizer=tokenizer, template=text.TEMPLATES[args.template], max_len=args.max_len)
+    records = read_records(args.dataset, "preference", args.skip_bad_records, args.max_datasets_size, partial(run.say, world))
+    encoded, dropped = text.encode_all(records, encode, "rankings")
     if dropped:
-        sft.say(world, f"note: {dropped} of {len(records)} rankings have a prompt of --max_len {args.max_len} tokens or responses that are equal up to there: left out")
+        run.say(world, f"note: {dropped} of {len(records)} rankings have a prompt of --max_len {args.max_len} tokens or responses that are equal up to there: left out")
     rankings = [responses for responses, _ in encoded]
     if is_demo:
-        clean = [data.normalise(record, "preference") for record in demo.preference_records(1, 150, noise=0.0, held=True)]
-        return rankings, [responses for responses, _ in data.encode_all(clean, encode, "rankings")[0]], records
-    return *data.split_held_out(rankings, args.eval_size, args.seed), records
+        clean = [normalise(record, "preference") for record in demo.preference_records(1, 150, noise=0.0, held=True)]
+        return rankings, [responses for responses, _ in text.encode_all(clean, encode, "rankings")[0]], records
+    return *text.split_held_out(rankings, args.eval_size, args.seed), records
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    world = zero.start(args.device, args.strategy)
-    is_demo = args.dataset is None and sft.demo_tokenizer(args.pretrain)
-    sft.check_save_path(args)
+    world = run.start(args.device, args.strategy)
+    is_demo = args.dataset is None and demo.is_demo(args.pretrain)
+    run.check_save_path(args.save_path, sft.inputs_of(args))
     tokenizer = sft.open_tokenizer(args, args.pretrain, world)
-    sft.resolve(args, DEMO if is_demo else {"dataset": DEMO["dataset"]} | FINETUNE)
-    trunk = sft.open_llama(args.pretrain, sft.compute_dtype(args, world) if args.lora_rank else None, world)
-    check_tokenizer(tokenizer, trunk.config)
+    run.resolve(args, DEMO if is_demo else {"dataset": DEMO["dataset"]} | FINETUNE)
+    trunk = sft.open_llama(args.pretrain, run.choose_dtype(args.dtype, world.device) if args.lora_rank else None, world)
+    check_tokenizer(tokenizer, trunk.config.vocab_size)
     sft.resolve_max_len(args, trunk.config)
     rankings, held, records = read_rankings(args, tokenizer, world, is_demo)
-    sft.say_flags(world, args)
+    run.say_flags(world, args)
     answers = sample_answers(trunk, records, tokenizer, args)
     base = sft.base_for_adapter(trunk, args, tokenizer, world) if args.lora_rank else None
     trunk.output = None  # answers are drawn: the language head has done its work
@@ -245,26 +246,26 @@ def main(argv: list[str] | None = None) -> dict:
     if args.lora_rank:
         sft.add_adapters(model, args)
         model.score.weight.requires_grad_(True)  # the head is new: it is trained in full and stored with the adapter
-    marks = sft.fingerprint(model, rankings, args.seed)
+    marks = run.fingerprint(model, rankings, args.seed)
     sft.set_up(trunk, args)
     torch.manual_seed(args.seed * 1000 + world.rank)
-    optimizer = sft.make_optimizer(model, args, sft.compute_dtype(args, world))
+    optimizer = sft.make_optimizer(model, args, run.choose_dtype(args.dtype, world.device))
 
     def loss_of(micro: list[int]) -> tuple[Tensor, Tensor]:
         chosen, rejected, weight = score_rankings(model, [rankings[i] for i in micro])
         return (LOSSES[args.loss_fn](chosen, rejected) * weight).sum(), pair_sums(chosen.detach(), rejected.detach())
 
     task = sft.Task([list(map(len, ranking)) for ranking in rankings], len, loss_of, 3, pair_figures, partial(evaluate, model, held, args.loss_fn, args, world))
-    with sft.resumable(args):
+    with run.resumable(args):
         figures = sft.train(model, optimizer, task, marks, args, world)
     model.config.extra["reward_mean"] = mean_score(model, answers)
     figures["reward_mean"] = model.reward_mean
     sft.save_model(model, optimizer, args, tokenizer, base, world, {"reward_mean": model.reward_mean})
-    summary = sft.write_summary(args, world, figures)
+    summary = run.write_summary(args, world, figures)
     accuracy = "" if summary["accuracy"] is None else f"held-out accuracy {summary['accuracy']:.3f}, mean margin {summary['margin']:.2f}, "
-    sft.say(world, f"wrote {args.save_path}: {accuracy}{summary['seconds']:.0f} s, {sft.peak_text(summary, world)}")
+    run.say(world, f"wrote {args.save_path}: {accuracy}{summary['seconds']:.0f} s, {run.peak_text(summary, world)}")
     return summary
 
 
 if __name__ == "__main__":
-    sft.run(main)
+    run.command(main)

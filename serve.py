@@ -61,15 +61,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import data
 import lora
-from model import DTYPES, SHAPES, KVCache, Llama, Parser, Piece, TextStream, Tokenizer, check_tokenizer, random_model, read_json, read_template, run, write_file
+import quantize
+from data import demo, run, text
+from data.text import TextStream, Tokenizer, check_tokenizer, read_template
+from data.weights import DTYPES, read_json, write_file
+from model import SHAPES, KVCache, Llama, Piece, random_model
 
 CHUNK = 64             # prompt tokens a step while others wait for theirs: as long as a decode step of 16 rows, twice the pause
 CHUNK_MOST = 512       # and while nobody does, or on a GPU, where a step of few tokens leaves most of it idle
 LINGER = 0.05          # of a step's time to wait for the next question of a client that has just got its answer
 MIN_REUSE = 8          # copying fewer tokens is not worth its calls
 CALL = 2**19           # bytes of the cache that are read in the time one call of attention costs: 25 us at 20 GB/s
+PAGE = (Path(__file__).parent / "data" / "page.html").read_text("utf-8")
 HEAD_BYTES, BODY_BYTES = 2**16, 2**20
 STREAM_PAUSE = 0.01    # seconds from one piece of a stream to the next: no screen shows more, and each costs time that the engine's Python waits for
 REQUEST_SECONDS = 30   # for a client to send its request, and to take a piece of the answer
@@ -97,14 +101,6 @@ def cut(text: str, stops: list[str]) -> tuple[int, bool]:
         return min(found), True
     held = (k for stop in stops for k in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:k]))
     return len(text) - max(held, default=0), False
-
-
-def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    """What one id stands for: UTF-8, or one byte of it."""
-    if not 0 <= token < tokenizer.vocab_size or tokenizer.sp.is_control(token):
-        return b""
-    piece = tokenizer.sp.id_to_piece(token)
-    return bytes([int(piece[3:5], 16)]) if tokenizer.sp.is_byte(token) else piece.replace("▁", " ").encode()
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -267,7 +263,7 @@ class Engine(threading.Thread):
         super().__init__(name="engine", daemon=True)
         c = model.config
         self.model, self.context, self.max_waiting = model, context or c.max_seq_len, max_waiting
-        self.cache = KVCache(c, slots, self.context, model.norm.weight.dtype, model.device, lazy=True)
+        self.cache = KVCache(c, slots, self.context, model.norm.weight.dtype, model.device)
         self.call = CALL // (2 * c.n_kv_heads * c.head_dim * self.cache.kv[0].itemsize)  # slots of one layer in CALL bytes
         self.held: list[list[int]] = [[] for _ in range(slots)]  # the ids whose keys and values lie in each slot
         self.used = [0] * slots                                  # the step in which a slot was last given back
@@ -585,7 +581,7 @@ class Wish(NamedTuple):
     chat: bool
 
 
-def read_request(body: object, chat: bool, model: Llama, tokenizer: Tokenizer, template: data.Template, context: int, name: str) -> Wish:
+def read_request(body: object, chat: bool, model: Llama, tokenizer: Tokenizer, template: text.Template, context: int, name: str) -> Wish:
     """The JSON body of a completion -> Wish. Refusal with the parameter's name for whatever is not right with it."""
     if not isinstance(body, dict):
         raise Refusal(400, f"the body is {shown(body)}, it must be a JSON object")
@@ -606,7 +602,7 @@ def read_request(body: object, chat: bool, model: Llama, tokenizer: Tokenizer, t
         messages = read_messages(body)
         check_characters(sum(len(message["content"]) for message in messages), context, "messages")
         try:
-            prompts = [data.encode_prompt(messages, tokenizer, template)]
+            prompts = [text.encode_prompt(messages, tokenizer, template)]
         except ValueError as error:
             raise Refusal(400, f"messages: {error}", "messages") from None
     else:
@@ -674,7 +670,7 @@ class Form:
                 "top_logprobs": [{self.entry(*other)["token"]: other[1] for other in top} for *_, top in event.logprobs], "text_offset": [start for start, *_ in event.logprobs]}
 
     def entry(self, token: int, logprob: float) -> dict:
-        raw = token_bytes(self.tokenizer, token)
+        raw = self.tokenizer.token_bytes(token)
         return {"token": raw.decode("utf-8", "backslashreplace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
 
 
@@ -1028,7 +1024,7 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 1024
 
-    def __init__(self, address: tuple[str, int], engine: Engine, tokenizer: Tokenizer, template: data.Template, name: str, runs: Path = Path("out"),
+    def __init__(self, address: tuple[str, int], engine: Engine, tokenizer: Tokenizer, template: text.Template, name: str, runs: Path = Path("out"),
                  api_key: str | None = None, cors: str | None = None, allow_hosts: tuple[str, ...] = (), verbose: bool = False, request_seconds: float = REQUEST_SECONDS):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.engine, self.tokenizer, self.template, self.name, self.runs = engine, tokenizer, template, name, runs
@@ -1068,379 +1064,7 @@ class Server(ThreadingHTTPServer):
             traceback.print_exc()
 
 
-PAGE = r"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Octet</title>
-<link rel="icon" href="data:,">
-<style>
-:root { --bg: #fbfaf7; --card: #fff; --text: #1d1f23; --soft: #686d76; --line: #dfddd6; --mine: #e6edfb; --accent: #2457c5; --on: #fff; --bad: #b3261e;
-        --a: #2457c5; --b: #c2570c; --c: #0f7b5f }
-@media (prefers-color-scheme: dark) { :root { --bg: #14161a; --card: #1d2026; --text: #e7e8ea; --soft: #9aa1ac; --line: #343944; --mine: #24365c; --accent: #86aaff; --on: #10131a; --bad: #ff8a80;
-        --a: #86aaff; --b: #ffab5e; --c: #5fd3b0 } }
-* { box-sizing: border-box }
-html, body { height: 100%; margin: 0 }
-body { display: grid; grid-template: auto 1fr / 100%; height: 100dvh; background: var(--bg); color: var(--text); font: 16px/1.5 system-ui, sans-serif }
-header { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1rem; padding: .5rem 1rem; border-bottom: 1px solid var(--line) }
-h1 { font-size: 1.1rem; margin: 0 } h1 span { color: var(--soft); font-weight: 400; margin-left: .5rem; overflow-wrap: anywhere }
-nav { margin-left: auto }
-button, input, textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .4rem .75rem }
-button { cursor: pointer } button:hover { border-color: var(--accent) } button:disabled { opacity: .45; cursor: default }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-nav button { border-color: transparent; background: none; color: var(--soft) }
-nav button[aria-selected=true] { color: var(--text); border-color: var(--line); background: var(--card) }
-[hidden] { display: none !important }
-#chat { display: grid; grid-template: 1fr auto / 100%; min-height: 0 }
-#log { overflow-y: auto; padding: 1rem; overscroll-behavior: contain }
-#log > * { max-width: 46rem; margin: 0 auto 1rem; white-space: pre-wrap; overflow-wrap: anywhere }
-#log .user { background: var(--mine); border-radius: .75rem; padding: .6rem .9rem; width: fit-content; max-width: min(38rem, 90%); margin-right: max(0px, (100% - 46rem) / 2) }
-#log .note { color: var(--soft); font-size: .85rem } #log .error { color: var(--bad) }
-#log .busy::after { content: "▍"; color: var(--accent); animation: blink 1s steps(2) infinite }
-@keyframes blink { 50% { opacity: 0 } }
-@media (prefers-reduced-motion: reduce) { * { animation: none !important } }
-.hello button { display: block; margin: .5rem 0; text-align: left; white-space: normal }
-form { border-top: 1px solid var(--line); padding: .75rem 1rem max(.75rem, env(safe-area-inset-bottom)) } form > * { max-width: 46rem; margin: 0 auto }
-.row { display: flex; gap: .5rem; align-items: end } .row textarea { flex: 1; min-width: 0 }
-textarea { resize: none; max-height: 40dvh; line-height: 1.4; padding: .55rem .75rem; display: block; width: 100% }
-#send { background: var(--accent); color: var(--on); border-color: var(--accent); min-width: 4.5rem; padding: .55rem .75rem }
-details { font-size: .85rem; color: var(--soft); padding-top: .6rem } summary { cursor: pointer; width: fit-content } .keys { margin: .75rem 0 0 }
-.tools { height: 0; text-align: right } .tools button { font-size: .85rem; color: var(--soft); background: none; border-color: transparent; padding: .6rem .25rem 0; margin-left: .75rem } .tools button:hover { color: var(--accent); border-color: transparent }
-.fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .5rem 1rem; padding-top: .5rem } .fields label { display: block } .fields .wide { grid-column: 1 / -1 }
-.fields input { width: 100% } output { float: right; color: var(--text) }
-#training { overflow-y: auto; padding: 0 1rem 2rem }
-#training > * { max-width: 76rem; margin: 1.25rem auto 0 }
-h2 { font-size: 1.05rem; margin: 0 0 .5rem; overflow-wrap: anywhere } h2 small { color: var(--soft); font-weight: 400; margin-left: .5rem } h2 small.live { color: var(--c) }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: .75rem }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .6rem .7rem .4rem }
-figcaption { font-size: .85rem; display: flex; flex-wrap: wrap; gap: 0 .75rem } figcaption b { font-weight: 600; margin-right: auto }
-svg { display: block; width: 100%; height: auto; touch-action: pan-y } svg text { font: 10px system-ui, sans-serif; fill: var(--soft) } svg .grid { stroke: var(--line) } svg polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round }
-.k0 { color: var(--a); stroke: var(--a) } .k1 { color: var(--b); stroke: var(--b) } .k2 { color: var(--c); stroke: var(--c) } figcaption span { stroke: none } circle.k0, circle.k1, circle.k2 { fill: currentColor; stroke: none } svg text.k0, svg text.k1, svg text.k2 { stroke: none; fill: currentColor }
-</style>
-</head>
-<body>
-<header>
-<h1>Octet<span id="model"></span></h1>
-<nav role="tablist" aria-label="View"><button id="tab-chat" role="tab" aria-controls="chat" aria-selected="true">Chat</button><button id="tab-training" role="tab" aria-controls="training" aria-selected="false" tabindex="-1">Training</button></nav>
-</header>
-<main id="chat" role="tabpanel" aria-labelledby="tab-chat">
-<div id="log" role="log" aria-live="polite" tabindex="-1"></div>
-<form id="form">
-<div class="row"><textarea id="box" rows="1" placeholder="Write to the model" aria-label="Message" autofocus></textarea><button id="send">Send</button></div>
-<div class="tools"><button type="button" id="again">Answer again</button><button type="button" id="fresh">New chat</button></div>
-<details><summary>Settings and keys</summary>
-<div class="fields">
-<label>Temperature <output id="warmth">1</output><input id="temperature" type="range" min="0" max="2" step="0.05" value="1"></label>
-<label>Longest answer, tokens<input id="length" type="number" min="1" placeholder="as long as fits"></label>
-<label>API key<input id="key" type="password" autocomplete="off" placeholder="none"></label>
-<label class="wide">System prompt<input id="system" placeholder="the template's own"></label>
-</div>
-<p class="keys">Enter sends, Shift+Enter begins a line, Esc stops the answer, ↑ in an empty box brings the last message back. Alt+C chat, Alt+T training, Alt+N new chat.</p>
-</details>
-</form>
-</main>
-<main id="training" role="tabpanel" aria-labelledby="tab-training" hidden></main>
-<script>
-"use strict";
-// What the model, a file or a person says only ever becomes textContent: it is text, never markup.
-const $ = id => document.getElementById(id);
-function el(tag, props, ...children) {
-  const node = document.createElement(tag);
-  Object.assign(node, props);
-  node.append(...children);
-  return node;
-}
-const headers = () => $("key").value ? {Authorization: "Bearer " + $("key").value} : {};
-
-// ---- chat
-const EXAMPLES = ["Write a story about a fox and a kite.", "Tell me a story with an owl and a book.", "写一个关于狐狸和风筝的故事。"];
-let messages = [], running = null;
-
-function say(kind, text) {
-  const node = el("div", {className: kind, textContent: text});
-  $("log").append(node);
-  $("log").scrollTop = $("log").scrollHeight;
-  return node;
-}
-
-function greet() {
-  $("log").replaceChildren(el("div", {className: "hello"}, "Ask for something. ", el("span", {className: "note", textContent: "The model is small if you trained it here: it knows what it was taught, and nothing else."}),
-    ...EXAMPLES.map(text => el("button", {type: "button", textContent: text, onclick: () => { $("box").value = text; send(); }}))));
-}
-
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const {done, value} = await reader.read();
-    if (done) return;
-    const parts = (rest + value).split("\n\n");
-    rest = parts.pop();
-    for (const part of parts) if (part.startsWith("data: {")) yield JSON.parse(part.slice(6));
-  }
-}
-
-async function request(turns, signal) {
-  const body = {messages: turns, temperature: Number($("temperature").value), stream: true, stream_options: {include_usage: true}};
-  if ($("system").value) body.messages = [{role: "system", content: $("system").value}, ...turns];
-  if ($("length").value) body.max_tokens = Number($("length").value);
-  const response = await fetch("/v1/chat/completions", {method: "POST", signal, headers: {"Content-Type": "application/json", ...headers()}, body: JSON.stringify(body)});
-  if (response.ok) return response;
-  let error = {message: "HTTP " + response.status};
-  try { error = (await response.json()).error; } catch {}
-  if (error.code === "context_length_exceeded" && turns.length > 1) {
-    messages = messages.slice(2);
-    if (!$("log").querySelector(".note.dropped")) say("note dropped", "The chat has outgrown the model's context: its oldest turns are left out from here on.");
-    return request(messages, signal);
-  }
-  throw new Error(response.status === 401 ? "This server asks for an API key: put it in below." : error.message);
-}
-
-async function answer() {
-  running = new AbortController();
-  $("send").textContent = "Stop";
-  const started = performance.now();
-  let node = null, text = "", usage = null, finish = null;
-  try {
-    const response = await request(messages, running.signal);
-    node = say("assistant busy", "");
-    for await (const event of events(response)) {
-      if (event.error) throw new Error(event.error.message);
-      usage = event.usage || usage;
-      const choice = event.choices[0];
-      if (!choice) continue;
-      finish = choice.finish_reason || finish;
-      if (choice.delta.content) {
-        const log = $("log"), below = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-        node.textContent = text += choice.delta.content;
-        if (below) log.scrollTop = log.scrollHeight;
-      }
-    }
-  } catch (error) {
-    if (error.name === "AbortError") finish = "stopped";
-    else if (!text) {  // nothing came: the message goes back into the box
-      node?.remove();
-      say("note error", error.message);
-      $("box").value = messages.pop().content;
-      grow();
-      finish = "error";
-    } else { say("note error", error.message); finish = "broken off"; }
-  }
-  running = null;
-  $("send").textContent = "Send";
-  if (finish === "error") return;
-  node ??= say("assistant", "");
-  node.classList.remove("busy");
-  messages.push({role: "assistant", content: text});
-  const seconds = (performance.now() - started) / 1000;
-  const how = {length: "cut at its longest", stopped: "stopped", "broken off": "broken off"}[finish];
-  say("note", [usage && `${usage.completion_tokens} tokens, ${(usage.completion_tokens / seconds).toFixed(0)} a second`, how].filter(Boolean).join(", ") || "done");
-}
-
-function send() {
-  if (running) return running.abort();
-  const text = $("box").value;
-  if (!text.trim()) return;
-  $("log").querySelector(".hello")?.remove();
-  messages.push({role: "user", content: text});
-  say("user", text);
-  $("box").value = "";
-  grow();
-  answer();
-}
-
-function again() {
-  if (running || messages.at(-1)?.role !== "assistant") return;
-  messages.pop();
-  answer();
-}
-
-function fresh() {
-  running?.abort();
-  messages = [];
-  greet();
-  $("box").focus();
-}
-
-function grow() {
-  $("box").style.height = "auto";
-  $("box").style.height = $("box").scrollHeight + 2 + "px";
-}
-
-$("form").onsubmit = event => { event.preventDefault(); send(); };
-$("box").oninput = grow;
-$("box").onkeydown = event => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); if (!running) send(); }
-  if (event.key === "ArrowUp" && !event.target.value) {
-    const last = messages.findLast(message => message.role === "user");
-    if (last) { event.preventDefault(); event.target.value = last.content; grow(); }
-  }
-};
-$("temperature").oninput = event => { $("warmth").textContent = event.target.value; };
-$("again").onclick = again;
-$("fresh").onclick = fresh;
-$("key").oninput = event => { sessionStorage.setItem("key", event.target.value); whoami(); };
-$("key").value = sessionStorage.getItem("key") || "";
-
-// ---- training: every run's curves, as SVG
-const CHARTS = [
-  ["Reward and gold score", ["objective/scores", "objective/rlhf_reward"], ["score", "less KL"]],
-  ["KL to the SFT model, nats", ["objective/kl"]],
-  ["Accuracy", ["accuracy", "eval_accuracy"], ["training", "held out"]],
-  ["Margin", ["margin"]],
-  ["Loss", ["loss", "eval_loss"], ["training", "held out"]],
-  ["Policy loss", ["loss/policy_avg"]],
-  ["Value loss", ["loss/value_avg"]],
-  ["Pretraining loss (ptx)", ["loss/ptx_avg"]],
-  ["Entropy, nats", ["objective/entropy"]],
-  ["Answer length, tokens", ["response_length"]],
-  ["Share of clipped ratios", ["policy/clipfrac_avg"]],
-  ["Gradient norm", ["grad_norm"]],
-  ["Learning rate", ["lr"]],
-  ["Tokens a second", ["tokens_per_second"]]];
-const W = 320, H = 150, L = 42, T = 8, B = 20;
-const short = x => Math.abs(x) >= 1e4 ? (x / 1e3).toFixed(0) + "k" : x !== 0 && Math.abs(x) < 0.01 ? x.toExponential(1) : String(Number(x.toPrecision(3)));
-
-function svg(tag, attributes, text) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
-function range(series) {
-  const values = series.flatMap(one => one.points.map(point => point[1]));
-  let low = Math.min(...values), high = Math.max(...values);
-  if (low === high) { low -= Math.abs(low) / 10 || 1; high += Math.abs(high) / 10 || 1; }
-  return [low, high];
-}
-
-// series: [{label, points: [[step, value]], right}]; `right` has an axis of its own, on the right
-function chart(title, series) {
-  const sides = [series.filter(one => !one.right), series.filter(one => one.right)].map(part => part.length ? range(part) : null);
-  const R = sides[1] ? 34 : 6, steps = series.flatMap(one => one.points.map(point => point[0])), first = Math.min(...steps), last = Math.max(...steps);
-  const x = step => L + (W - L - R) * (last > first ? (step - first) / (last - first) : 0.5);
-  const y = (value, right) => { const [low, high] = sides[right ? 1 : 0]; return T + (H - T - B) * (1 - (value - low) / (high - low)); };
-  const told = series.map(one => `${one.label || title} from ${short(one.points[0][1])} to ${short(one.points.at(-1)[1])}`).join(", ");
-  const picture = svg("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", tabindex: 0, "aria-label": `${title}: ${told}, over ${last} steps; arrow keys walk along it`});
-  sides.forEach((side, right) => side && side.forEach((value, top) => {
-    const at = y(value, right), axis = {x: right ? W - R + 4 : L - 4, y: at + (top ? 6 : 0), "text-anchor": right ? "start" : "end"};
-    if (!right) picture.append(svg("line", {x1: L, x2: W - R, y1: at, y2: at, class: "grid"}));
-    picture.append(svg("text", right ? {...axis, class: "k" + series.findIndex(one => one.right)} : axis, short(value)));
-  }));
-  picture.append(svg("text", {x: L, y: H - 5}, first), svg("text", {x: W - R, y: H - 5, "text-anchor": "end"}, "step " + last));
-  series.forEach((one, k) => {
-    const points = one.points.map(([step, value]) => [x(step), y(value, one.right)]);
-    picture.append(svg("polyline", {points: points.map(point => point.map(n => n.toFixed(1)).join()).join(" "), class: "k" + k, ...(one.points.length < 3 ? {"stroke-dasharray": "3 3"} : {})}));
-    if (one.points.length < 3) for (const [cx, cy] of points) picture.append(svg("circle", {cx, cy, r: 3, class: "k" + k}));
-  });
-  const cross = svg("line", {y1: T, y2: H - B, class: "grid"}), longest = series.reduce((a, b) => b.points.length > a.points.length ? b : a).points;
-  const caption = el("figcaption", {}, el("b", {textContent: title}), ...series.map((one, k) => el("span", {className: "k" + k})));
-  let at = null;
-  function show(i) {
-    at = i === null ? null : Math.max(0, Math.min(longest.length - 1, i));
-    const step = at === null ? last : longest[at][0];
-    if (at === null) cross.remove();
-    else { cross.setAttribute("x1", x(step)); cross.setAttribute("x2", x(step)); picture.append(cross); }
-    series.forEach((one, k) => {
-      const near = one.points.reduce((a, b) => Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a);
-      caption.children[k + 1].textContent = `${one.label ? one.label + " " : ""}${short(near[1])}${at === null || k ? "" : " at " + near[0]}`;
-    });
-  }
-  picture.onpointermove = event => {
-    const box = picture.getBoundingClientRect(), step = first + (last - first) * ((event.clientX - box.left) / box.width * W - L) / (W - L - R);
-    show(longest.reduce((best, point, i) => Math.abs(point[0] - step) < Math.abs(longest[best][0] - step) ? i : best, 0));
-  };
-  picture.onpointerleave = picture.onblur = () => show(null);
-  picture.onkeydown = event => {
-    const move = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-    if (move) { event.preventDefault(); show((at ?? longest.length) + move); }
-  };
-  show(null);
-  return el("figure", {}, caption, picture);
-}
-
-function charts(run) {
-  const made = [];
-  for (const [title, keys, labels] of CHARTS) {
-    if (title === "Loss" && run.curves["loss/policy_avg"]) continue;  // ppo's, which is its policy loss
-    const series = keys.map((key, i) => ({label: labels?.[i], points: run.curves[key] || []})).filter(one => one.points.length);
-    if (keys[0] === "objective/scores" && series.length) {
-      const logged = Object.keys(run.curves).find(key => /(^|\/)gold$/.test(key)), steps = series[0].points;
-      const gold = logged ? run.curves[logged] : "gold_before" in run && "gold_after" in run ? [[steps[0][0], run.gold_before], [steps.at(-1)[0], run.gold_after]] : [];
-      if (gold.length) series.push({label: "gold", points: gold, right: true});
-    }
-    if (series.length === 1) series[0].label = "";
-    if (series.length) made.push(chart(title, series));
-  }
-  return made;
-}
-
-let tag = "", drawn = {};
-async function draw() {
-  if ($("training").hidden || document.hidden) return;
-  let response;
-  try { response = await fetch("/runs", {headers: {...headers(), ...(tag ? {"If-None-Match": tag} : {})}, cache: "no-store"}); } catch { return; }
-  if (response.status === 401) return $("training").replaceChildren(el("p", {textContent: "This server asks for an API key: put it in under Settings in the chat."}));
-  if (!response.ok) return;
-  tag = response.headers.get("ETag");
-  const runs = (await response.json()).runs.sort((a, b) => b.changed - a.changed);
-  if (!runs.length) return $("training").replaceChildren(el("p", {textContent: "No run has logged anything yet. The curves of sft.py, rm.py and ppo.py appear here while they train."}));
-  const focus = document.activeElement?.closest?.("figure") ? [...document.querySelectorAll("figure svg")].indexOf(document.activeElement) : -1;
-  const now = Date.now() / 1000;
-  $("training").replaceChildren(...runs.map(run => {
-    const old = drawn[run.name], text = JSON.stringify(run.curves) + run.gold_after, live = now - run.changed < 60;
-    const grid = old?.text === text ? old.grid : el("div", {className: "charts"}, ...charts(run));
-    drawn[run.name] = {text, grid};
-    const steps = Math.max(0, ...Object.values(run.curves).map(points => points.at(-1)?.[0] ?? 0));
-    return el("section", {}, el("h2", {textContent: run.name}, el("small", {className: live ? "live" : "", textContent: `${steps} steps${live ? ", at work" : ""}`})), grid);
-  }));
-  if (focus >= 0) document.querySelectorAll("figure svg")[focus]?.focus();
-}
-setInterval(draw, 3000);
-document.onvisibilitychange = draw;
-
-// ---- views
-function view(name) {
-  for (const other of ["chat", "training"]) {
-    $(other).hidden = other !== name;
-    $("tab-" + other).setAttribute("aria-selected", other === name);
-    $("tab-" + other).tabIndex = other === name ? 0 : -1;
-  }
-  history.replaceState(null, "", name === "chat" ? location.pathname : "#training");
-  if (name === "chat") $("box").focus(); else draw();
-}
-for (const name of ["chat", "training"]) {
-  $("tab-" + name).onclick = () => view(name);
-  $("tab-" + name).onkeydown = event => {
-    if (event.key === "ArrowLeft" || event.key === "ArrowRight") { const other = name === "chat" ? "training" : "chat"; view(other); $("tab-" + other).focus(); }
-  };
-}
-document.onkeydown = event => {
-  if (event.key === "Escape" && running) running.abort();
-  if (!event.altKey || event.ctrlKey || event.metaKey) return;
-  const act = {KeyC: () => view("chat"), KeyT: () => view("training"), KeyN: () => { view("chat"); fresh(); }}[event.code];
-  if (act) { event.preventDefault(); act(); }
-};
-async function whoami() {
-  try { $("model").textContent = (await (await fetch("/v1/models", {headers: headers()})).json()).data[0].id; } catch { $("model").textContent = ""; }
-}
-greet();
-whoami();
-view(location.hash === "#training" ? "training" : "chat");
-</script>
-</body>
-</html>
-"""
-
-
 # ---- opening --------------------------------------------------------------------------------------------------------
-
-def tokenizer_home(directory: Path) -> Path:
-    """Where the tokenizer and the name of the template are: in the directory, or in the base of an adapter that has none."""
-    return directory if not lora.is_adapter(directory) or (directory / "tokenizer.model").exists() else lora.base_path(directory)
 
 
 def open_model(directory: Path, quant: str | None, dtype: torch.dtype | None, device: str) -> Llama:
@@ -1448,7 +1072,6 @@ def open_model(directory: Path, quant: str | None, dtype: torch.dtype | None, de
     base = lora.base_path(directory) if lora.is_adapter(directory) else directory
     config = base / "config.json"
     if quantized := quant is not None or config.is_file() and bool(read_json(config).get("quantization_config")):
-        import quantize  # here, not above: a plain model does not need it
         model = quantize.load(base, dtype, device, quant)
     else:
         model = Llama.from_pretrained(base, dtype, device)
@@ -1559,13 +1182,13 @@ def benchmark_url(url: str, args: argparse.Namespace, vocab: int) -> list[dict]:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("Serve a model over OpenAI's HTTP interface, with a page to talk to it and to watch training; or measure how fast that is.")
+    parser = run.Parser("Serve a model over OpenAI's HTTP interface, with a page to talk to it and to watch training; or measure how fast that is.")
     parser.add_argument("directory", nargs="?", default="out/ppo", help=f"weights directory: Hugging Face or Meta layout, quantized, or a LoRA adapter; with --benchmark also a shape with random weights ({' '.join(SHAPES)}), or the URL of a server")
     # model
     parser.add_argument("--quant", choices=["8bit", "4bit"], help="quantize a plain directory at load by rounding to nearest (the head to 8 bits); on a quantized one it must agree")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: bf16 on CUDA, fp32 elsewhere")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda where there is one, else cpu")
-    parser.add_argument("--template", choices=sorted(data.TEMPLATES), help="prompt template of chats (the one that the directory names, else plain)")
+    parser.add_argument("--template", choices=sorted(text.TEMPLATES), help="prompt template of chats (the one that the directory names, else plain)")
     # engine
     parser.add_argument("--max_batch", type=int, default=16, help="answers at once: slots of the cache")
     parser.add_argument("--max_len", type=int, help="tokens that a slot has room for, prompt and answer (the model's context)")
@@ -1603,32 +1226,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def open_everything(args: argparse.Namespace) -> tuple[Llama, Tokenizer, data.Template, str]:
+def open_everything(args: argparse.Namespace) -> tuple[Llama, Tokenizer, text.Template, str]:
     """Model, tokenizer, template and the name to serve it by."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     dtype = DTYPES[("bf16" if device == "cuda" else "fp32") if args.dtype == "auto" else args.dtype]
     directory = Path(args.directory)
     if args.benchmark and args.directory in SHAPES and not directory.exists():
-        from data import demo
         model = random_model(SHAPES[args.directory], dtype, device).eval()
         if args.quant:
-            import quantize
             quantize.round_model(model, args.quant, device)
-        return model, Folded(demo.FOLDER), data.TEMPLATES["plain"], args.directory
+        return model, Folded(demo.FOLDER), text.TEMPLATES["plain"], args.directory
     if args.directory == "out/ppo" and not any((directory / name).exists() for name in ("config.json", lora.CONFIG)):
         raise FileNotFoundError("out/ppo has no finished model: run `python ppo.py` first, which makes it, or name a weights directory")
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} does not exist: name a weights directory")
-    own = tokenizer_home(directory)
+    own = lora.home(directory)
     tokenizer = Tokenizer(own)
     named = args.template or read_template(own)
-    if named not in data.TEMPLATES:
+    if named not in text.TEMPLATES:
         what = f"the prompt template {named}, which is not known here" if named else "no prompt template"
         print(f"note: {own} names {what}: chats are worded by the plain one; --template chooses another")
         named = "plain"
     model = open_model(directory, args.quant, dtype, device)
-    check_tokenizer(tokenizer, model.config)
-    return model, tokenizer, data.TEMPLATES[named], directory.resolve().name
+    check_tokenizer(tokenizer, model.config.vocab_size)
+    return model, tokenizer, text.TEMPLATES[named], directory.resolve().name
 
 
 def apart(call: Callable, *arguments):
@@ -1637,12 +1258,12 @@ def apart(call: Callable, *arguments):
     between any two operations. Waking them for each made a step of 8 rows of a 1.1 G model take 155 ms, instead of 123."""
     future = Future()
 
-    def run() -> None:
+    def work() -> None:
         try:
             future.set_result(call(*arguments))
         except BaseException as error:
             future.set_exception(error)
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         thread.join()
@@ -1651,7 +1272,7 @@ def apart(call: Callable, *arguments):
     return future.result()
 
 
-def start_engine(args: argparse.Namespace) -> tuple[Engine, Tokenizer, data.Template, str]:
+def start_engine(args: argparse.Namespace) -> tuple[Engine, Tokenizer, text.Template, str]:
     model, tokenizer, template, name = open_everything(args)
     return make_engine(model, args), tokenizer, template, name
 
@@ -1669,7 +1290,7 @@ def make_engine(model: Llama, args: argparse.Namespace) -> Engine:
     return engine
 
 
-def make_server(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, template: data.Template, name: str, port: int, verbose: bool) -> Server:
+def make_server(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, template: text.Template, name: str, port: int, verbose: bool) -> Server:
     try:
         server = Server((args.http_host, port), engine, tokenizer, template, name, args.runs, args.api_key, args.cors, tuple(args.allow_host), verbose)
     except OSError as error:
@@ -1693,8 +1314,7 @@ def wait_for_signal() -> None:
 
 def benchmark(args: argparse.Namespace) -> dict:
     """Start a server, measure it from another process (whose Python does not hold up ours), then the engine without HTTP."""
-    import zero  # here, not above: only to read the memory and to keep it
-    zero.keep_freed_memory()
+    run.keep_freed_memory()
     engine, tokenizer, template, name = apart(start_engine, args)
     model = engine.model
     server = make_server(args, engine, tokenizer, template, name, 0, False)
@@ -1712,7 +1332,7 @@ def benchmark(args: argparse.Namespace) -> dict:
     alone = measure(lambda prompt: ask_engine(engine, tokenizer, args.new_tokens, prompt), random_prompts(most * args.rounds, args.prompt_tokens, model.config.vocab_size, 0), most)
     print_row(alone, "engine")
     through = next(row for row in rows if row["concurrency"] == most)
-    summary |= {"rows": rows, "engine": alone, "http_cost": 1 - through["tokens_per_second"] / alone["tokens_per_second"], "prefix_tokens_reused": engine.counters["prefix_tokens"], "peak_memory_bytes": zero.peak_memory_bytes(model.device)}
+    summary |= {"rows": rows, "engine": alone, "http_cost": 1 - through["tokens_per_second"] / alone["tokens_per_second"], "prefix_tokens_reused": engine.counters["prefix_tokens"], "peak_memory_bytes": run.peak_memory_bytes(model.device)}
     engine.stop(1.0)
     server.finish(1.0)
     print(f"{most} clients get {through['tokens_per_second'] / rows[0]['tokens_per_second']:.2f} times the tokens of {rows[0]['concurrency']}; HTTP costs {100 * summary['http_cost']:.0f} %; "
@@ -1730,8 +1350,7 @@ def main(argv: list[str] | None = None) -> dict:
         summary = {"url": args.directory, "rows": benchmark_url(args.directory, args, args.vocab)} if url else benchmark(args)
         write_file(args.json, json.dumps(summary, indent=1).encode())
         return summary
-    import zero  # here, not above: only to keep memory that was freed
-    zero.keep_freed_memory()
+    run.keep_freed_memory()
     engine, tokenizer, template, name = apart(start_engine, args)
     model = engine.model
     server = make_server(args, engine, tokenizer, template, name, args.http_port, True)
@@ -1749,4 +1368,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run.command(main)

@@ -52,186 +52,23 @@ loss is already divided by the number of tokens over all processes); the fp32 gr
 """
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-# Its functions take the process group of the moment of import as a default argument. Imported later (by torch.compile or
-# torch.utils.checkpoint) they would keep the group and its threads alive beyond `stop`: one exit in four then aborts.
-import torch.distributed.nn
 from torch import Tensor, nn
 
-ALIASES = {"colossalai_zero2": "zero2", "colossalai_zero2_cpu": "zero2_cpu", "colossalai_gemini": "zero2_cpu"}  # Coati's names
-STRATEGIES = ("naive", "ddp", "zero2", "zero2_cpu", *ALIASES)
-
-
-# ---- processes ------------------------------------------------------------------------------------------------------
-
-class World(NamedTuple):
-    rank: int            # this process, 0 .. world - 1
-    world: int           # number of processes
-    device: torch.device
-    idle: int = 0        # bytes that this process had taken before it loaded anything
-
-
-def start(device: str = "auto", strategy: str = "ddp") -> World:
-    """Join the processes that torchrun (or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
-    started; without a launcher this process is the whole world. The one place where a device is chosen.
-    Raises ValueError when the device is not there, or `naive` meets more than one process."""
-    keep_freed_memory()
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if strategy == "naive" and world > 1:
-        raise ValueError(f"--strategy naive is for one process and {world} were started: they would train {world} different models; use --strategy ddp")
-    if strategy == "colossalai_gemini" and rank == 0:
-        print("note: --strategy colossalai_gemini runs as zero2_cpu", flush=True)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine wants GPU {local}, but there are {torch.cuda.device_count()}: start fewer processes or use --device cpu")
-        torch.cuda.set_device(local)
-        device = f"cuda:{local}"
-    elif device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps, but this machine has no Apple GPU: use --device cpu")
-    if world > 1 and not dist.is_initialized():
-        # Hours, because writing a large model takes rank 0 long; that a process has died is found out by Watch.
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
-        Watch(rank, world).start()
-    device = torch.device(device)
-    return World(rank, world, device, peak_memory_bytes(device))
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one. By itself it hands large blocks back to the system at once, and
-    every step pays again for having their pages zeroed: a tenth to a third of a step on a CPU. One arena for all threads: others
-    cannot hold blocks above 64 MB, and would take those by other ways. Linux with glibc only."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt is not None:
-            for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX in malloc.h
-                mallopt(parameter, value)
-
-
-def stop() -> None:
-    if dist.is_initialized():
-        dist.barrier()  # from here on nobody waits for anybody
-        for watch in watches():
-            watch.leave("done")
-        dist.destroy_process_group()
-
-
-class Watch(threading.Thread):
-    """Finds out that another process has died, and ends this one with a sentence, which otherwise would wait for it for ever.
-
-    Each process writes a sign of life into torchrun's store (rank 0's under another launcher) and reads those of the others.
-    Installed by `start`; an error that nobody catches is reported to the others too.
-    """
-
-    INTERVAL = 1.0
-    SILENCE = 40.0   # seconds without a sign of life: more than a busy process (or one that swaps) needs, less than a minute
-
-    def __init__(self, rank: int, world: int):
-        super().__init__(daemon=True)
-        self.rank, self.world, self.over = rank, world, threading.Event()
-        # A client of its own: one that the main thread waits with would make this one wait too.
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        self.store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        self.store.set(str(rank), "started")
-        sys.excepthook = lambda kind, error, trace: (failed(error), sys.__excepthook__(kind, error, trace))
-
-    def run(self) -> None:
-        heard = [("", 0)] * self.world  # the last word of each, and the beat of its coming: a job that was suspended has missed none
-        for beat in range(10**9):
-            if self.over.wait(self.INTERVAL):
-                return
-            try:
-                self.store.set(str(self.rank), f"alive {beat}")
-                words = [word.decode() for word in self.store.multi_get([str(rank) for rank in range(self.world)])]
-            except RuntimeError:
-                if self.over.wait(3):  # not if everybody is leaving
-                    return
-                self.end("process 0, or the torchrun that started it, has died")
-            for rank, word in enumerate(words):
-                if word.startswith("failed"):
-                    if self.over.wait(4 * self.INTERVAL):  # this process meets the same error, and says so itself
-                        return
-                    self.end(f"process {rank} {word}")
-                if word != heard[rank][0]:
-                    heard[rank] = word, beat
-                elif word != "done" and (beat - heard[rank][1]) * self.INTERVAL > self.SILENCE:
-                    self.end(f"process {rank} has died or hangs: no sign of life for {self.SILENCE:.0f} s")
-
-    def hears(self, word: str) -> bool:
-        """Whether process 0 ends with this word, within two beats."""
-        for _ in range(40):
-            try:
-                if self.store.get("0").decode() == word:
-                    return True
-            except RuntimeError:  # it has ended
-                return False
-            time.sleep(self.INTERVAL / 20)
-        return False
-
-    def leave(self, word: str) -> None:
-        self.over.set()
-        self.join()
-        self.store.set(str(self.rank), word)
-
-    def end(self, why: str) -> None:
-        print(f"process {self.rank} stops: {why}", file=sys.stderr, flush=True)
-        os._exit(1)  # the main thread may wait inside a collective, where no exception reaches it
-
-
-def watches() -> list[Watch]:
-    return [thread for thread in threading.enumerate() if isinstance(thread, Watch)]
-
-
-def failed(error: BaseException) -> bool:
-    """Tell the other processes why this one ends; returns whether process 0 ends for the same reason, and will say it for all.
-    An error of the communication is only an echo of another's death: then the watch finds out whose, and ends this process
-    with its name."""
-    heard, word = False, f"failed: {type(error).__name__}: {error}"
-    for watch in watches():
-        if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
-            watch.join(watch.SILENCE + 5)
-        heard = watch.rank > 0 and watch.hears(word)
-        watch.leave(word)
-        if watch.rank == 0 and not os.environ.get("TORCHELASTIC_USE_AGENT_STORE"):
-            time.sleep(2 * watch.INTERVAL)  # the store ends with this process: let the others read it first
-    return heard
-
-
-def all_reduce(x: Tensor) -> Tensor:
-    """Sum over all processes, in place; returns x."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def broadcast_object(x):
-    """Rank 0's x on every process."""
-    box = [x]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
+from data import run, weights
 
 
 def exchange(send: list[Tensor], receive: list[Tensor], rank: int) -> list[dist.Work]:
@@ -242,15 +79,6 @@ def exchange(send: list[Tensor], receive: list[Tensor], rank: int) -> list[dist.
     receiver adds up in fp32, and always in rank order. The bytes are those of a ring: (N - 1) / N of the buffer, each way.
     """
     return dist.batch_isend_irecv([op for r in range(len(send)) if r != rank for op in (dist.P2POp(dist.irecv, receive[r], r), dist.P2POp(dist.isend, send[r], r))])
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """High-water mark of this process: allocated memory on a GPU, resident memory elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 # ---- AdamW ----------------------------------------------------------------------------------------------------------
@@ -355,7 +183,7 @@ class ZeRO2:
         trainable = list({id(p): (name, p) for name, p in named_parameters if p.requires_grad and p.numel()}.values())
         if not trainable:
             raise ValueError("the model has no trainable parameter")
-        self.strategy = ALIASES.get(strategy, strategy)
+        self.strategy = run.ALIASES.get(strategy, strategy)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.sharded = self.world > 1 and self.strategy.startswith("zero2")
         self.device = trainable[0][1].device
@@ -802,7 +630,7 @@ class Plan(NamedTuple):
 
 def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, grad_checkpoint: bool = False, micro_batches: int = 1, gpu: bool = True) -> Plan:
     """tokens: of a micro-batch. element: bytes of what the model computes in. Sources beside each line."""
-    strategy = ALIASES.get(strategy, strategy)
+    strategy = run.ALIASES.get(strategy, strategy)
     shards, offload = (nproc if strategy.startswith("zero2") else 1), strategy == "zero2_cpu" and gpu
     mine = -(-size.trained // shards)
     master = 0 if element == 4 and not offload else 4 * mine                    # in fp32 it is a part of the weights
@@ -824,7 +652,7 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     return Plan(device, cpu, peak, int(sent), (micro_batches * (element if nproc == 1 else 4) + element) * mine if offload else 0)
 
 
-def run_plan(trained: list[tuple[nn.Module, object]], frozen: list[nn.Module], strategy: str, world: World, tokens: int, dtype: torch.dtype,
+def run_plan(trained: list[tuple[nn.Module, object]], frozen: list[nn.Module], strategy: str, world: run.World, tokens: int, dtype: torch.dtype,
              lora_rank: int = 0, grad_checkpoint: bool = False) -> tuple[str, int]:
     """The plan of a run in one line, and its peak: (model, its LlamaConfig) of each that is trained, and what is only computed with."""
     plans = []
@@ -892,10 +720,10 @@ def bench_step(args: argparse.Namespace) -> None:
     """One process of a training run on random tokens: step time and peak memory."""
     import lora
     import sft
-    from model import DTYPES, SHAPES, Llama
-    world = start("auto", args.strategy)
+    from model import SHAPES, Llama
+    world = run.start("auto", args.strategy)
     config = replace(SHAPES[args.shape], max_seq_len=args.max_len)
-    dtype, size = DTYPES[args.dtype], size_of(config, args.lora_rank)
+    dtype, size = weights.DTYPES[args.dtype], size_of(config, args.lora_rank)
     model = Llama(config, generator=torch.Generator().manual_seed(0)).to(world.device)
     model.grad_checkpoint = args.grad_checkpoint
     if args.lora_rank:
@@ -909,14 +737,14 @@ def bench_step(args: argparse.Namespace) -> None:
     def step() -> None:
         optimizer.backward(sft.lm_loss(model, tokens, target) / (target.sum() * world.world))
         optimizer.step(1e-4)
-        barrier()
+        run.barrier()
 
-    seconds, peak = timed(step, min(2, args.steps), args.steps), peak_memory_bytes(world.device)
+    seconds, peak = timed(step, min(2, args.steps), args.steps), run.peak_memory_bytes(world.device)
     if world.rank == 0:
         planned = plan(size, args.strategy, world.world, tokens.numel(), dtype.itemsize, args.grad_checkpoint, gpu=world.device.type == "cuda").peak
         print(json.dumps({"shape": args.shape, "strategy": args.strategy, "dtype": args.dtype, "lora_rank": args.lora_rank, "processes": world.world, "ms_per_step": round(1000 * seconds),
                           "peak_gb": round(peak / 1e9, 2), "peak_above_start_up_gb": round((peak - world.idle) / 1e9, 3), "planned_gb": round(planned / 1e9, 3)}), flush=True)
-    stop()
+    run.stop()
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -929,13 +757,13 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from model import SHAPES, Parser, read_config
-    from sft import whole
-    parser = Parser("What a training run needs (--plan), and how fast the sharded optimizer is here (--bench).")
+    from model import SHAPES, LlamaConfig
+    whole = run.whole
+    parser = run.Parser("What a training run needs (--plan), and how fast the sharded optimizer is here (--bench).")
     parser.add_argument("--plan", metavar="MODEL", help=f"print the bytes that a process needs: a weights directory, or one of {' '.join(SHAPES)}")
     parser.add_argument("--bench", action="store_true", help="measure the AdamW step, and training steps under every strategy")
     parser.add_argument("--nproc", type=whole(1), help="processes (plan: 1, bench: 2)")
-    parser.add_argument("--strategy", choices=STRATEGIES, help="only this one")
+    parser.add_argument("--strategy", choices=run.STRATEGIES, help="only this one")
     parser.add_argument("--batch_size", type=whole(1), help="examples a process and micro-batch (plan: 4, bench: 2)")
     parser.add_argument("--accumulation_steps", type=whole(1), default=1, help="micro-batches a step")
     parser.add_argument("--max_len", type=whole(2), help="tokens of an example (plan: 512, bench: 256)")
@@ -952,7 +780,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         if args.plan not in SHAPES and not os.path.isdir(args.plan):
             raise ValueError(f"--plan {args.plan}: neither a weights directory nor one of {' '.join(SHAPES)}")
-        config = SHAPES.get(args.plan) or read_config(args.plan)
+        config = SHAPES.get(args.plan) or LlamaConfig(**weights.read_config(args.plan))
         size, element = size_of(config, args.lora_rank), 4 if args.dtype == "fp32" else 2
         names = [args.strategy] if args.strategy else ["naive" if args.nproc == 1 else "ddp", "zero2", "zero2_cpu"]
         plans = {name: plan(size, name, args.nproc, args.batch_size * args.max_len, element, args.grad_checkpoint, args.accumulation_steps) for name in names}
@@ -967,5 +795,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from model import run
-    run(main)
+    run.command(main)

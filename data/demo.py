@@ -27,7 +27,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from data import ALPACA, encode_prompt
+from data.text import ALPACA, encode_prompt
 
 FOLDER = Path(__file__).parent / "demo"
 LANGUAGES = ("en", "zh")
@@ -183,6 +183,12 @@ def measure(model, tokenizer, template, seed: int = 0) -> dict:
     bigrams = [pair for ids in answers for pair in zip(ids, ids[1:])]
     return {"gold": mean(scores), "gold_en": mean([s for s, zh in zip(scores, chinese) if not zh]), "gold_zh": mean([s for s, zh in zip(scores, chinese) if zh]),
             "distinct_2": len(set(bigrams)) / max(1, len(bigrams)), "samples": [f"{q} -> {t}" for q, t in zip(asked[:3], texts)]}
+
+
+def is_demo(directory: Path | None) -> bool:
+    """Is this a model of the demo world? Its tokenizer tells: no other model has it."""
+    file = None if directory is None else directory / "tokenizer.model"
+    return file is not None and file.exists() and file.read_bytes() == (FOLDER / "tokenizer.model").read_bytes()
 
 
 def pairs(held: bool) -> list[tuple[int, int]]:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
 
-import data
-from data import TEMPLATES, collate, encode_all, encode_example, encode_preference, encode_prompt, global_batches
-from data import micro_batches, pad, padding_share, read_records, split_held_out
+import data.records
+import data.text
+from data.records import read_records
+from data.text import TEMPLATES, collate, encode_all, encode_example, encode_preference, encode_prompt, global_batches
+from data.text import micro_batches, pad, padding_share, split_held_out
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 ALPACA_HI = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -70,7 +72,7 @@ def written(tmp_path: Path, *records: object, name: str = "data.jsonl") -> Path:
 
 def test_every_sample_in_the_docstring_is_read(tmp_path):
     """hpcaitech/ColossalAI#3325: users could not tell what the file of each stage looks like."""
-    samples = re.findall(r"^(sft|preference|prompt) +({.*})", data.__doc__, re.MULTILINE)
+    samples = re.findall(r"^(sft|preference|prompt) +({.*})", data.records.__doc__, re.MULTILINE)
     assert len(samples) == 9
     hi = [user("Hi")]
     haiku = {"messages": [user("Write a haiku.")]}
@@ -213,7 +215,7 @@ RENDERED = {  # <s> and </s> stand for the ids, {} for what is learnt
 }
 BARE = {
     "alpaca": ALPACA_HI, "llama2": "[INST] hi [/INST]", "zephyr": "<|user|>\nhi</s>\n<|assistant|>\n",
-    "vicuna": data.VICUNA + " USER: hi ASSISTANT:", "plain": "Human: hi\n\nAssistant:",
+    "vicuna": data.text.VICUNA + " USER: hi ASSISTANT:", "plain": "Human: hi\n\nAssistant:",
 }
 
 

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
+from data.text import Tokenizer
 from data import demo
-from model import Tokenizer
 
 FILES = {name: demo.as_jsonl(records) for name, records in demo.files().items()}
 RECORDS = {name: [json.loads(line) for line in content.splitlines()] for name, content in FILES.items()}

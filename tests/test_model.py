@@ -2,6 +2,8 @@
 
 Names such as M13 are cases of the developers' list of faults that users of this field met."""
 
+from data.text import Tokenizer, check_tokenizer
+from data.weights import DTYPES, read_config
 import dataclasses
 import itertools
 import json
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 import lora
 import model as M
-from model import KVCache, Llama, LlamaConfig, Tokenizer, check_tokenizer, read_config, sample
+from model import KVCache, Llama, LlamaConfig, sample
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 STORIES = REAL / "stories260K"
@@ -515,7 +517,7 @@ def test_special_tokens_are_ids_never_text_m23_m15(tokenizer):
 
 def test_tokenizer_files(tmp_path):
     demo = Tokenizer(DEMO)
-    demo.save(tmp_path / "7B", "alpaca", "{{ messages }}")
+    demo.save(tmp_path / "7B", "alpaca")
     for path in (tmp_path / "7B", tmp_path / "7B" / "tokenizer.model"):
         assert Tokenizer(path).fingerprint == demo.fingerprint
     assert M.read_template(tmp_path / "7B") == "alpaca" and M.read_template(tmp_path) is None
@@ -590,7 +592,7 @@ def test_benchmark_counts_what_it_says(capsys, monkeypatch):
 
 
 def test_chat_and_benchmark_command(tmp_path, capsys, monkeypatch):
-    Tokenizer(DEMO).save(saved(tmp_path / "m", vocab_size=Tokenizer(DEMO).vocab_size), "alpaca", "")
+    Tokenizer(DEMO).save(saved(tmp_path / "m", vocab_size=Tokenizer(DEMO).vocab_size), "alpaca")
     asked = []
     monkeypatch.setattr(Llama, "generate_steps", lambda self, prompts, *rest: asked.append(prompts[0]) or iter([([0], Tokenizer(DEMO).encode("a fox", bos=False)[:1])]))
     M.main([str(tmp_path / "m"), "Write a story about a fox.", "--chat"])
@@ -757,7 +759,7 @@ def test_weights_of_wrong_kinds_are_refused(tmp_path):
     for dtype in (torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn):
         with pytest.raises(ValueError, match=f"{up} is {str(dtype)[6:]}, .*: get the model that is not quantized"):
             Llama.from_pretrained(rewrite(saved(tmp_path / "a"), lambda t: t.update({up: t[up].to(dtype)})))
-    M.write_weights({Llama.hf_name(n): p for n, p in tiny().named_parameters()}, tiny().config, tmp_path / "b", "x", shard_bytes=20_000)
+    M.write_model({Llama.hf_name(n): p for n, p in tiny().named_parameters()}, tiny().config, tmp_path / "b", "x", shard_bytes=20_000)
     index = tmp_path / "b" / "model.safetensors.index.json"
     for content in [*WRONG, *({"weight_map": value} for value in WRONG), {}, {"weight_map": {up: "../b"}}, {"weight_map": {up: None}}]:
         index.write_text(json.dumps(content))
@@ -820,7 +822,7 @@ def test_shards_index_and_leftovers_m07_m08(tmp_path):
     tensors = {model.hf_name(name): p for name, p in model.named_parameters()}
     (tmp_path / "model-of-mine.safetensors").touch()
     for shard_bytes in (20_000, 30_000, 10**9, 1):
-        M.write_weights(tensors, model.config, tmp_path, "LlamaForCausalLM", shard_bytes=shard_bytes)
+        M.write_model(tensors, model.config, tmp_path, "LlamaForCausalLM", shard_bytes=shard_bytes)
         assert same(Llama.from_pretrained(tmp_path), model)
         files = {file.name for file in tmp_path.glob("model*")} - {"model-of-mine.safetensors", "model.safetensors.index.json"}
         if shard_bytes == 10**9:
@@ -850,7 +852,7 @@ def test_broken_shards_are_found_before_anything_is_built_m07(tmp_path, monkeypa
     tensors = {model.hf_name(name): p for name, p in model.named_parameters()}
     monkeypatch.setattr(M.Block, "__init__", lambda *_: built.append(1))
     for damage in ("gone", "cut", "emptied"):
-        M.write_weights(tensors, model.config, tmp_path, "LlamaForCausalLM", shard_bytes=50_000)
+        M.write_model(tensors, model.config, tmp_path, "LlamaForCausalLM", shard_bytes=50_000)
         shard = sorted(tmp_path.glob("model-*-of-*.safetensors"))[1]
         shard.unlink() if damage == "gone" else os.truncate(shard, shard.stat().st_size // 2 if damage == "cut" else 0)
         with pytest.raises((ValueError, FileNotFoundError), match=shard.name):
@@ -1070,7 +1072,7 @@ def test_loading_holds_one_tensor_at_a_time(layout, tmp_path, monkeypatch):
 WATCHED_LOAD = """
 import os, sys, threading
 import torch
-from model import DTYPES, Llama, LlamaConfig
+from model import Llama, LlamaConfig
 
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon:")) * 1024
@@ -1125,4 +1127,4 @@ def test_loading_holds_one_copy(tmp_path):
 
 def test_a_model_with_adapters_is_not_saved_as_plain(tmp_path):
     with pytest.raises(ValueError, match="merge and fold"):
-        M.write_weights({"model.norm.lora_A": torch.zeros(1)}, tiny().config, tmp_path, "LlamaForCausalLM")
+        M.write_model({"model.norm.lora_A": torch.zeros(1)}, tiny().config, tmp_path, "LlamaForCausalLM")

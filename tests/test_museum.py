@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import data
+import data.records
+import data.run
+import data.text
 import ppo
 import quantize
 import rm
@@ -71,7 +73,7 @@ def test_readme_samples_of_every_format_are_read(tmp_path):
         kind = {"sft": "sft", "rm": "preference", "ppo": "prompt"}[stage]
         file = tmp_path / f"{i}.jsonl"
         file.write_text(json.dumps(record))
-        assert len(data.read_records([file], kind)) == 1
+        assert len(data.records.read_records([file], kind)) == 1
         kinds.add(kind)
     assert kinds == {"sft", "preference", "prompt"} and len(lines) == 8
 

@@ -12,18 +12,21 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-import data
+from data.text import Tokenizer
+import data.records
+import data.run
+import data.text
 import lora
 import ppo
 import sft
 import zero
 from data import demo
-from model import Llama, LlamaConfig, Tokenizer
+from model import Llama, LlamaConfig
 from ppo import Experience, Models
 from rm import RewardModel
 from test_sft import ENV, TEMPLATE, TORCHRUN, kill_in, make_model, metrics, same, weights, write
 
-WORLD = zero.World(0, 1, torch.device("cpu"))
+WORLD = data.run.World(0, 1, torch.device("cpu"))
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=1280, max_seq_len=160)
 T = torch.tensor
 
@@ -45,7 +48,7 @@ def base(tmp_path_factory):
     model = tiny(2, reward=True)
     model.config.extra["reward_mean"] = 0.3
     model.save_pretrained(folder / "rm")
-    Tokenizer(demo.FOLDER).save(folder / "rm", "alpaca", TEMPLATE.jinja)
+    Tokenizer(demo.FOLDER).save(folder / "rm", "alpaca")
     write(folder / "prompts.json", demo.prompt_records(0)[:8])
     write(folder / "ptx.json", demo.instruction_records(5, 5))
     return folder
@@ -64,7 +67,7 @@ def run(base, out, *further) -> dict:
 
 def resolved(base, out, *further) -> argparse.Namespace:
     args = ppo.parse(flags(base, out, *further))
-    sft.resolve(args, ppo.FINETUNE | {"kl_coef": 0.1})  # whatever the preset's becomes
+    data.run.resolve(args, ppo.FINETUNE | {"kl_coef": 0.1})  # whatever the preset's becomes
     return args
 
 
@@ -76,7 +79,7 @@ def opened(base, out, *further) -> tuple[argparse.Namespace, Models]:
 
 def rows(prompts: list[list[int]], answers: list[list[int]]) -> tuple:
     """As rollout gives them: tokens, prompt_len, mask, ended."""
-    return data.pad([p + a for p, a in zip(prompts, answers)])[0], T([len(p) for p in prompts]), data.pad(answers)[1], T([a[-1] == 2 for a in answers])
+    return data.text.pad([p + a for p, a in zip(prompts, answers)])[0], T([len(p) for p in prompts]), data.text.pad(answers)[1], T([a[-1] == 2 for a in answers])
 
 
 PROMPTS, ANSWERS = [[1, 40, 41, 42, 43], [1, 50, 51], [1, 60], [1, 70, 71, 72]], [[80, 81, 82, 2], [90, 2], [100, 101, 102, 103, 104, 105], [2]]
@@ -242,12 +245,12 @@ def fixed(args: argparse.Namespace, models: Models) -> Experience:
     return e._replace(adv=torch.randn(e.adv.shape, generator=drawn(7)) * e.mask, ret=torch.randn(e.adv.shape, generator=drawn(8)) * e.mask)
 
 
-def update(models: Models, e: Experience, examples: list, args: argparse.Namespace, world: zero.World = WORLD, schedule: float = 0.0) -> tuple[dict, list[dict], tuple]:
+def update(models: Models, e: Experience, examples: list, args: argparse.Namespace, world: data.run.World = WORLD, schedule: float = 0.0) -> tuple[dict, list[dict], tuple]:
     """One update -> what it logs, and the gradient of its last minibatch by name, actor's and critic's. eps 1e-3: Adam's
     usual one blows rounding errors of a gradient near 0 up to whole steps."""
     optimizers = tuple(zero.ZeRO2(m.named_parameters(), torch.float32, eps=1e-3, max_norm=0.0) for m in models[:2])
     ptx = ppo.ptx_batches(examples, args.ptx_batch_size * world.world, 0, 0) if examples else None
-    total = lambda x: zero.all_reduce(x.clone())
+    total = lambda x: data.run.all_reduce(x.clone())
     gradients = [{}, {}]
     for o, kept in zip(optimizers, gradients):  # a step frees its gradient
         def look(lr, divisor, o=o, kept=kept, update=o.update):
@@ -259,7 +262,7 @@ def update(models: Models, e: Experience, examples: list, args: argparse.Namespa
 
 
 def encoded(base) -> list:
-    return [data.encode_example(r, Tokenizer(demo.FOLDER), TEMPLATE, 64) for r in data.read_records([base / "ptx.json"], "sft")]
+    return [data.text.encode_example(r, Tokenizer(demo.FOLDER), TEMPLATE, 64) for r in data.records.read_records([base / "ptx.json"], "sft")]
 
 
 def test_gradient_is_the_stated_mixture(base, tmp_path):
@@ -270,7 +273,7 @@ def test_gradient_is_the_stated_mixture(base, tmp_path):
         e = fixed(args, models)
         figures, (gradients[c], critic), _ = update(models, e, examples if c else [], args)
     indices = next(ppo.ptx_batches(examples, 4, 0, 0))
-    tokens, _, target = data.collate([examples[i] for i in indices])
+    tokens, _, target = data.text.collate([examples[i] for i in indices])
     model = Llama.from_pretrained(base / "model")
     loss = sft.lm_loss(model, tokens, target) / target.sum()
     loss.backward()
@@ -334,12 +337,12 @@ def test_no_two_rollouts_are_alike(base, tmp_path):
     answers = {}
     for what in (("rollout", 0, 0), ("rollout", 0, 1), ("rollout", 1, 0), ("evaluate", 0)):
         for rank in (0, 1):
-            e, _, _ = ppo.experience(models, [[1, 40, 41]] * 4, what, Tokenizer(demo.FOLDER), args, zero.World(rank, 2, WORLD.device))
+            e, _, _ = ppo.experience(models, [[1, 40, 41]] * 4, what, Tokenizer(demo.FOLDER), args, data.run.World(rank, 2, WORLD.device))
             answers[what, rank] = str(e.tokens.tolist())
     assert len(set(answers.values())) == 8
-    again, _, _ = ppo.experience(models, [[1, 40, 41]] * 4, ("rollout", 0, 1), Tokenizer(demo.FOLDER), args, zero.World(1, 2, WORLD.device))
+    again, _, _ = ppo.experience(models, [[1, 40, 41]] * 4, ("rollout", 0, 1), Tokenizer(demo.FOLDER), args, data.run.World(1, 2, WORLD.device))
     assert str(again.tokens.tolist()) == answers[("rollout", 0, 1), 1]
-    one = ppo.experience(models, [[1, 40, 41]], ("evaluate", 0), Tokenizer(demo.FOLDER), args, zero.World(1, 2, WORLD.device))[0]
+    one = ppo.experience(models, [[1, 40, 41]], ("evaluate", 0), Tokenizer(demo.FOLDER), args, data.run.World(1, 2, WORLD.device))[0]
     assert len(one.tokens) == 1  # fewer prompts than processes
 
 
@@ -390,7 +393,7 @@ def test_a_run_changes_actor_and_critic_alone(base, tmp_path, monkeypatch, dtype
 def test_critic_starts_as_the_reward_model(base, tmp_path):
     """P16, P28: its value at the last token is the score, reward mean included."""
     tokens, prompt_len, mask, _ = rows(PROMPTS, ANSWERS)
-    scores = RewardModel.from_pretrained(base / "rm")(*data.pad([p + a for p, a in zip(PROMPTS, ANSWERS)]))
+    scores = RewardModel.from_pretrained(base / "rm")(*data.text.pad([p + a for p, a in zip(PROMPTS, ANSWERS)]))
     for rank in (0, 2):
         _, models = opened(base, tmp_path, "--lora_rank", rank)
         at_end = models.critic.values(tokens)[range(4), prompt_len + mask.sum(1) - 1]
@@ -498,9 +501,9 @@ def test_gold_of_a_step_is_of_its_own_answers():
     """Each answer by the rule, its prompt in the template."""
     tokenizer, asked = Tokenizer(demo.FOLDER), ["Write a story about a fox and a kite.", "写一个关于狐狸和风筝的故事。"]
     texts = ["The fox saw the kite. In the end, everyone was happy.", "狐狸"]
-    prompts, answers = [data.encode_prompt([{"role": "user", "content": a}], tokenizer, TEMPLATE) for a in asked], [tokenizer.encode(t, bos=False, eos=t is texts[0]) for t in texts]
-    tokens, _ = data.pad([p + a for p, a in zip(prompts, answers)])
-    _, mask = data.pad(answers)
+    prompts, answers = [data.text.encode_prompt([{"role": "user", "content": a}], tokenizer, TEMPLATE) for a in asked], [tokenizer.encode(t, bos=False, eos=t is texts[0]) for t in texts]
+    tokens, _ = data.text.pad([p + a for p, a in zip(prompts, answers)])
+    _, mask = data.text.pad(answers)
     e = ppo.Experience(tokens, torch.tensor([len(p) for p in prompts]), mask, torch.tensor([True, False]), *[torch.zeros(2)] * 7)
     assert ppo.mean_gold(e, tokenizer, lambda x: x) == pytest.approx((1.0 + 0.5 * 0.3) / 2)
 
@@ -518,12 +521,13 @@ WORKER = """
 import sys
 from pathlib import Path
 import torch
+import data.run, data.text
 import ppo, zero
 from test_ppo import Experience, encoded, fixed, opened, run, update
 
 torch.set_num_threads(1)
 base, out = Path(sys.argv[1]), Path(sys.argv[2])
-world = zero.start("cpu", "ddp")
+world = data.run.start("cpu", "ddp")
 actors, real = [], ppo.open_models
 ppo.open_models = lambda *rest: (actors.append(real(*rest)), actors[-1])[1]
 for strategy in ("zero2", "zero2_cpu", "ddp"):
@@ -533,7 +537,7 @@ args, models = opened(base, out / "none", "--train_batch_size", 2, "--ptx_coef",
 e = Experience(*(x[world.rank::2] for x in fixed(args, models)))
 figures, gradients, _ = update(models, e, encoded(base), args, world, 1.0)
 torch.save((figures, gradients, [p.data for m in models[:2] for p in m.parameters()]), out / f"update-{world.rank}.pt")
-zero.stop()
+data.run.stop()
 """
 
 

@@ -23,11 +23,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import data
+from data.text import Tokenizer
+import data.records
+import data.run
+import data.text
 import lora
 import quantize as Q
 import sft
-from model import Llama, LlamaConfig, Tokenizer
+from model import Llama, LlamaConfig
 from quantize import Linear4, Linear8, Quantized, Row, Scheme, gptq, pack_int4, rtn, unpack_int4
 
 ROOT = Path(Q.__file__).parent
@@ -67,7 +70,7 @@ def texts(n: int = 6, seed: int = 0, longest: int = 40) -> list[Row]:
 
 def write_demo(directory: Path, **kwargs) -> Path:
     tiny(**kwargs).save_pretrained(directory)
-    Tokenizer(DEMO).save(directory, "alpaca", data.TEMPLATES["alpaca"].jinja)
+    Tokenizer(DEMO).save(directory, "alpaca")
     return directory
 
 
@@ -694,7 +697,7 @@ def test_quantized_input_is_refused_and_plain_gptq_wants_text(tmp_path):
     model = tiny()
     Q.quantize_model(model, Scheme("rtn", 4, 32))
     Q.save(model, tmp_path)
-    Tokenizer(DEMO).save(tmp_path, "alpaca", "")
+    Tokenizer(DEMO).save(tmp_path, "alpaca")
     with pytest.raises(ValueError, match="already quantized to 4 bits: quantize the original"):
         Q.main([str(tmp_path)])
     with pytest.raises(ValueError, match="needs --calibration"):

@@ -10,14 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
+from data.text import Tokenizer
+import data.records
+import data.run
+import data.text
 import lora
 import ppo
 import rm
 import sft
 import zero
 from data import demo
-from model import Llama, LlamaConfig, Tokenizer
+from model import Llama, LlamaConfig
 from rm import RewardModel
 from test_sft import ENV, TEMPLATE, TORCHRUN, kill_in, losses, make_model, same, weights, write
 from test_sft import run as run_sft
@@ -94,7 +97,7 @@ def test_loss_is_the_closed_form_and_never_overflows(loss):
 
 def test_padding_of_one_side_changes_nothing(monkeypatch):
     """R06: both answers compared over a common span, so that the shorter one is judged on its padding."""
-    ranking, results, pad = [[1, 40, 41, 42, 2], [1, 40, 60, 2]], [], data.pad
+    ranking, results, pad = [[1, 40, 41, 42, 2], [1, 40, 60, 2]], [], data.text.pad
     for filler in (None, 0, 2):
         if filler is not None:
             monkeypatch.setattr(data, "pad", lambda rows: tuple(F.pad(x, (0, 10), value=f) for x, f in zip(pad(rows, filler), (filler, False))))
@@ -170,13 +173,13 @@ def test_what_was_trained_is_what_is_loaded(base, tmp_path, monkeypatch, rank):
     start = rm.RewardModel(Llama.from_pretrained(base / "model", head=False), torch.Generator().manual_seed(0))
     assert (loaded.score.weight - start.score.weight).abs().max() > 1e-3 and torch.equal(loaded.score.weight, trained.score.weight)
     with torch.no_grad():
-        tokens, mask = data.pad(rows)
+        tokens, mask = data.text.pad(rows)
         scores = loaded(tokens, mask)
         bound = 5e-6 if rank else 1e-6  # folding an adapter rounds
         assert (scores - trained(tokens, mask)).abs().max() < bound and summary["reward_mean"] == loaded.reward_mean != 0
         assert abs(scores.mean()) < bound and scores.std() > 1e-4
         assert scores.tolist() == pytest.approx([plain_score(loaded, row) for row in rows], abs=2e-6)
-    prompts = [data.encode_prompt(r["messages"], Tokenizer(demo.FOLDER), TEMPLATE) for r in data.read_records([base / "pref.json"], "preference")]
+    prompts = [data.text.encode_prompt(r["messages"], Tokenizer(demo.FOLDER), TEMPLATE) for r in data.records.read_records([base / "pref.json"], "preference")]
     assert [row[:len(prompt)] for row, prompt in zip(rows, prompts)] == prompts and all(len(row) == 100 or row[-1] == 2 for row in rows) and len(rows) == 20
     assert same(before, weights(base / "model"))
     if not rank:
@@ -201,7 +204,7 @@ def test_answers_have_the_room_of_their_own_prompt(base):
     """One prompt of nearly --max_len must not leave all the others one token; prompts without room are passed over."""
     model, tokenizer, args = Llama.from_pretrained(base / "model"), Tokenizer(demo.FOLDER), argparse.Namespace(template="plain", max_len=48, seed=0)
     short, long, full = ({"messages": [{"role": "user", "content": "fox " * n}]} for n in (2, 30, 60))
-    lengths = [len(data.encode_prompt(r["messages"], tokenizer, data.TEMPLATES["plain"])) for r in (short, long)]
+    lengths = [len(data.text.encode_prompt(r["messages"], tokenizer, data.text.TEMPLATES["plain"])) for r in (short, long)]
     rows = rm.sample_answers(model, [full, full, long, short, short], tokenizer, args, 2)
     assert lengths[0] < 20 and 40 < lengths[1] < 48 and [len(row) for row in rows] == [48, 48]
 
@@ -209,7 +212,7 @@ def test_answers_have_the_room_of_their_own_prompt(base):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_all_forms_of_stage_1_are_accepted(base, tmp_path, rank):
     """L12: an adapter's names looked for in a full model. Stage 3 opens each too, and all have the same trunk."""
-    world, tokens = zero.World(0, 1, torch.device("cpu")), torch.arange(3, 60)[None]
+    world, tokens = data.run.World(0, 1, torch.device("cpu")), torch.arange(3, 60)[None]
     run(base, tmp_path / "rm", "--max_steps", 1, "--lora_rank", rank)
     losses_before, hidden = [], []
     for form in ("adapter", "merged"):

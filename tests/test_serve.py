@@ -28,17 +28,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
+from data.text import Tokenizer
+import data.records
+import data.run
+import data.text
 import lora
 import serve
 from data import demo
-from model import Llama, LlamaConfig, Tokenizer, sample
+from model import Llama, LlamaConfig, sample
 from serve import Answer, Engine, Job, Refusal, Sampling, Server, attention_calls, common, cut, draw, uniform
 
 REAL = Path(__file__).parents[2] / "shared" / "real" / "stories260K"
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=44, vocab_size=1280, max_seq_len=256)
 TOKENIZER = Tokenizer(demo.FOLDER)
-ALPACA = data.TEMPLATES["alpaca"]
+ALPACA = data.text.TEMPLATES["alpaca"]
 
 
 def tiny(dtype: torch.dtype = torch.float32, **sizes) -> Llama:
@@ -466,7 +469,7 @@ HELLO = {"messages": [{"role": "user", "content": "Write a story about a fox and
 
 
 def test_chat_is_the_templates_prompt_and_the_models_answer(server):
-    prompt = data.encode_prompt(HELLO["messages"], TOKENIZER, ALPACA)
+    prompt = data.text.encode_prompt(HELLO["messages"], TOKENIZER, ALPACA)
     expected = MODEL.generate([prompt], 9, temperature=0)[0]
     status, body, _ = ask(server, CHAT, HELLO | {"temperature": 0})
     assert status == 200 and body["object"] == "chat.completion" and body["model"] == "tiny"
@@ -477,7 +480,7 @@ def test_chat_is_the_templates_prompt_and_the_models_answer(server):
     parts = [{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]}, *HELLO["messages"]]
     worded = [{"role": "system", "content": "Be kind."}, *HELLO["messages"]]
     status, body, _ = ask(server, CHAT, {"messages": parts, "max_completion_tokens": 3, "temperature": 0, "stop": None, "n": None, "tools": [], "weird": None})
-    assert status == 200 and body["usage"]["prompt_tokens"] == len(data.encode_prompt(worded, TOKENIZER, ALPACA)) and body["usage"]["completion_tokens"] == 3
+    assert status == 200 and body["usage"]["prompt_tokens"] == len(data.text.encode_prompt(worded, TOKENIZER, ALPACA)) and body["usage"]["completion_tokens"] == 3
 
 
 def test_completions_take_text_ids_and_lists(server):
@@ -582,7 +585,7 @@ def test_prompt_and_max_tokens_share_the_context(server):
     assert ask(server, COMPLETE, {"prompt": prompt, "max_tokens": 56, "ignore_eos": True})[1]["usage"]["total_tokens"] == 256
     assert ask(server, COMPLETE, {"prompt": ids(250), "ignore_eos": True})[1]["usage"]["completion_tokens"] == 6
     long = [{"role": "user", "content": "fox " * 90}]
-    room = 256 - len(data.encode_prompt(long, TOKENIZER, ALPACA))
+    room = 256 - len(data.text.encode_prompt(long, TOKENIZER, ALPACA))
     assert ask(server, CHAT, {"messages": long, "max_tokens": room + 1})[0] == 400
     assert ask(server, CHAT, {"messages": long, "ignore_eos": True})[1]["usage"]["completion_tokens"] == room
 
@@ -942,7 +945,7 @@ def test_the_page_in_a_real_browser(tmp_path):
         pytest.skip("needs Chromium (Debian: apt-get install chromium)")
     evil = '<img src=x onerror="document.title=1">'
     messages = [{"role": "user", "content": "Hi"}]
-    start = len(data.encode_prompt(messages, TOKENIZER, ALPACA))
+    start = len(data.text.encode_prompt(messages, TOKENIZER, ALPACA))
     server = serving(scripted(raw_bytes(evil), start), slots=2, runs=tmp_path / "out")
     browser = Browser(binary, tmp_path / "profile", f"http://127.0.0.1:{server.server_port}/")
     try:
@@ -967,7 +970,7 @@ def test_the_page_in_a_real_browser(tmp_path):
         browser.call("Input.insertText", text="More")
         browser.key("Enter", "Enter", 13)
         until(lambda: browser.run("document.querySelectorAll('#log .assistant')[1]?.textContent.length >= 3"))
-        assert seen[0][0] == data.encode_prompt([*messages, {"role": "assistant", "content": evil}, {"role": "user", "content": "More"}], TOKENIZER, ALPACA)
+        assert seen[0][0] == data.text.encode_prompt([*messages, {"role": "assistant", "content": evil}, {"role": "user", "content": "More"}], TOKENIZER, ALPACA)
         assert browser.run("document.querySelector('#send').textContent") == "Stop"
         browser.key("Escape", "Escape", 27)
         until(lambda: browser.run("document.querySelector('#send').textContent") == "Send")
@@ -1015,7 +1018,7 @@ def test_the_page_in_a_real_browser(tmp_path):
 def directory(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
     MODEL.save_pretrained(folder)
-    TOKENIZER.save(folder, "alpaca", ALPACA.jinja)
+    TOKENIZER.save(folder, "alpaca")
     return folder
 
 

@@ -17,17 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
+from data.text import Tokenizer
+from data.weights import DTYPES
+import data.records
+import data.run
+import data.text
 import lora
 import ppo
 import rm
 import sft
 import zero
 from data import demo
-from model import DTYPES, Llama, LlamaConfig, Tokenizer
+from model import Llama, LlamaConfig
 
 ROOT, REAL = Path(__file__).parents[1], Path(__file__).parents[2] / "shared" / "real"
-TEMPLATE = data.TEMPLATES["alpaca"]
+TEMPLATE = data.text.TEMPLATES["alpaca"]
 ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -35,7 +39,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def make_model(folder: Path, **sizes) -> Path:
     sizes = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=1280, max_seq_len=160) | sizes
     Llama(LlamaConfig(**sizes), generator=torch.Generator().manual_seed(1)).save_pretrained(folder)
-    Tokenizer(demo.FOLDER).save(folder, "alpaca", TEMPLATE.jinja)
+    Tokenizer(demo.FOLDER).save(folder, "alpaca")
     return folder
 
 
@@ -82,7 +86,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def encoded(file: Path, max_len: int = 160) -> list:
-    return [data.encode_example(r, Tokenizer(demo.FOLDER), TEMPLATE, max_len) for r in data.read_records([file], "sft")]
+    return [data.text.encode_example(r, Tokenizer(demo.FOLDER), TEMPLATE, max_len) for r in data.records.read_records([file], "sft")]
 
 
 def plain_loss(model: Llama, examples: list) -> tuple[float, int]:
@@ -112,7 +116,7 @@ def test_loss_is_on_replies_only(base):
     model, examples = Llama.from_pretrained(base / "model"), encoded(base / "data.json")[:4]
     kept = []
     model.norm.register_forward_hook(lambda module, x, y: kept.append(y) or y.retain_grad())
-    tokens, _, target = data.collate(examples)
+    tokens, _, target = data.text.collate(examples)
     loss = sft.lm_loss(model, tokens, target)
     loss.backward()
     nll, n = plain_loss(model, examples)
@@ -175,7 +179,7 @@ def test_padding_changes_nothing(base, filler):
     rows = [tokenizer.encode("fox", eos=True), tokenizer.encode("once upon a time", eos=True)]
     for width in (None, 16, 64):
         model = Llama.from_pretrained(base / "model")
-        tokens, _, target = data.collate([(ids, [False] + [True] * (len(ids) - 1)) for ids in rows], filler)
+        tokens, _, target = data.text.collate([(ids, [False] + [True] * (len(ids) - 1)) for ids in rows], filler)
         if width:
             tokens, target = F.pad(tokens, (0, width - tokens.shape[1]), value=filler), F.pad(target, (0, width - target.shape[1]))
         loss = sft.lm_loss(model, tokens, target)
@@ -198,7 +202,7 @@ def test_every_step_has_the_mean_of_its_own_tokens(base, tmp_path):
     """S13: 10 micro-batches, accumulation 4 are 3 updates, the third of 2. At lr 0 each loss can be recomputed."""
     run(base, tmp_path, "--max_datasets_size", 20, "--eval_size", 0, "--batch_size", 2, "--accumulation_steps", 4, "--max_epochs", 2, "--lr", 0)
     examples, model = encoded(base / "data.json")[:20], Llama.from_pretrained(base / "model")
-    batches = [b for epoch in range(2) for b in data.global_batches([len(ids) for ids, _ in examples], 8, 0, epoch)]
+    batches = [b for epoch in range(2) for b in data.text.global_batches([len(ids) for ids, _ in examples], 8, 0, epoch)]
     assert [len(b) for b in batches] == [8, 8, 4] * 2
     expected = [nll / n for nll, n in (plain_loss(model, [examples[i] for i in b]) for b in batches)]
     assert losses(tmp_path) == pytest.approx(expected, rel=1e-5)
@@ -232,7 +236,7 @@ def test_overfitted_answers_end(tmp_path):
     write(tmp_path / "data.json", records)
     summary = run(tmp_path, tmp_path / "out", "--batch_size", 5, "--max_epochs", 60, "--lr", 1e-2, "--log_interval", 60)
     model, tokenizer = Llama.from_pretrained(tmp_path / "out").eval(), Tokenizer(tmp_path / "out")
-    prompts = [data.encode_prompt([{"role": "user", "content": r["instruction"]}], tokenizer, TEMPLATE) for r in records]
+    prompts = [data.text.encode_prompt([{"role": "user", "content": r["instruction"]}], tokenizer, TEMPLATE) for r in records]
     answers = model.generate(prompts, 40, temperature=0)
     assert summary["loss"] < 0.1 and all(ids[-1] == 2 for ids in answers) and [tokenizer.decode(ids) for ids in answers] == [r["output"] for r in records]
 
@@ -247,7 +251,7 @@ def test_files_of_a_run(base, tmp_path):
     saved = json.loads((tmp_path / "summary.json").read_text())
     assert saved == json.loads(json.dumps(summary)) and {"eval_loss", "seconds", "tokens_per_second", "peak_memory_bytes", "flags"} <= saved.keys()
     for folder, key in ((base / "model", "eval_loss_before"), (tmp_path, "eval_loss")):
-        nll, n = plain_loss(Llama.from_pretrained(folder), data.split_held_out(examples, 2, 0)[1])
+        nll, n = plain_loss(Llama.from_pretrained(folder), data.text.split_held_out(examples, 2, 0)[1])
         assert summary[key] == pytest.approx(nll / n, rel=1e-5)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["template"] == "alpaca" and saved["flags"]["max_len"] == 160
 
@@ -318,7 +322,7 @@ def test_real_weights_and_instructions(tmp_path):
 
 
 def test_demo_model_starts_the_same_everywhere():
-    world = zero.World(0, 1, torch.device("cpu"))
+    world = data.run.World(0, 1, torch.device("cpu"))
     states = []
     for seed in ("3", "3", "4"):
         torch.manual_seed(len(states))
@@ -345,7 +349,7 @@ def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch):
         half.mkdir()
         (half / "rank-0.pt").write_bytes(b"half")
     with pytest.raises(FloatingPointError, match=r"step-00000006$"):
-        sft.stop_if_broken(math.nan, 7, 1e-3, tmp_path / "cut")
+        data.run.stop_if_broken(math.nan, 7, 1e-3, tmp_path / "cut")
     run(base, tmp_path / "cut", *more, "--resume")
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and losses(tmp_path / "cut", "step") == list(range(1, 13))
     assert same(*(weights(tmp_path / name, "adapter_model.safetensors") for name in ("whole", "cut")))
@@ -356,6 +360,7 @@ SAVE = """
 import os, sys
 from pathlib import Path
 import torch
+import data.run, data.text, data.weights
 import sft, zero
 
 folder, nth, step = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -365,15 +370,15 @@ def dying(real):
         global calls
         calls += 1
         if calls == nth:  # what was begun may be half done
-            for file in Path(args[0]).glob("*") if real is sft.shutil.rmtree else ():
+            for file in Path(args[0]).glob("*") if real is data.run.shutil.rmtree else ():
                 file.unlink()
                 break
             os.kill(os.getpid(), 9)
         return real(*args, **more)
     return call
-torch.save, sft.write_file, sft.shutil.rmtree, Path.rename, Path.mkdir = map(dying, (torch.save, sft.write_file, sft.shutil.rmtree, Path.rename, Path.mkdir))
-world = zero.World(0, 1, torch.device("cpu"))
-sft.save_checkpoint(folder, world, {"step": step, "world": 1, "strategy": "naive", "marks": {}}, {"weight": torch.full((50_000,), float(step))})
+torch.save, data.weights.write_file, data.run.shutil.rmtree, Path.rename, Path.mkdir = map(dying, (torch.save, data.weights.write_file, data.run.shutil.rmtree, Path.rename, Path.mkdir))
+world = data.run.World(0, 1, torch.device("cpu"))
+data.run.save_checkpoint(folder, world, {"step": step, "world": 1, "strategy": "naive", "marks": {}}, {"weight": torch.full((50_000,), float(step))})
 print("whole")
 """
 
@@ -381,11 +386,11 @@ print("whole")
 def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
     """SIGKILL before each thing that saving does to the disk."""
     (tmp_path / "save.py").write_text(SAVE)
-    world, saved = zero.World(0, 1, torch.device("cpu")), 1
-    sft.save_checkpoint(tmp_path, world, {"step": 1, "world": 1, "strategy": "naive", "marks": {}}, {"weight": torch.full((50_000,), 1.0)})
+    world, saved = data.run.World(0, 1, torch.device("cpu")), 1
+    data.run.save_checkpoint(tmp_path, world, {"step": 1, "world": 1, "strategy": "naive", "marks": {}}, {"weight": torch.full((50_000,), 1.0)})
     for nth in range(1, 20):
         result = subprocess.run([sys.executable, tmp_path / "save.py", tmp_path, str(nth), str(nth + 1)], env=ENV, capture_output=True, text=True, timeout=60)
-        meta, states, random = sft.load_checkpoint(tmp_path, world, {}, "naive")
+        meta, states, random = data.run.load_checkpoint(tmp_path, world, {}, "naive")
         assert meta["step"] in (saved, nth + 1) and (states[0]["weight"] == meta["step"]).all() and random is not None
         saved = meta["step"]
         if "whole" in result.stdout:
@@ -424,6 +429,7 @@ WORKER = """
 import shutil, sys
 from pathlib import Path
 import pytest, torch
+import data.run, data.text, data.weights
 import sft, zero
 from test_sft import kill_in, run
 
@@ -436,12 +442,12 @@ with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
     run(base, out / "cut", *more)
 if sft.zero.dist.get_rank() == 0:
     shutil.copytree(out / "cut", out / "moved")
-zero.barrier()
+data.run.barrier()
 run(base, out / "cut", *more, "--resume")
 for strategy in ("ddp", "zero2_cpu"):
     run(base, out / strategy, "--max_epochs", 2, "--strategy", strategy)
 run(base, out / "odd", "--max_datasets_size", 9, "--eval_size", 0, "--max_epochs", 2, "--strategy", "zero2")  # 8 + 1: the second process has none
-zero.stop()
+data.run.stop()
 """
 
 
@@ -573,7 +579,7 @@ def test_an_interrupted_run_says_what_is_left_of_it(base, tmp_path, monkeypatch,
         return rate(step, *rest)
     monkeypatch.setattr(sft, "cosine_lr", interrupted)
     with pytest.raises(SystemExit) as ended:
-        sft.run(lambda: sft.main(flags(base, tmp_path, *more)))
+        data.run.command(lambda: sft.main(flags(base, tmp_path, *more)))
     assert ended.value.code == 130 and said in capsys.readouterr().err
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora
+import data.run
 import zero
 from model import SHAPES, Llama, LlamaConfig
 
@@ -275,13 +276,13 @@ def test_state_goes_through_a_file_and_on(tmp_path, dtype):
 
 
 def test_naive_with_two_processes_and_missing_devices_are_refused(monkeypatch):
-    assert zero.start("cpu", "naive")[:3] == (0, 1, torch.device("cpu"))
+    assert data.run.start("cpu", "naive")[:3] == (0, 1, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="GPU 0, but there are 0.*--device cpu"):
-        zero.start("cuda")
+        data.run.start("cuda")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="naive is for one process and 2 were started.*--strategy ddp"):
-        zero.start("cpu", "naive")
+        data.run.start("cpu", "naive")
 
 
 def test_the_fused_pass_is_the_formula():
@@ -318,8 +319,8 @@ def test_the_way_over_cpu_memory_changes_no_bit(dtype):
 
 def test_aliases_of_coati(capsys):
     for name, ours in (("colossalai_zero2", "zero2"), ("colossalai_zero2_cpu", "zero2_cpu"), ("colossalai_gemini", "zero2_cpu")):
-        assert name in zero.STRATEGIES and zero.ZeRO2(named(some((3,))[0]), strategy=name).strategy == ours
-        assert zero.start("cpu", name)[:3] == (0, 1, torch.device("cpu"))
+        assert name in data.run.STRATEGIES and zero.ZeRO2(named(some((3,))[0]), strategy=name).strategy == ours
+        assert data.run.start("cpu", name)[:3] == (0, 1, torch.device("cpu"))
     assert capsys.readouterr().out == "note: --strategy colossalai_gemini runs as zero2_cpu\n"
 
 
@@ -405,13 +406,14 @@ import gc, sys
 import torch
 from torch import nn
 import torch.distributed as dist
+import data.run
 import lora, zero
 from model import Llama, LlamaConfig
 from test_zero import CONFIG, TOKENS, adamw_of_the_whole, distance, equal, feed, llama, live_bytes, lm, named, relative, some, torch_adamw
 
-rank, world, *_ = zero.start("cpu")
+rank, world, *_ = data.run.start("cpu")
 folder = sys.argv[1]
-assert world in (2, 4) and zero.broadcast_object(f"from {rank}") == "from 0"
+assert world in (2, 4) and data.run.broadcast_object(f"from {rank}") == "from 0"
 
 def same_everywhere(params):
     flat = torch.cat([p.detach().flatten() for p in params])
@@ -427,7 +429,7 @@ def train(optimizer, model, steps):  # in micro-batches of one row; processes di
         for i in mine:
             optimizer.backward(lm(model, TOKENS[i:i + 1]), last=i == mine[-1])
         optimizer.flush()
-        assert zero.all_reduce(torch.ones(3)).tolist() == [world] * 3  # another collective between
+        assert data.run.all_reduce(torch.ones(3)).tolist() == [world] * 3  # another collective between
         optimizer.step(1e-3)
 
 # 1. Twenty steps on shares of the batch = on the batch with torch's AdamW; parameters equal to the bit everywhere.
@@ -572,7 +574,7 @@ during = [row for row in optimizer.timeline.rows[:[row[1] for row in optimizer.t
 assert sum(row[1] == "launch" for row in during) > 3 and max(row[4] for row in during) > 4 * 4096
 optimizer.step(1e-3)
 assert optimizer.timeline is None
-zero.stop()
+data.run.stop()
 print("done", flush=True)
 """
 
@@ -624,22 +626,23 @@ def test_two_and_four_processes(tmp_path):
 DYING = """
 import os, sys, time
 import torch
+import data.run
 import zero
-zero.Watch.SILENCE, zero.Watch.INTERVAL = 3.0, 0.25
-rank, world, *_ = zero.start("cpu")
-zero.all_reduce(torch.ones(1))
+data.run.Watch.SILENCE, data.run.Watch.INTERVAL = 3.0, 0.25
+rank, world, *_ = data.run.start("cpu")
+data.run.all_reduce(torch.ones(1))
 if rank == int(sys.argv[2]):
     if sys.argv[1] == "raise":
         raise LookupError("no such thing")
     os.kill(os.getpid(), 9)
-zero.all_reduce(torch.ones(1))
+data.run.all_reduce(torch.ones(1))
 """
 
 
 @pytest.mark.parametrize("how, who, word", [("raise", 1, "process 1 failed: LookupError: no such thing"), ("raise", 0, "process 0 failed: LookupError: no such thing"),
                                             ("kill", 1, "process 1 has died or hangs"), ("kill", 0, "process 0, or the torchrun that started it, has died")])
 def test_nobody_waits_for_a_dead_process(tmp_path, how, who, word):
-    assert zero.Watch.SILENCE + 5 * zero.Watch.INTERVAL < 60
+    assert data.run.Watch.SILENCE + 5 * data.run.Watch.INTERVAL < 60
     results = processes(tmp_path, 2, DYING, how, who, launcher=False)
     assert f"process {1 - who} stops: {word}" in results[1 - who].stderr, results[1 - who].stderr
     assert results[1 - who].returncode == 1 and results[who].returncode == (1 if how == "raise" else -9)
@@ -647,7 +650,7 @@ def test_nobody_waits_for_a_dead_process(tmp_path, how, who, word):
 
 def test_silence_is_counted_in_beats():
     """A job that was suspended finds that hours have passed; nobody has died of it. Here no time passes at all."""
-    watch = zero.Watch.__new__(zero.Watch)
+    watch = data.run.Watch.__new__(data.run.Watch)
     beats, ended = iter([False] * 12 + [True]), []
     said = iter(["alive 0"] * 3 + ["alive 1"] * 20)  # process 1 is heard at beats 0 and 3, and then no longer
     watch.rank, watch.world, watch.INTERVAL, watch.SILENCE = 0, 2, 1.0, 5.0
