@@ -347,7 +347,7 @@ def update(models: Models, optimizers: tuple[zero.ZeRO2, zero.ZeRO2], e: Experie
 def ptx_backward(actor: Llama, optimizer: zero.ZeRO2, indices: list[int], examples: list, args: argparse.Namespace, world: run.World) -> float:
     """The SFT loss of one ptx batch, weighted and sent backward as the step's last micro-batch; returns this process's share."""
     targets, nll = sum(sum(examples[i][1]) for i in indices), 0.0
-    for micro in text.micro_batches(indices, [len(ids) for ids, _ in examples], args.ptx_batch_size, world.rank, world.world):
+    for micro in filter(None, text.micro_batches(indices, [len(ids) for ids, _ in examples], args.ptx_batch_size, world.rank, world.world)):
         tokens, _, target = text.collate([examples[i] for i in micro])
         loss = sft.lm_loss(actor, tokens, target) / targets
         optimizer.backward(args.ptx_coef * loss, last=True)

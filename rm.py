@@ -167,7 +167,7 @@ def evaluate(model: RewardModel, held: list, loss_fn: str, args: argparse.Namesp
     model.eval()
     total = torch.zeros(4, device=world.device)
     lengths = [max(map(len, ranking)) for ranking in held]
-    for micro in text.micro_batches(list(range(len(held))), lengths, args.batch_size, world.rank, world.world):
+    for micro in filter(None, text.micro_batches(list(range(len(held))), lengths, args.batch_size, world.rank, world.world)):
         chosen, rejected, weight = score_rankings(model, [held[i] for i in micro])
         total += torch.cat(((LOSSES[loss_fn](chosen, rejected) * weight).sum().view(1), pair_sums(chosen, rejected)))
     loss, *sums = run.all_reduce(total).tolist()

@@ -238,7 +238,7 @@ def train(model: torch.nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict
             began, step = time.perf_counter(), step + 1
             lr = cosine_lr(step, total, args.lr, args.warmup)
             divisor, sums = task.units(indices), torch.zeros(1 + task.sums, device=world.device)
-            mine = text.micro_batches(indices, lengths, args.batch_size, world.rank, world.world)
+            mine = [micro for micro in text.micro_batches(indices, lengths, args.batch_size, world.rank, world.world) if micro]
             for micro in mine:
                 summed, further = task.loss_of(micro)
                 optimizer.backward(summed / divisor, last=micro is mine[-1])
@@ -298,7 +298,7 @@ def evaluate(model: Llama, held: list, args: argparse.Namespace, world: run.Worl
         return {"eval_loss": None}
     model.eval()
     total = torch.zeros(2, device=world.device)
-    for micro in text.micro_batches(list(range(len(held))), [len(ids) for ids, _ in held], args.batch_size, world.rank, world.world):
+    for micro in filter(None, text.micro_batches(list(range(len(held))), [len(ids) for ids, _ in held], args.batch_size, world.rank, world.world)):
         tokens, _, target = text.collate([held[i] for i in micro])
         total += torch.stack((lm_loss(model, tokens, target).float(), target.sum().to(world.device)))
     nll, targets = run.all_reduce(total).tolist()

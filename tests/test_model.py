@@ -3,7 +3,9 @@
 Names such as M13 are cases of the developers' list of faults that users of this field met."""
 
 from data.text import Tokenizer, check_tokenizer
-from data.weights import DTYPES, read_config
+import data.run
+import data.weights
+from data.weights import hf_name
 import dataclasses
 import itertools
 import json
@@ -34,6 +36,11 @@ DEMO = Path(M.__file__).parent / "data" / "demo"
 needs_real = pytest.mark.skipif(not STORIES.exists(), reason=f"needs the real weights in {STORIES}")
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=44, vocab_size=64, max_seq_len=64)
 LINE = "Two  spaces,\ta tab,\na line: 🦊 and 👩‍👧, “写一个关于狐狸和风筝的故事。” é \x07 end  " * 2
+
+
+def read_config(directory) -> LlamaConfig:
+    return LlamaConfig(**data.weights.read_config(directory))
+
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -641,7 +648,7 @@ def test_command_line_takes_an_adapter(tmp_path, capsys):
 def test_errors_of_the_system_are_told_without_their_number(tmp_path):
     with pytest.raises(OSError) as caught:
         (tmp_path / "x").read_text()
-    assert M.sentence(caught.value) == f"{tmp_path}/x: no such file or directory" and M.sentence(FileNotFoundError("x is missing")) == "x is missing"
+    assert data.run.sentence(caught.value) == f"{tmp_path}/x: no such file or directory" and data.run.sentence(FileNotFoundError("x is missing")) == "x is missing"
 
 
 def test_command_line_compares_tokenizer_and_embedding_m15(tmp_path, capsys):
@@ -759,7 +766,7 @@ def test_weights_of_wrong_kinds_are_refused(tmp_path):
     for dtype in (torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn):
         with pytest.raises(ValueError, match=f"{up} is {str(dtype)[6:]}, .*: get the model that is not quantized"):
             Llama.from_pretrained(rewrite(saved(tmp_path / "a"), lambda t: t.update({up: t[up].to(dtype)})))
-    M.write_model({Llama.hf_name(n): p for n, p in tiny().named_parameters()}, tiny().config, tmp_path / "b", "x", shard_bytes=20_000)
+    data.weights.write_model(tmp_path / "b", vars(tiny().config), dict(tiny().named_parameters()), "x", shard_bytes=20_000)
     index = tmp_path / "b" / "model.safetensors.index.json"
     for content in [*WRONG, *({"weight_map": value} for value in WRONG), {}, {"weight_map": {up: "../b"}}, {"weight_map": {up: None}}]:
         index.write_text(json.dumps(content))
@@ -819,10 +826,10 @@ def test_saved_and_reloaded_is_before(tmp_path):
 
 def test_shards_index_and_leftovers_m07_m08(tmp_path):
     model = tiny()
-    tensors = {model.hf_name(name): p for name, p in model.named_parameters()}
+    tensors = dict(model.named_parameters())
     (tmp_path / "model-of-mine.safetensors").touch()
     for shard_bytes in (20_000, 30_000, 10**9, 1):
-        M.write_model(tensors, model.config, tmp_path, "LlamaForCausalLM", shard_bytes=shard_bytes)
+        data.weights.write_model(tmp_path, vars(model.config), tensors, shard_bytes=shard_bytes)
         assert same(Llama.from_pretrained(tmp_path), model)
         files = {file.name for file in tmp_path.glob("model*")} - {"model-of-mine.safetensors", "model.safetensors.index.json"}
         if shard_bytes == 10**9:
@@ -831,7 +838,7 @@ def test_shards_index_and_leftovers_m07_m08(tmp_path):
         assert files == {f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))} and len(files) >= 3
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in tensors.values())
-        assert index["weight_map"].keys() == tensors.keys()
+        assert index["weight_map"].keys() == {hf_name(name) for name in tensors}
         for file in files:
             held = safetensors.torch.load_file(tmp_path / file)
             assert held.keys() == {name for name, named in index["weight_map"].items() if named == file}
@@ -849,10 +856,10 @@ def test_shards_index_and_leftovers_m07_m08(tmp_path):
 
 def test_broken_shards_are_found_before_anything_is_built_m07(tmp_path, monkeypatch):
     model, built = tiny(), []
-    tensors = {model.hf_name(name): p for name, p in model.named_parameters()}
+    tensors = dict(model.named_parameters())
     monkeypatch.setattr(M.Block, "__init__", lambda *_: built.append(1))
     for damage in ("gone", "cut", "emptied"):
-        M.write_model(tensors, model.config, tmp_path, "LlamaForCausalLM", shard_bytes=50_000)
+        data.weights.write_model(tmp_path, vars(model.config), tensors, shard_bytes=50_000)
         shard = sorted(tmp_path.glob("model-*-of-*.safetensors"))[1]
         shard.unlink() if damage == "gone" else os.truncate(shard, shard.stat().st_size // 2 if damage == "cut" else 0)
         with pytest.raises((ValueError, FileNotFoundError), match=shard.name):
@@ -1001,7 +1008,7 @@ def test_published_params_m04(parts, params, vocab, ffn, ours, tmp_path):
     (dict(rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}), "scaling 'llama3' is not supported"),
     (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "scaling 'dynamic' is not supported"),
     (dict(rope_scaling={"type": "yarn", "factor": 2.0}), "scaling 'yarn' is not supported"),
-    (dict(quantization_config={"quant_method": "gptq"}), "is quantized: open it with quantize.load")])
+    (dict(quantization_config={"quant_method": "gptq"}), "is quantized: open it with quantize.open_model")])
 def test_other_architectures_are_refused_by_name(keys, sentence, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA2 | keys))
     with pytest.raises(ValueError, match=sentence) as error:
@@ -1065,13 +1072,14 @@ def test_loading_holds_one_tensor_at_a_time(layout, tmp_path, monkeypatch):
             alive.extend([weakref.ref(tensor)] * (tensor.dim() == 2))  # norms are whole in Meta's parts, mapped and not read
             return tensor
         return call
-    monkeypatch.setattr(M, "read_tensors", lambda *args: {name: watched(get) for name, get in read(*args).items()})
+    monkeypatch.setattr(M, "read_tensors", lambda *args: {name: stored._replace(read=watched(stored.read)) for name, stored in read(*args).items()})
     assert same(Llama.from_pretrained(tmp_path / layout), model) and len(alive) == 16
 
 
 WATCHED_LOAD = """
 import os, sys, threading
 import torch
+from data.weights import DTYPES
 from model import Llama, LlamaConfig
 
 def anonymous():
@@ -1102,7 +1110,7 @@ def test_loading_holds_one_copy(tmp_path):
     """The promise is a peak of 1.15 N + 300 MB over the start, for a model of N bytes in memory. 300 MB would hide a second copy
     of one this small (160 MB), so it gets 20: the largest matrix is 4. Matrices this small come from malloc's heap, with its holes."""
     model = Llama(LlamaConfig(dim=512, n_layers=12, n_heads=8, n_kv_heads=8, head_dim=64, ffn_dim=1408, vocab_size=2048, max_seq_len=64))
-    tensors = {model.hf_name(name): p.detach() for name, p in model.named_parameters()}
+    tensors = {hf_name(name): p.detach() for name, p in model.named_parameters()}
     model.save_pretrained(tmp_path / "safetensors")
     model.config.dtype = "bfloat16"
     model.save_pretrained(tmp_path / "cast")
@@ -1127,4 +1135,4 @@ def test_loading_holds_one_copy(tmp_path):
 
 def test_a_model_with_adapters_is_not_saved_as_plain(tmp_path):
     with pytest.raises(ValueError, match="merge and fold"):
-        M.write_model({"model.norm.lora_A": torch.zeros(1)}, tiny().config, tmp_path, "LlamaForCausalLM")
+        data.weights.write_model(tmp_path, vars(tiny().config), {"norm.lora_A": torch.zeros(1)})

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from data.text import Tokenizer
+from data.weights import hf_name
 import data.records
 import data.run
 import data.text
@@ -254,7 +255,7 @@ def test_directory_by_an_independent_reader(tmp_path, sym, act_order):
         "quant_method": "gptq", "bits": 4, "group_size": 32, "sym": sym, "desc_act": act_order, "checkpoint_format": "gptq" if sym else "gptq_v2"}
     stored = {name: t.numpy() for name, t in safetensors.torch.load_file(tmp_path / "model.safetensors").items()}
     for name, layer in Q.quantized_layers(model).items():
-        prefix, O, I = model.hf_name(name), layer.out_features, layer.in_features
+        prefix, O, I = hf_name(name), layer.out_features, layer.in_features
         zero = nibbles(stored[f"{prefix}.qzeros"], 1)[:, :O] + (1 if sym else 0)         # (G, O)
         g = stored[f"{prefix}.g_idx"]
         dense = (nibbles(stored[f"{prefix}.qweight"], 0)[:I] - zero[g]) * stored[f"{prefix}.scales"][g].astype(np.float32)  # (I, O)
@@ -279,7 +280,7 @@ def test_saved_and_reloaded(tmp_path, bits, sym, tied, dtype):
     again, tokens = Q.load(tmp_path), torch.tensor([texts()[0].ids])
     assert torch.equal(again(tokens), model(tokens)) and again.config == model.config and again.norm.weight.dtype == getattr(torch, dtype)
     assert again.quantized["bits"] == bits and isinstance(again.output, Q.QuantizedLinear) == (not tied)
-    with pytest.raises(ValueError, match="open it with quantize.load"):
+    with pytest.raises(ValueError, match="open it with quantize.open_model"):
         Llama.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="write it with quantize.save"):
         again.save_pretrained(tmp_path / "plain")
@@ -309,7 +310,7 @@ def foreign(directory: Path, act_order: bool, layout: str, **changed) -> dict[st
     """A checkpoint as AutoGPTQ writes it, made by numpy: groups that its act-order has scattered, zero biases. Returns the
     dense weights."""
     rng, model = np.random.default_rng(0), tiny(ffn_dim=96)
-    tensors = {model.hf_name(name): p.detach() for name, p in model.named_parameters()}
+    tensors = {hf_name(name): p.detach() for name, p in model.named_parameters()}
     dense = {}
     for name in [name for name in tensors if "proj" in name]:
         O, I = tensors.pop(name).shape
@@ -340,7 +341,7 @@ def test_checkpoints_of_others(tmp_path, act_order, checkpoint_format, key):
     config["quantization_config"][key] = config["quantization_config"].pop("checkpoint_format")
     (tmp_path / "config.json").write_text(json.dumps(config))
     plain = tiny(ffn_dim=96)
-    plain.load_state_dict({name: dense.get(plain.hf_name(name), p) for name, p in plain.state_dict().items()})
+    plain.load_state_dict({name: dense.get(hf_name(name), p) for name, p in plain.state_dict().items()})
     model, tokens = Q.load(tmp_path), torch.tensor([texts()[0].ids])
     with torch.no_grad():
         expected = plain(tokens)

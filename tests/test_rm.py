@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from data.text import Tokenizer
+from data.weights import hf_name
 import data.records
 import data.run
 import data.text
@@ -194,7 +195,7 @@ def test_what_was_trained_is_what_is_loaded(base, tmp_path, monkeypatch, rank):
     assert (config["task_type"], config["modules_to_save"], config["reward_mean"]) == ("SEQ_CLS", ["score"], loaded.reward_mean)
     assert lora.base_path(tmp_path / "out").samefile(base / "model") and len(saved) == 2 * 14 + 1 and not (tmp_path / "out" / "config.json").exists()
     assert all(tensor.any() for name, tensor in saved.items() if "lora_B" in name) and "base_model.model.score.weight" in saved
-    assert all(torch.equal(module.base.weight, before[f"{Llama.hf_name(name.removeprefix('trunk.'))}.weight"]) for name, module in lora.adapters(models[0]).items())
+    assert all(torch.equal(module.base.weight, before[f"{hf_name(name.removeprefix('trunk.'))}.weight"]) for name, module in lora.adapters(models[0]).items())
     lora.main(["merge", str(tmp_path / "out"), str(tmp_path / "merged")])
     with torch.no_grad():
         assert (RewardModel.from_pretrained(tmp_path / "merged")(tokens, mask) - scores).abs().max() < bound
