@@ -516,10 +516,10 @@ def test_special_tokens_are_ids_never_text_m23_m15(tokenizer):
         assert ids[0] == 1 and not {1, 2} & set(ids[1:]) and tokenizer.decode(ids) == text
     assert tokenizer.encode("a\ud83d") == tokenizer.encode("a\ufffd") and tokenizer.decode([]) == ""
     padded = LlamaConfig(**SIZES | dict(vocab_size=tokenizer.vocab_size + 1))  # Alpaca's 32,001 rows
-    check_tokenizer(tokenizer, padded)
+    check_tokenizer(tokenizer, padded.vocab_size)
     assert tokenizer.decode([*tokenizer.encode("hi"), tokenizer.vocab_size, -1]) == "hi"
     with pytest.raises(ValueError, match=f"{tokenizer.vocab_size} pieces, the model's embedding {tokenizer.vocab_size - 1} rows"):
-        check_tokenizer(tokenizer, LlamaConfig(**SIZES | dict(vocab_size=tokenizer.vocab_size - 1)))
+        check_tokenizer(tokenizer, tokenizer.vocab_size - 1)
 
 
 def test_tokenizer_files(tmp_path):
@@ -794,7 +794,7 @@ def test_wrong_folders_m06(tmp_path):
             Llama.from_pretrained(directory)
         for word in (str(directory), "config.json", "model.safetensors", "pytorch_model.bin", "consolidated.*.pth"):
             assert word in str(error.value)
-    for keys, sentence in ((dict(model_type="gpt2"), "'gpt2' is not a LLaMA"), (dict(quantization_config={"bits": 4}), "quantize.load"),
+    for keys, sentence in ((dict(model_type="gpt2"), "'gpt2' is not a LLaMA"), (dict(quantization_config={"bits": 4}), "quantize.open_model"),
                            (dict(rope_scaling={"rope_type": "llama3"}, rope_parameters=None), "'llama3' is not supported"),
                            (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"),
                            (dict(hidden_size="32"), "does not describe"), (dict(num_key_value_heads=3), "4 query heads cannot"),
@@ -1130,7 +1130,8 @@ def test_loading_holds_one_copy(tmp_path):
     for name, line in zip(layouts, out.splitlines(), strict=True):
         peak, held = map(int, line.split())
         assert held == sum(p.nbytes for p in model.parameters()) > 140e6, name
-        assert 0.9 * held < peak < 1.15 * held + 20e6, f"{name}: {peak / 1e6:.0f} MB for {held / 1e6:.0f}"
+        joined = 80e6 if name == "meta" else 20e6  # two parts become one tensor, whose memory the heap may not find again
+        assert 0.9 * held < peak < 1.15 * held + joined, f"{name}: {peak / 1e6:.0f} MB for {held / 1e6:.0f}"
 
 
 def test_a_model_with_adapters_is_not_saved_as_plain(tmp_path):

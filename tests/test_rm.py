@@ -19,7 +19,7 @@ import lora
 import ppo
 import rm
 import sft
-import zero
+
 from data import demo
 from model import Llama, LlamaConfig
 from rm import RewardModel
@@ -101,7 +101,7 @@ def test_padding_of_one_side_changes_nothing(monkeypatch):
     ranking, results, pad = [[1, 40, 41, 42, 2], [1, 40, 60, 2]], [], data.text.pad
     for filler in (None, 0, 2):
         if filler is not None:
-            monkeypatch.setattr(data, "pad", lambda rows: tuple(F.pad(x, (0, 10), value=f) for x, f in zip(pad(rows, filler), (filler, False))))
+            monkeypatch.setattr(data.text, "pad", lambda rows: tuple(F.pad(x, (0, 10), value=f) for x, f in zip(pad(rows, filler), (filler, False))))
         model = tiny()
         chosen, rejected, _ = rm.score_rankings(model, [ranking])
         rm.log_sig(chosen, rejected).sum().backward()
@@ -245,8 +245,8 @@ def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch):
 def test_two_processes_are_one_with_twice_the_batch(base, tmp_path):
     """Rankings of different sizes, so that a mean of the processes' means would show."""
     write(tmp_path / "pref.json", [r | {"responses": r["responses"][:2 + i % 3]} for i, r in enumerate(demo.preference_records(6, 11))])
-    (tmp_path / "worker.py").write_text("import sys, torch\nfrom pathlib import Path\nimport zero\nfrom test_rm import run\ntorch.set_num_threads(1)\n"
-                                        "run(*map(Path, sys.argv[1:3]), *sys.argv[3:])\nzero.stop()\n")
+    (tmp_path / "worker.py").write_text("import sys, torch\nfrom pathlib import Path\nimport data.run\nfrom test_rm import run\ntorch.set_num_threads(1)\n"
+                                        "run(*map(Path, sys.argv[1:3]), *sys.argv[3:])\ndata.run.stop()\n")
     more = ["--dataset", tmp_path / "pref.json", "--eval_size", 1, "--max_epochs", 2]
     result = subprocess.run([*map(str, [*TORCHRUN, tmp_path / "worker.py", base, tmp_path / "two", *more, "--strategy", "zero2"])], env=ENV, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -403,8 +403,8 @@ def test_logprobs_of_text_that_a_stop_string_cuts_off_are_dropped():
     engine, one = Engine(scripted(said, 4), 1), job(ids(4), stop=(" found",), max_tokens=50, logprobs=0, chat=True)
     finish(engine, one)
     tokens = [row[1] for event in events(one) for row in event.logprobs]
-    assert b"".join(serve.token_bytes(TOKENIZER, token) for token in tokens) == b" The fox"
-    assert serve.token_bytes(TOKENIZER, raw_bytes("é")[0]) == b"\xc3" and serve.token_bytes(TOKENIZER, 2) == serve.token_bytes(TOKENIZER, 99999) == b""
+    assert b"".join(TOKENIZER.token_bytes(token) for token in tokens) == b" The fox"
+    assert TOKENIZER.token_bytes(raw_bytes("é")[0]) == b"\xc3" and TOKENIZER.token_bytes(2) == TOKENIZER.token_bytes(99999) == b""
 
 
 # ---- over HTTP ------------------------------------------------------------------------------------------------------
