@@ -359,15 +359,18 @@ def fill(model: nn.Module, tensors: dict[str, Stored], dtype: torch.dtype | None
                              "tie_word_embeddings to false")
 
 
-def write_file(file: Path, content: bytes) -> None:
-    """Write under a temporary name and rename, so that a reader sees the old file or the new one, never a part."""
+def write_file(file: Path, content: bytes | Callable[[Path], object]) -> None:
+    """Write under a temporary name and rename, so that a reader sees the old file or the new one, never a part.
+
+    content is the bytes, or a function that writes them to the path that it is given."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     try:
-        temporary.write_bytes(content)
-    except OSError as error:
+        content(temporary) if callable(content) else temporary.write_bytes(content)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError from torch.save
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{file} cannot be written: make room or name another directory ({error.strerror})") from None
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise OSError(f"{file} cannot be written: make room or name another directory ({reason})") from None
     os.replace(temporary, file)
 
 

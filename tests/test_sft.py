@@ -485,7 +485,7 @@ BAD = {
     "dropout 1": (["--lora_rank", "2", "--lora_dropout", "1"], None, "dropout"),
     "batch 0": (["--batch_size", "0"], None, "--batch_size: must be at least 1, not 0"),
     "lr nan": (["--lr", "nan"], None, "--lr: must be a finite number"),
-    "word for a number": (["--max_steps", "many"], None, "invalid whole number value: 'many'"),
+    "word for a number": (["--max_steps", "many"], None, "--max_steps: must be a whole number, not many"),
     "unknown flag": (["--frobnicate"], None, "unrecognized arguments: --frobnicate"),
     "below a file": (["--save_path", "{}/file/out"], None, "--save_path .*cannot be written"),
     "beyond the context": (["--max_len", "161"], None, "beyond the model's context of 160"),
@@ -579,7 +579,7 @@ def test_an_interrupted_run_says_what_is_left_of_it(base, tmp_path, monkeypatch,
         return rate(step, *rest)
     monkeypatch.setattr(sft, "cosine_lr", interrupted)
     with pytest.raises(SystemExit) as ended:
-        data.run.command(lambda: sft.main(flags(base, tmp_path, *more)))
+        data.run.command(sft.main, flags(base, tmp_path, *more))
     assert ended.value.code == 130 and said in capsys.readouterr().err
 
 
