@@ -555,6 +555,14 @@ def batches(model: Llama, rows: list[Row], device) -> Iterable[tuple[Tensor, Ten
         yield tokens, mask.to(device), target, Where(where.cos.to(device), where.sin.to(device), None)
 
 
+def head_nll(head: nn.Module, h: Tensor, answer: Tensor) -> Tensor:
+    """Returns the sum of -log p of the answers (N,) after hidden states h (N, C); logits of 512 rows exist at a time."""
+    total = torch.zeros((), device=h.device)
+    for rows, right in zip(h.split(512), answer.split(512)):
+        total = total + F.cross_entropy(head(rows).float(), right, reduction="sum")
+    return total
+
+
 @torch.no_grad()
 def perplexity(model: Llama, rows: list[Row], device="cpu") -> float:
     """exp of the mean -log p over all target ids of all rows. One block at a time is on `device`, the model need not be."""
@@ -567,8 +575,7 @@ def perplexity(model: Llama, rows: list[Row], device="cpu") -> float:
     nll = n = 0.0
     for x, (tokens, _, target, _) in zip(xs, parts):
         h = model.norm(x[:, :-1][target[:, 1:].to(home)])                                            # (B, T-1, C) -> (N, C)
-        for rows_, answers in zip(h.split(512), tokens[:, 1:][target[:, 1:]].split(512)):            # logits of 512 rows at a time
-            nll += F.cross_entropy(model.output(rows_).float(), answers.to(home), reduction="sum").item()
+        nll += head_nll(model.output, h, tokens[:, 1:][target[:, 1:]].to(home)).item()
         n += len(h)
     if not math.isfinite(nll):
         raise ValueError("the model's probabilities are not finite: its weights or its dtype are broken (try --dtype fp32)")
