@@ -1,18 +1,18 @@
 """Every benchmark of the house: what a step takes here, beside a peer or another checkout, taking turns in one run.
 
-    python tests/bench.py decode tiny mid --batch 1 16 [--dtype bf16]      decoding, tokens a second
-    python tests/bench.py quantize mid --batch 1 16                        the same in 8 and in 4 bits, beside the plain model
-    python tests/bench.py sft tiny mid                                     an update: forward, backward, clipping, AdamW
-    python tests/bench.py lora mid                                         the same with adapters of rank 8
-    python tests/bench.py zero mid --strategy ddp zero2 zero2_cpu          the same on two processes that share the cores
-    python tests/bench.py ppo tiny                                         an iteration: 64 prompts of 32, 32 new, 4 minibatches
-    python tests/bench.py adamw                                            100 million parameters, beside torch's
+    python tests/bench.py decode tiny mid --batch 1 16 [--dtype bf16]  decoding, tokens a second
+    python tests/bench.py quantize mid --batch 1 16                    the same, plain, in 8 and in 4 bits
+    python tests/bench.py sft tiny mid                                 an update: forward, backward, clipping, AdamW
+    python tests/bench.py lora mid                                     the same with adapters of rank 8
+    python tests/bench.py zero mid --strategy ddp zero2 zero2_cpu      the same on two processes
+    python tests/bench.py ppo tiny                                     an iteration: 64 prompts of 32, 32 new, 4 minibatches
+    python tests/bench.py adamw                                        100 million parameters, beside torch's
       --peer VENV      beside transformers (and PEFT) of another virtual environment: decode, sft, lora
       --against TREE   beside another checkout of Octet
 
 Weights and tokens are random: for speed they are as good as others. Each contender is a process of its own that is told
 when to work, one turn each in rotation, so whatever else the machine does meets all alike. Figures are medians over the
-turns after the first; a ratio above 1 says that this tree is faster, or takes less memory, than the contender of the line.
+turns after the first; a ratio above 1 says that this tree is faster, or takes less memory, than the line's contender.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 PROMPT, NEW = 32, 64                                    # decode, quantize: tokens of a prompt, and new ones
-ROWS, LENGTH = {"tiny": 8, "small": 8, "mid": 4, "big": 1}, 256   # sft, lora, zero: examples of an update, and their tokens
+ROWS = {"tiny": 8, "small": 8, "mid": 4, "big": 1}      # sft, lora, zero: examples of an update
+LENGTH = 256                                            # and their tokens
 RANK = 8                                                # lora
 
 
@@ -89,8 +90,8 @@ def compare(task: dict, args: argparse.Namespace) -> None:
     what = " ".join(f"{key} {value}" for key, value in task.items() if key != "kind")
     for row in rows:
         faster, smaller = rows[0]["rate"] / row["rate"], row["peak"] / rows[0]["peak"]
-        print(f"{task['kind']:<9}{what:<44}{row['name']:<12}{row['rate']:>12,.1f} {args.unit:<10}{row['peak'] / 1e9:>6.2f} GB"
-              f"{faster:>8.2f}x{smaller:>8.2f}x", flush=True)
+        print(f"{task['kind']:<9}{what:<44}{row['name']:<12}{row['rate']:>12,.1f} {args.unit:<10}"
+              f"{row['peak'] / 1e9:>6.2f} GB{faster:>8.2f}x{smaller:>8.2f}x", flush=True)
 
 
 # ---- the worker -----------------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def follow(turn, rank: int) -> None:
 
 
 def ppo_iteration(task: dict) -> None:
-    """Answers a second: rollout, scoring and update, as metrics.jsonl has them; the whole command, so any tree can run it."""
+    """Answers a second: rollout, scoring and update, as metrics.jsonl has them. It runs the command, as any tree has it."""
     import torch
     import ppo
     import rm
@@ -229,7 +230,8 @@ def ppo_iteration(task: dict) -> None:
     generator = torch.Generator().manual_seed(0)
     model = Llama(SHAPES[task["shape"]], generator=generator)
     model.save_pretrained(folder / "sft")
-    rm.RewardModel(Llama(SHAPES[task["shape"]], head=False, generator=generator), generator).save_pretrained(folder / "rm")
+    trunk = Llama(SHAPES[task["shape"]], head=False, generator=generator)
+    rm.RewardModel(trunk, generator).save_pretrained(folder / "rm")
     tokenizer = Tokenizer(demo)
     for name in ("sft", "rm"):
         tokenizer.save(folder / name, "plain")
@@ -237,9 +239,10 @@ def ppo_iteration(task: dict) -> None:
     prompts = [{"prompt": f"{i} {prompt}"} for i in range(64)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)), encoding="utf-8")
     flags = ["--pretrain", folder / "sft", "--rm_path", folder / "rm", "--prompt_dataset", folder / "prompts.jsonl",
-             "--save_path", folder / "out", "--num_episodes", 1, "--max_timesteps", 1, "--update_timesteps", 1, "--max_epochs", 1,
-             "--experience_batch_size", 64, "--train_batch_size", 16, "--max_input_len", 48, "--max_seq_len", 80,
-             "--eval_size", 1, "--target_kl", 0, "--save_interval", 0, "--dtype", task["dtype"], "--lr", 1e-6]
+             "--save_path", folder / "out", "--num_episodes", 1, "--max_timesteps", 1, "--update_timesteps", 1,
+             "--max_epochs", 1, "--experience_batch_size", 64, "--train_batch_size", 16, "--max_input_len", 48,
+             "--max_seq_len", 80, "--eval_size", 1, "--target_kl", 0, "--save_interval", 0, "--lr", 1e-6,
+             "--dtype", task["dtype"]]
 
     def turn() -> float:
         with open(os.devnull, "w") as quiet:
@@ -284,10 +287,12 @@ def adamw(task: dict) -> None:
 def peer_model(task: dict):
     """A LLaMA of transformers of the same shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    sizes = {"tiny": (256, 6, 8, 4, 704, 2048), "small": (512, 8, 8, 8, 1376, 32000), "mid": (768, 12, 12, 12, 2048, 32000),
-             "big": (2048, 22, 32, 4, 5632, 32000)}[task["shape"]]
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
-    config = LlamaConfig(**dict(zip(names, sizes)), max_position_embeddings=2048, eos_token_id=None, attn_implementation="sdpa")
+    sizes = {"tiny": (256, 6, 8, 4, 704, 2048), "small": (512, 8, 8, 8, 1376, 32000),
+             "mid": (768, 12, 12, 12, 2048, 32000), "big": (2048, 22, 32, 4, 5632, 32000)}[task["shape"]]
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+             "vocab_size")
+    config = LlamaConfig(**dict(zip(names, sizes)), max_position_embeddings=2048, eos_token_id=None,
+                         attn_implementation="sdpa")
     return LlamaForCausalLM(config).to(torch_dtype(task["dtype"]))
 
 
@@ -308,8 +313,8 @@ def peer_decode(task: dict) -> None:
 
     def turn() -> float:
         stamps.clear()
-        model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
-                       pad_token_id=0, streamer=Stamp())
+        model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW, min_new_tokens=NEW,
+                       do_sample=False, pad_token_id=0, streamer=Stamp())
         return task["batch"] * (NEW - 1) / (stamps[NEW] - stamps[1])  # the first put is the prompt
     with torch.inference_mode():
         serve_turns(turn)
@@ -379,7 +384,8 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", default=["tiny"], metavar="SHAPE", help="tiny, small, mid or big (tiny)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="decode, quantize: rows at once (1 16)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="to compute in (fp32)")
-    parser.add_argument("--strategy", nargs="+", default=["ddp", "zero2", "zero2_cpu"], help="zero: which (ddp zero2 zero2_cpu)")
+    strategies = ["ddp", "zero2", "zero2_cpu"]
+    parser.add_argument("--strategy", nargs="+", default=strategies, help="zero: which (ddp zero2 zero2_cpu)")
     parser.add_argument("--turns", type=int, default=5, help="turns that count, after one that warms up (5)")
     parser.add_argument("--peer", type=Path, metavar="VENV", help="a virtual environment with transformers and PEFT")
     parser.add_argument("--against", type=Path, metavar="TREE", help="another checkout of Octet")

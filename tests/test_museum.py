@@ -1,100 +1,297 @@
-"""What belongs to no single module: README's commands and samples are run, and the house keeps its rules."""
+"""A museum of famous bugs. None of them raised an error, and each was published and used.
 
-import json
-import re
-import shlex
+Every exhibit has the wrong line, the right line of this house, and the test that tells them apart: the wrong one must
+fail it, else the exhibit would prove nothing. Read one, cover the right line, and say what is wrong with the other.
+"""
+
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-import data.records
-import data.run
-import data.text
+import lora
 import ppo
-import quantize
 import rm
-import serve
 import sft
+from data import text
+from model import Llama, LlamaConfig
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-STAGES = {"sft.py": sft, "rm.py": rm, "ppo.py": ppo, "quantize.py": quantize, "serve.py": serve}
-
-
-def commands() -> list[list[str]]:
-    """Every command of README that runs one of our files: [file, flag, value, ...]."""
-    found = []
-    for line in "".join(BLOCKS).splitlines():
-        for part in line.split("&&"):
-            words = shlex.split(part, comments=True) if part.strip().startswith(("python ", "torchrun ", "pip ")) else []
-            scripts = [i for i, word in enumerate(words) if (ROOT / word).is_file() and word.endswith(".py")]
-            found += [words[i:] for i in scripts]
-    return found
+TINY = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=64, max_seq_len=32)
 
 
-def test_readme_names_the_two_commands_that_ci_runs():
-    """S24: commands that nobody runs rot."""
-    assert "pip install -r requirements.txt && torchrun sft.py && torchrun rm.py && torchrun ppo.py && python quantize.py && python serve.py out/ppo --benchmark\n" in BLOCKS
-    assert "pip install -r requirements.txt && pytest\n" in BLOCKS
-    assert "\npip install -r requirements.txt && pytest\n" in (ROOT / ".ci" / "run").read_text()
+def tiny(seed: int = 0) -> Llama:
+    return Llama(TINY, generator=torch.Generator().manual_seed(seed))
 
 
-def test_readme_commands_parse(tmp_path, monkeypatch):
-    found = commands()
-    assert {command[0] for command in found} >= {"sft.py", "rm.py", "ppo.py", "model.py", "lora.py", "quantize.py", "serve.py"}
-    monkeypatch.chdir(tmp_path)
-    for name in ("sft", "rm", "ppo"):  # what the first stages write
-        (tmp_path / "out" / name).mkdir(parents=True)
-        (tmp_path / "out" / name / "config.json").touch()
-    for script, *flags in found:
-        if script in STAGES:
-            STAGES[script].parse(flags)
-        else:
-            known = (ROOT / script).read_text("utf-8")
-            for flag in (word for word in flags if word.startswith("--")):
-                assert f'"{flag}"' in known, f"README: {script} has no {flag}"
+def examples(lengths: list[int], seed: int = 0) -> list[tuple[list[int], list[bool]]]:
+    """Random rows of ids; all but the first are learnt."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, TINY.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    return [(row, [False] + [True] * (len(row) - 1)) for row in rows]
 
 
-def test_every_published_coati_flag_is_taken():
-    """The single-GPU command of the Coati README, verbatim but for the script's name and the two paths."""
-    args = sft.parse(shlex.split("--pretrain /path/to/LLaMa-7B/ --model 'llama' --strategy naive --log_interval 10 --save_path /path/to/Coati-7B --dataset /path/to/data.json "
-                                 "--batch_size 1 --accimulation_steps 8 --lr 2e-5 --max_datasets_size 512 --max_epochs 1 --lora_rank 16"))
-    assert (args.accumulation_steps, args.lr, args.max_datasets_size, args.max_epochs, args.lora_rank, args.batch_size) == (8, 2e-5, 512, 1, 16, 1)
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.lesson
+def test_labels_of_another_batch():
+    """Coati v0.2.8 drew the ptx batch by three calls of next(iter(loader)): ids of one batch, labels of a second.
+
+    With a shuffled loader the model was taught to answer one question with the answer to another, at a loss that falls
+    all the same, because answers in general become likelier. One draw gives both.
+    """
+    model, loader = tiny(), iter([examples([9, 7], seed=1), examples([9, 7], seed=2)])
+
+    def wrong() -> torch.Tensor:
+        tokens, _, target = text.collate(next(loader))
+        labels, _, _ = text.collate(next(loader))               # the bug
+        logp = model(tokens).log_softmax(-1)[:, :-1].gather(-1, labels[:, 1:, None]).squeeze(-1)
+        return -(logp * target[:, 1:]).sum()
+
+    def right() -> torch.Tensor:
+        tokens, _, target = text.collate(examples([9, 7], seed=1))
+        return sft.lm_loss(model, tokens, target)
+
+    one_by_one = sum(F.cross_entropy(model(torch.tensor([ids]))[0, :-1], torch.tensor(ids[1:]), reduction="sum")
+                     for ids, _ in examples([9, 7], seed=1))
+    assert torch.allclose(right(), one_by_one, rtol=1e-5)
+    assert not torch.allclose(wrong(), one_by_one, rtol=1e-2)
 
 
-def test_readme_samples_of_every_format_are_read(tmp_path):
-    """S22: one sample of each file."""
-    lines = [line for block in BLOCKS for line in block.splitlines() if line.startswith("{") and not line.startswith('{"id"')]  # that one is the server's answer
-    kinds = set()
-    for i, line in enumerate(lines):
-        record, after = json.JSONDecoder().raw_decode(line)
-        stage = line[after:].strip().split(":")[0].split(",")[0]
-        kind = {"sft": "sft", "rm": "preference", "ppo": "prompt"}[stage]
-        file = tmp_path / f"{i}.jsonl"
-        file.write_text(json.dumps(record))
-        assert len(data.records.read_records([file], kind)) == 1
-        kinds.add(kind)
-    assert kinds == {"sft", "preference", "prompt"} and len(lines) == 8
+@pytest.mark.lesson
+def test_mean_of_means():
+    """Averaging the means of micro-batches, which transformers' Trainer did until October 2024.
+
+    A micro-batch of few target tokens then weighs as much as one of many, and the loss depends on --accumulation_steps.
+    Sums are added up and divided once, by the number of target tokens of the whole step.
+    """
+    model, batch = tiny(), examples([21, 20, 4, 3])
+    micro_batches = [text.collate(batch[:2]), text.collate(batch[2:])]
+
+    def wrong() -> torch.Tensor:
+        return sum(sft.lm_loss(model, tokens, target) / target.sum() for tokens, _, target in micro_batches) / 2
+
+    def right() -> torch.Tensor:
+        targets = sum(target.sum() for *_, target in micro_batches)
+        return sum(sft.lm_loss(model, tokens, target) for tokens, _, target in micro_batches) / targets
+
+    tokens, _, target = text.collate(batch)
+    at_once = sft.lm_loss(model, tokens, target) / target.sum()
+    assert torch.allclose(right(), at_once, rtol=1e-5)
+    assert not torch.allclose(wrong(), at_once, rtol=1e-3)
 
 
-@pytest.mark.parametrize("script", ["sft.py", "rm.py", "ppo.py", "model.py"])
-def test_help_explains_every_flag(script):
-    lines = [line for line in (ROOT / script).read_text("utf-8").splitlines() if "parser.add_argument(" in line]
-    assert lines and [line.strip() for line in lines if "help=" not in line] == []
+@pytest.mark.lesson
+def test_eos_that_is_never_learnt():
+    """Masking EOS out of the targets, because it has the id of the padding (pad_token = eos_token).
+
+    Every loss over answers looks fine, and the model never stops. Masks come from lengths, never from comparing ids.
+    """
+    eos, answer = 2, [5, 6, 7, 2]
+    rows = [([1, *answer], [False] + [True] * 4), ([1, 5, 2], [False, True, True])]
+    tokens, _, target = text.collate(rows, filler=eos)
+
+    def wrong() -> torch.Tensor:
+        return tokens != eos                                    # the bug: EOS and padding are one id
+
+    assert target[0].tolist() == [False, True, True, True, True]            # EOS of the answer is learnt
+    assert target[1].tolist() == [False, True, True, False, False]          # padding is not, though its id is the same
+    assert not wrong()[0, -1]
 
 
-# From the ground up; a file may import those that stand before it.
-HOUSE = ["data/weights", "data/text", "data/records", "data/demo", "data/run", "model", "lora", "zero", "quantize", "sft", "rm", "ppo", "serve"]
+@pytest.mark.lesson
+def test_logarithm_of_a_sigmoid():
+    """Coati v0.2.8's ranking loss, -log(sigmoid(chosen - rejected)): infinite once the sigmoid underflows."""
+    chosen, rejected = torch.tensor([0.0, 0.0]), torch.tensor([1.0, 200.0])
+
+    def wrong() -> torch.Tensor:
+        return -torch.log(torch.sigmoid(chosen - rejected))
+
+    exact = torch.tensor([math.log1p(math.e), 200.0])           # log(1 + exp(200)) = 200 to 80 digits
+    assert torch.allclose(rm.log_sig(chosen, rejected), exact) and torch.allclose(rm.log_exp(chosen, rejected), exact)
+    assert not wrong().isfinite().all()
 
 
-def test_imports_go_one_way():
-    """Nothing imports what stands above it."""
-    for place, name in enumerate(HOUSE):
-        source = (ROOT / f"{name}.py").read_text("utf-8")
-        below = {other.rpartition("/")[2] for other in HOUSE[:place]}
-        ours = {other.rpartition("/")[2] for other in HOUSE}
-        named = set(re.findall(r"^(?:from|import) (?:data\.)?(\w+)", source, re.MULTILINE))
-        for line in re.findall(r"^from data import (.*)$", source, re.MULTILINE):
-            named |= set(line.split(", "))
-        assert named & ours <= below, f"{name}.py imports {named & ours - below}"
+# ---- reward model ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.lesson
+def test_head_that_scores_the_padding():
+    """Reading the score at the last column of a padded batch: a shorter answer is judged by its padding.
+
+    The score depends on how long the other answers of the batch are. Read it at each row's own last token.
+    """
+    model = rm.RewardModel(Llama(TINY, head=False, generator=torch.Generator().manual_seed(0)))
+    rows = [[1, 10, 11, 12, 13, 2], [1, 20, 2]]
+    tokens, mask = text.pad(rows)
+
+    def wrong() -> torch.Tensor:
+        return model.values(tokens)[:, -1]
+
+    alone = torch.stack([model(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.bool))[0] for row in rows])
+    assert torch.allclose(model(tokens, mask), alone, atol=1e-5)
+    assert not torch.allclose(wrong(), alone, atol=1e-3)
+
+
+# ---- PPO ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.lesson
+def test_k3_upside_down():
+    """Coati v0.2.8 and minChatGPT built k3 from pi / ref: exp(d) - 1 - d with d = log(pi / ref).
+
+    It looks the same, is never negative too, and estimates another number. k3 of samples of pi needs ref / pi.
+    """
+    pi = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
+    ref = torch.tensor([0.1, 0.2, 0.2, 0.2, 0.3])
+    logp, ref_logp = pi.log(), ref.log()
+
+    def wrong() -> torch.Tensor:
+        return (logp - ref_logp).exp() - 1 - (logp - ref_logp)
+
+    exact = (pi * (logp - ref_logp)).sum()                      # the expectation over pi, by enumeration
+    assert torch.allclose((pi * ppo.kl_k3(logp, ref_logp)).sum(), exact)
+    assert torch.allclose((pi * ppo.kl_k1(logp, ref_logp)).sum(), exact)
+    assert not torch.allclose((pi * wrong()).sum(), exact, rtol=0.1)
+
+
+@pytest.mark.lesson
+def test_whitening_that_adds_the_mean_back():
+    """torchtune's whiten(x, shift_mean=True) returned (x - mean) / std + mean, the opposite of OpenAI's it cites.
+
+    Advantages then are not centred, and with a positive mean every token that was sampled becomes likelier.
+    """
+    adv, mask = torch.tensor([[3.0, 5.0, 4.0]]), torch.ones(1, 3, dtype=torch.bool)
+
+    def wrong() -> torch.Tensor:
+        return (adv - adv.mean()) / adv.std(unbiased=False) + adv.mean()
+
+    assert abs(ppo.masked_mean(ppo.whiten(adv, mask), mask)) < 1e-6
+    assert abs(ppo.masked_mean(wrong(), mask)) > 1
+
+
+@pytest.mark.lesson
+def test_whitening_over_padding():
+    """Mean and deviation over a padded tensor: the zeros of padding count as advantages.
+
+    Answers of a batch with one long answer are then shifted and scaled by how long that one is.
+    """
+    adv, mask = torch.tensor([[3.0, 5.0, 4.0]]), torch.ones(1, 3, dtype=torch.bool)
+    padded, padded_mask = F.pad(adv, (0, 9)), F.pad(mask, (0, 9))
+
+    def wrong() -> torch.Tensor:
+        return (padded - padded.mean()) / (padded.std(unbiased=False) + 1e-8)
+
+    alone = ppo.whiten(adv, mask)
+    assert torch.allclose(ppo.whiten(padded, padded_mask)[:, :3], alone, atol=1e-6)
+    assert not torch.allclose(wrong()[:, :3], alone, atol=0.1)
+
+
+@pytest.mark.lesson
+def test_value_beyond_the_end_of_an_answer():
+    """GAE over a padded batch without a mask: the critic's value of padding is taken for the value of the next state.
+
+    An answer that is over has no next state: the value after its last token is 0.
+    """
+    reward, value = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.5, 9.0]])  # two tokens, and one of padding
+    mask = torch.tensor([[True, True, False]])
+
+    def wrong() -> torch.Tensor:
+        adv = torch.zeros(3)
+        for t in (2, 1, 0):
+            beyond = t + 1 < 3
+            following = value[0, t + 1] if beyond else 0.0
+            adv[t] = reward[0, t] + following - value[0, t] + 0.95 * (adv[t + 1] if beyond else 0.0)
+        return adv
+
+    adv, _ = ppo.gae(reward, value, mask, gamma=1.0, lam=0.95)
+    last = 1.0 + 0.0 - 0.5                                      # by hand: reward + value after the end - value
+    first = (0.0 + 0.5 - 0.5) + 0.95 * last
+    assert torch.allclose(adv, torch.tensor([[first, last, 0.0]]))
+    assert abs(wrong()[1] - last) > 0.3
+
+
+@pytest.mark.lesson
+def test_value_loss_that_ignores_its_mask():
+    """Coati v0.2.8's ValueLoss took an action mask and never used it: the critic learnt to predict padding."""
+    value, ret = torch.tensor([[1.0, 2.0, 50.0]]), torch.tensor([[1.5, 2.5, 0.0]])
+    mask = torch.tensor([[True, True, False]])
+
+    def wrong() -> torch.Tensor:
+        return 0.5 * (value - ret).square().mean()
+
+    assert torch.allclose(ppo.value_loss(value, value, ret, mask, clip=0.4), torch.tensor(0.5 * 0.25))
+    assert wrong() > 100
+
+
+# ---- LoRA, several processes ----------------------------------------------------------------------------------------
+
+@pytest.mark.lesson
+def test_unmerging_by_subtraction():
+    """The authors' LoRA merges in eval() and subtracts B A again in train(): in bf16, W + B A - B A is not W.
+
+    PPO changes between the two at every step, so the frozen base drifts. Keep the original and put it back.
+    """
+    model = tiny().to(torch.bfloat16)
+    lora.attach(model, rank=4, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    layer = model.layers[0].attention.wq
+    layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(1))
+    original = layer.base.weight.detach().clone()
+
+    def wrong() -> torch.Tensor:
+        product = (layer.alpha / layer.rank * layer.lora_B @ layer.lora_A).to(torch.bfloat16)
+        return original + product - product
+
+    lora.merge(model)
+    assert not torch.equal(layer.base.weight, original)
+    lora.unmerge(model)
+    assert torch.equal(layer.base.weight, original)
+    assert not torch.equal(wrong(), original)
+
+
+UNREDUCED = """
+import sys, torch
+from data import run
+import sft, zero
+from test_museum import examples, tiny
+from data import text
+
+world = run.start("cpu", "ddp")
+torch.set_num_threads(1)
+batch = examples([12, 9])
+mine = batch[world.rank::world.world]
+tokens, _, target = text.collate(mine)
+targets = sum(sum(flags) for _, flags in batch)
+
+wrong = tiny()
+(sft.lm_loss(wrong, tokens, target) / targets).backward()     # the bug: nothing sums gradients over processes
+torch.optim.SGD(wrong.parameters(), lr=0.1).step()
+
+right = tiny()
+optimizer = zero.ZeRO2(right.named_parameters(), max_norm=0.0)
+optimizer.backward(sft.lm_loss(right, tokens, target) / targets)
+optimizer.step(1e-3)
+torch.save({"wrong": wrong.state_dict(), "right": right.state_dict()}, f"{sys.argv[1]}/{world.rank}.pt")
+run.stop()
+"""
+
+
+def test_gradients_that_nobody_sums(tmp_path):
+    """minimind's PPO called model.module(...) under DistributedDataParallel: the wrapper's reducer never ran.
+
+    Every process trained a model of its own, silently, and the first one was saved. After a step all must be equal.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "worker.py", tmp_path]
+    (tmp_path / "worker.py").write_text(UNREDUCED, encoding="utf-8")
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+    def distance(kind: str) -> float:
+        return max((a - b).abs().max().item() for a, b in zip(*(rank[kind].values() for rank in ranks)))
+    assert distance("right") == 0
+    assert distance("wrong") > 1e-4
