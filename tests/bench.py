@@ -5,7 +5,7 @@
     python tests/bench.py sft tiny mid                                 an update: forward, backward, clipping, AdamW
     python tests/bench.py lora mid                                     the same with adapters of rank 8
     python tests/bench.py zero mid --strategy ddp zero2 zero2_cpu      the same on two processes
-    python tests/bench.py ppo tiny                                     an iteration: 64 prompts of 32, 32 new, 4 minibatches
+    python tests/bench.py ppo tiny                                     64 answers of 32 tokens, and 4 minibatches
     python tests/bench.py adamw                                        100 million parameters, beside torch's
       --peer VENV      beside transformers (and PEFT) of another virtual environment: decode, sft, lora
       --against TREE   beside another checkout of Octet
@@ -217,7 +217,7 @@ def follow(turn, rank: int) -> None:
 
 
 def ppo_iteration(task: dict) -> None:
-    """Answers a second: rollout, scoring and update, as metrics.jsonl has them. It runs the command, as any tree has it."""
+    """Answers a second: rollout, scoring and update, as metrics.jsonl of the command has them."""
     import torch
     import ppo
     import rm

@@ -283,7 +283,8 @@ def test_gradients_that_nobody_sums(tmp_path):
 
     Every process trained a model of its own, silently, and the first one was saved. After a step all must be equal.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "worker.py", tmp_path]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "worker.py", str(tmp_path)]
     (tmp_path / "worker.py").write_text(UNREDUCED, encoding="utf-8")
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
