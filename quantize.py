@@ -41,7 +41,8 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ from data import demo, run, text
 from data.records import normalise, read_records
 from data.text import Tokenizer, check_tokenizer, read_template
 from data.weights import DTYPES, FOREIGN, fill, hf_name, quantization, read_config, read_tensors, write_model
-from model import SHAPES, Linear, Llama, LlamaConfig, Where, cpu_has_bf16, random_model
+from model import SHAPES, Llama, LlamaConfig, Where, random_model
 
 SHRINK = tuple(1 - i / 40 for i in range(17))  # of a grid's span: 1, 0.975, ... 0.6; finer steps changed nothing measurable
 SMALLEST = 2.0**-24                            # of a scale: the smallest number of float16, where scales are stored
@@ -257,10 +258,9 @@ class QuantizedProduct(torch.autograd.Function):
 
 
 def dequantized_product(x: Tensor, layer: nn.Module, transposed: bool) -> Tensor:
-    """x (..., I) W^T -> (..., O), or transposed x (..., O) W -> (..., I), in fp32 where the processor has no bf16 products."""
-    dtype = torch.float32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not cpu_has_bf16() else x.dtype
-    W = layer.dequantize(dtype)  # (O, I)
-    return F.linear(x.to(dtype), W.T if transposed else W).to(x.dtype)
+    """x (..., I) W^T -> (..., O), or transposed x (..., O) W -> (..., I)."""
+    W = layer.dequantize(x.dtype)  # (O, I)
+    return F.linear(x, W.T if transposed else W)
 
 
 class QuantizedLinear(nn.Module):
@@ -282,10 +282,10 @@ class QuantizedLinear(nn.Module):
         slow layer's anyway."""
         self.fast = self.join([self], 1) if on else None
 
-    def plain(self, dtype: torch.dtype) -> Linear:
+    def plain(self, dtype: torch.dtype) -> nn.Linear:
         """The same layer with its weights written out: for a merge, which needs them."""
         with torch.device("meta"):
-            linear = Linear(self.in_features, self.out_features)
+            linear = nn.Linear(self.in_features, self.out_features, bias=False)
         linear.weight = nn.Parameter(self.dequantize(dtype).contiguous())
         return linear
 
@@ -392,7 +392,7 @@ class Fast4(nn.Module):
         else:
             weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int().contiguous(), 1)       # (O, I) words
         self.register_buffer("weight", weight)
-        self.known = not cuda and not cpu_has_bf16() and torch.equal(self.codes(0, len(q) // 64).transpose(1, 2).flatten(0, 1), q)
+        self.known = not cuda and not torch.cpu._is_avx512_bf16_supported() and torch.equal(self.codes(0, len(q) // 64).transpose(1, 2).flatten(0, 1), q)
 
     def codes(self, first: int, last: int) -> Tensor:
         """Of some blocks of 64 outputs, (b, I, 64) uint8."""
@@ -551,8 +551,8 @@ def batches(model: Llama, rows: list[Row], device) -> Iterable[tuple[Tensor, Ten
     step = max(1, TOKENS // max((len(row.ids) for row in rows), default=1))
     for i in range(0, len(rows), step):
         tokens, mask, target = text.collate(rows[i:i + step])
-        where = model.locate(tokens[:1].to(model.device), None, None, None, 0)
-        yield tokens, mask.to(device), target, Where(where.cos.to(device), where.sin.to(device), None)
+        where = model.locate(tokens[:1].to(model.device))
+        yield tokens, mask.to(device), target, where._replace(cos=where.cos.to(device), sin=where.sin.to(device))
 
 
 def head_nll(head: nn.Module, h: Tensor, answer: Tensor) -> Tensor:
@@ -660,6 +660,19 @@ def sum_hessians(inputs: Iterable[Tensor]) -> Tensor:
     return H.tril_() + H.tril(-1).T
 
 
+@contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """Inside, quantized layers use their fast kernels; they hold their weights twice meanwhile."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    try:
+        for layer in layers:
+            layer.quicken(True)
+        yield
+    finally:
+        for layer in layers:
+            layer.quicken(False)
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -678,8 +691,8 @@ def unread(model: Llama) -> list[str]:
 def save(model: Llama, directory: str | Path) -> None:
     """Write a quantized model: 4 bits as AutoGPTQ has it, 8 bits in our two tensors a layer, the rest as Llama.save_pretrained.
     Its config.json says how it is quantized."""
-    if model.fused or not model.quantized:
-        raise ValueError("the model is fused for generation: save it before" if model.fused else "the model is not quantized: write it with save_pretrained")
+    if not model.quantized:
+        raise ValueError("the model is not quantized: write it with save_pretrained")
     q, layers = model.quantized, quantized_layers(model)
     if q["bits"] == 4 and any(isinstance(layer, Linear8) for layer in layers.values()):
         raise ValueError("this model was rounded at load, with a head in 8 bits, for which 4-bit files have no place: use quantize_model, or quantize.py")
@@ -732,7 +745,7 @@ def take(tensors: dict, name: str, shape: tuple[int, ...], integer: bool, direct
     return tensor
 
 
-def read_linear4(linear: Linear, name: str, tensors: dict, q: dict, directory: Path) -> Linear4:
+def read_linear4(linear: nn.Linear, name: str, tensors: dict, q: dict, directory: Path) -> Linear4:
     """One layer of AutoGPTQ's tensors, out of the dictionary; Linear4 holds zeros as they are."""
     I, O, S = linear.in_features, linear.out_features, q["group_size"]
     G = 1 if S == -1 else -(-I // S)
@@ -761,8 +774,8 @@ def round_model(model: Llama, quant: str, device="cpu") -> None:
 
 def load(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", quant: str | None = None, head: bool = True) -> Llama:
     """Open a quantized directory; `dtype` is that of activations, embedding and norms (None: the file's). quant "8bit" or "4bit"
-    quantizes a plain directory by RTN on the way, block by block, and must agree with a quantized one. Call fuse() before generating:
-    until then layers dequantize at every call, as training needs it. head=False: a reward model's trunk."""
+    quantizes a plain directory by RTN on the way, block by block, and must agree with a quantized one. Generate inside packed(model):
+    elsewhere layers dequantize at every call, as training needs it. head=False: a reward model's trunk."""
     if quant not in (None, "8bit", "4bit"):
         raise ValueError(f"quant is {quant!r}: it can be 8bit or 4bit")
     directory, q = Path(directory), read_scheme(directory)
@@ -780,7 +793,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", 
     with torch.device("meta"):
         model = Llama(config, head)
     for name, linear in list(model.named_modules()):
-        if not isinstance(linear, Linear):
+        if not isinstance(linear, nn.Linear):
             continue
         if q["bits"] == 4 and f"{name}.qweight" in tensors:
             layer = read_linear4(linear, name, tensors, q, directory)
@@ -876,17 +889,18 @@ def bits_a_weight(model: Llama) -> float:
 
 
 def tokens_per_second(model: Llama, device, new: int = 32) -> float | None:
-    """Of one row, decoding, without the prefill; the model is fused by it. None where it does not fit the device."""
+    """Of one row, decoding, without the prefill. None where it does not fit the device."""
     try:
-        model.to(device).fuse()
+        model.to(device)
         prompt = [list(range(3, 11))]
 
         def seconds(tokens: int) -> float:
             started = time.perf_counter()
             model.generate(prompt, tokens, temperature=0, eos_id=-1)
             return time.perf_counter() - started
-        seconds(4)  # warms up
-        return new / max(min(seconds(new + 1) for _ in range(3)) - min(seconds(1) for _ in range(3)), 1e-9)
+        with packed(model):
+            seconds(4)  # warms up
+            return new / max(min(seconds(new + 1) for _ in range(3)) - min(seconds(1) for _ in range(3)), 1e-9)
     except torch.OutOfMemoryError:
         return None
 
@@ -895,12 +909,13 @@ def benchmark(name: str, batch: int, device, steps: int = 16) -> list[dict]:
     """Decoding tokens a second of a shape with random weights, in bf16 and in 8 and 4 bits (head too): a step of each in turn, so
     that what else the machine does meets all alike; medians."""
     schemes = {"bf16": None, "8 bits": Scheme("rtn", 8, -1, True, clip=False, head=True), "4 bits, groups of 128": Scheme("rtn", clip=False, head=True)}
-    runs, seconds = {}, {kind: [] for kind in schemes}
+    runs, seconds, stack = {}, {kind: [] for kind in schemes}, ExitStack()
     for kind, scheme in schemes.items():
         model = random_model(SHAPES[name], torch.bfloat16, device).eval()
         if scheme:
             quantize_model(model, scheme, device=device)
-        runs[kind] = model.fuse(batch).generate_steps([list(range(3, 11))] * batch, steps + 4, temperature=0, eos_id=-1)
+        stack.enter_context(packed(model))
+        runs[kind] = model.generate_steps([list(range(3, 11))] * batch, steps + 4, temperature=0, eos_id=-1)
         for _ in range(3):  # the prefill, and steps that warm up
             next(runs[kind])
     for _ in range(steps):
@@ -997,7 +1012,7 @@ def compare(args: argparse.Namespace, source: Source, scheme: Scheme, texts: lis
         figures[f"bytes_{when}"], figures[f"perplexity_{when}"] = stored_bytes(model), perplexity(model, texts, device) if texts else None
         if source.is_chain:
             figures[f"gold_{when}"] = demo.measure(model.to(device), source.tokenizer, text.TEMPLATES[source.template])["gold"]
-        bits = bits_a_weight(model)  # before it is fused
+        bits = bits_a_weight(model)
         table.append((name, bits, figures[f"bytes_{when}"], figures[f"perplexity_{when}"], tokens_per_second(model, device)))
 
     # ---- before ----

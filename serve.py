@@ -66,7 +66,7 @@ import quantize
 from data import demo, run, text
 from data.text import TextStream, Tokenizer, check_tokenizer, read_template
 from data.weights import DTYPES, read_json, write_file
-from model import SHAPES, KVCache, Llama, Piece, random_model
+from model import SHAPES, KVCache, Llama, random_model
 
 CHUNK = 64             # prompt tokens a step while others wait for theirs: as long as a decode step of 16 rows, twice the pause
 CHUNK_MOST = 512       # and while nobody does, or on a GPU, where a step of few tokens leaves most of it idle
@@ -376,7 +376,7 @@ class Engine(threading.Thread):
         if slot != source:
             reuse = reuse if reuse >= MIN_REUSE else 0
             for kv in self.cache.kv if reuse else ():
-                kv[slot, :, :reuse] = kv[source, :, :reuse]
+                kv[:, slot, :, :reuse] = kv[:, source, :, :reuse]
         self.held[slot] = ids[:reuse]
         answer.slot = slot
         answer.job.reused += reuse if answer.choice == 0 else 0  # usage counts a prompt once, however many answers
@@ -386,34 +386,28 @@ class Engine(threading.Thread):
     @torch.inference_mode()
     def step(self, work: list[tuple[Answer, int]]) -> None:
         """One forward pass for all, then one sampled token for each answer whose known ids are all in the cache."""
-        device, G = self.model.device, self.model.config.n_heads // self.model.config.n_kv_heads
         work = sorted((w for w in work if w[1] == 1), key=lambda w: w[0].slot) + [w for w in work if w[1] > 1]
         starts = [len(self.held[answer.slot]) for answer, _ in work]
-        token = [i for (answer, n), start in zip(work, starts) for i in answer.ids[start:start + n]]      # (N,)
-        row = [answer.slot for answer, n in work for _ in range(n)]
-        position = [p for (_, n), start in zip(work, starts) for p in range(start, start + n)]
-        pieces, at = [], 0
-        for call in attention_calls([(answer.slot, start + 1) for (answer, n), start in zip(work, starts) if n == 1], self.call):
-            slots, lengths = max(n for _, n in call), torch.tensor([n for _, n in call], device=device)
-            even = all(n == slots for _, n in call)
-            allowed = None if even else (torch.arange(slots, device=device) < lengths[:, None])[:, None, None]  # (B, 1, 1, S)
-            pieces.append(Piece(slice(at, at + len(call)), slice(call[0][0], call[-1][0] + 1), slots, allowed))
-            at += len(call)
-        for (answer, n), start in zip(work, starts):
-            if n > 1:
-                seen = torch.arange(start + n, device=device) <= torch.arange(start, start + n, device=device)[:, None]  # (n, S)
-                pieces.append(Piece(slice(at, at + n), slice(answer.slot, answer.slot + 1), start + n, seen.repeat(G, 1)[None, None]))
-                at += n
-        token, row, position = (torch.tensor(values, device=device) for values in (token, row, position))
-        x = self.model.decode(token, self.cache, position, max(piece.slots for piece in pieces), rows=row, pieces=pieces)  # (N, C)
-        at, ready, last = 0, [], []
-        for (answer, n), start in zip(work, starts):
+        calls: list[list[int]] = []  # places in work: neighbouring rows of the cache with one token each, or a prompt's chunk alone
+        for i, (answer, n) in enumerate(work):
+            before = work[i - 1] if i else None
+            if before and n == before[1] == 1 and answer.slot == before[0].slot + 1:
+                calls[-1].append(i)
+            else:
+                calls.append([i])
+        x = []
+        for call in calls:
+            token = torch.tensor([work[i][0].ids[starts[i]:starts[i] + work[i][1]] for i in call], device=self.model.device)  # (B, T)
+            view = self.cache.rows(work[call[0]][0].slot, work[call[-1]][0].slot + 1)
+            x.append(self.model.hidden(token, cache=view, start=[starts[i] for i in call])[:, -1])                            # (B, C)
+        x = torch.cat(x)
+        ready, last = [], []
+        for at, ((answer, n), start) in enumerate(zip(work, starts)):
             self.held[answer.slot] += answer.ids[start:start + n]
-            at += n
             self.counters["prompt_tokens"] += n if start + n <= answer.prompt else 0
             if start + n == len(answer.ids):
                 ready.append(answer)
-                last.append(at - 1)
+                last.append(at)
         self.counters["steps"] += 1
         if ready:
             self.sample(ready, self.model.output(x if len(last) == len(x) else x[last]).float())
@@ -436,7 +430,7 @@ class Engine(threading.Thread):
                 continue  # its request has failed just now, by another answer
             if token < 0:
                 for kv in self.cache.kv:
-                    kv[answer.slot].zero_()  # a hidden NaN is not harmless to the slot's next user: 0 * NaN is NaN
+                    kv[:, answer.slot].zero_()  # a hidden NaN is not harmless to the slot's next user: 0 * NaN is NaN
                 self.held[answer.slot].clear()
                 self.fail([answer], Refusal(500, "the model gave non-finite logits: its weights or its dtype are broken (try --dtype fp32)", code="non_finite_logits"))
                 continue
@@ -1281,7 +1275,6 @@ def make_engine(model: Llama, args: argparse.Namespace) -> Engine:
     context = model.config.max_seq_len
     if args.max_len is not None and not 2 <= args.max_len <= context:
         raise ValueError(f"--max_len {args.max_len} must be from 2 to the model's context of {context}")
-    model.fuse(args.max_batch)
     try:
         engine = Engine(model, args.max_batch, args.max_len, args.max_waiting)
     except RuntimeError as error:  # no memory

@@ -35,7 +35,7 @@ import zero
 from data import demo, run, text
 from data.records import read_records
 from data.text import Tokenizer, check_tokenizer, read_template
-from model import SHAPES, Linear, Llama, LlamaConfig, cpu_has_bf16
+from model import SHAPES, Llama, LlamaConfig
 
 # The demo's preset, used only when the input is the demo world; real weights get FINETUNE.
 DEMO = {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "lr": 2e-3, "batch_size": 16, "accumulation_steps": 1, "max_epochs": 2, "max_len": 160, "weight_decay": 0.1}
@@ -149,7 +149,7 @@ def lm_loss(model: Llama, tokens: Tensor, target: Tensor) -> Tensor:
     index = target[:, 1:].flatten().nonzero().flatten()                        # (N,) of B * (T-1) places
     answer = tokens[:, 1:].flatten()[index].to(device)                         # (N,) the token to predict ...
     h = model.hidden(tokens.to(device))[:, :-1].flatten(0, 1).index_select(0, index.to(device))  # (N, C) ... from the place before it
-    if torch.is_grad_enabled() and type(model.output) is Linear:               # no row of logits is spent on a prompt
+    if torch.is_grad_enabled() and type(model.output) is torch.nn.Linear:             # no row of logits is spent on a prompt
         return HeadLoss.apply(h, model.output.weight, answer)
     pairs = zip(h.split(HeadLoss.ROWS), answer.split(HeadLoss.ROWS))
     return sum((F.cross_entropy(model.output(rows).float(), right, reduction="sum") for rows, right in pairs), h.new_zeros((), dtype=torch.float32))
@@ -169,7 +169,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, answer: Tensor) -> Tensor:
-        dtype = torch.bfloat16 if h.dtype == torch.bfloat16 and (h.device.type != "cpu" or cpu_has_bf16()) else torch.float32
+        dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else torch.float32
         w, loss = weight.to(dtype), torch.zeros((), device=h.device)
         dh = torch.empty_like(h, dtype=dtype) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(w) if ctx.needs_input_grad[1] else None

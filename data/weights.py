@@ -105,8 +105,10 @@ def check_config(fields: dict) -> dict:
         fields[name] = float(value)
     if type(fields["tie_embeddings"]) is not bool:
         raise ValueError(f"config: tie_embeddings is {fields['tie_embeddings']!r}, it must be true or false")
+    if type(fields["eos_id"]) in (list, tuple) and fields["eos_id"] and all(type(i) is int for i in fields["eos_id"]):
+        fields["eos_id"] = tuple(fields["eos_id"])  # generation stops at any of them
     for name in ("bos_id", "eos_id"):
-        if type(fields[name]) not in (int, type(None)):
+        if type(fields[name]) not in (int, type(None), tuple if name == "eos_id" else int):
             raise ValueError(f"config: {name} is {fields[name]!r}, it must be a whole number or null")
     mean = fields.get("extra", {}).get("reward_mean", 0.0)
     if type(mean) not in (int, float) or not abs(mean) < math.inf:
@@ -177,7 +179,7 @@ def config_from_hf(c: dict, directory: Path) -> dict:
             rope_theta=next(theta for theta in thetas if theta is not None),
             rope_factor=rope["factor"] if rope_type == "linear" else 1.0, tie_embeddings=c.get("tie_word_embeddings", False),
             dtype=str(dtype).removeprefix("torch."),
-            bos_id=c.get("bos_token_id", 1), eos_id=eos[0] if isinstance(eos, list) and eos else eos,
+            bos_id=c.get("bos_token_id", 1), eos_id=eos,
             extra={key: c[key] for key in ("reward_mean",) if key in c})
     except KeyError as error:
         raise ValueError(f"{directory}/config.json lacks {error}: copy it again") from None

@@ -53,7 +53,7 @@ def tiny(seed: int = 0, **sizes) -> Llama:
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2.5) if p.dim() == 2 else p.add_(torch.randn(p.shape, generator=seeded(seed)), alpha=0.2)
-            p.data = p.to(M.DTYPES[model.config.dtype])
+            p.data = p.to(data.weights.DTYPES[model.config.dtype])
     return model
 
 
@@ -81,7 +81,7 @@ def markov(successors: dict[int, int], sizes: list[int] | None = None, vocab: in
         if sizes is not None:
             sizes.append(len(tokens))
         return F.one_hot(tokens, vocab).float()
-    model.hidden = model.decode = hidden
+    model.hidden = hidden
     return model
 
 
@@ -179,53 +179,6 @@ def test_norm_rotation_and_feed_forward():
     assert ff(torch.ones(1)).item() == pytest.approx(3 * (2 / (1 + math.exp(-2))) * 5)
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_norm_gradient_by_hand_is_autograds(dtype, bound):
-    g = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(2, 5, 24, generator=g).to(dtype) for _ in range(2))
-    weight = torch.randn(24, generator=g).to(dtype)
-    wanted = [t.double().requires_grad_() for t in (x, weight)]
-    y64 = wanted[0] * torch.rsqrt(wanted[0].square().mean(-1, keepdim=True) + 1e-2) * wanted[1]
-    y64.backward(dy.double())
-    ours = [t.requires_grad_() for t in (x, weight)]
-    y = M.RMSNormFunction.apply(*ours, 1e-2)
-    y.backward(dy)
-    for a, b in ((y, y64), (x.grad, wanted[0].grad), (weight.grad, wanted[1].grad)):
-        assert a.dtype == dtype and (a.double() - b).abs().max() <= bound * b.abs().max()
-
-
-def test_swiglu_gradient_by_hand_is_autograds():
-    g = torch.Generator().manual_seed(0)
-    gate, up, dy = (torch.randn(3, 5, generator=g) * 3 for _ in range(3))
-    exact = [t.double().requires_grad_() for t in (gate, up)]
-    want = exact[0] / (1 + torch.exp(-exact[0])) * exact[1]
-    want.backward(dy.double())
-    ours = [t.requires_grad_() for t in (gate, up)]
-    y = M.SwiGLUFunction.apply(*ours)
-    y.backward(dy)
-    for a, b in ((y, want), (ours[0].grad, exact[0].grad), (ours[1].grad, exact[1].grad)):
-        assert (a.double() - b).abs().max() < 1e-6 * b.abs().max()
-
-
-def test_wide_products_are_bf16_products_rounded_once():
-    g = torch.Generator().manual_seed(0)
-    x, weight, dy = torch.randn(3, 7, 64, generator=g), torch.randn(48, 64, generator=g), torch.randn(3, 7, 48, generator=g)
-    x, weight, dy = (t.bfloat16() for t in (x, weight, dy))
-    exact = [t.double().requires_grad_() for t in (x, weight)]
-    want = exact[0] @ exact[1].T
-    want.backward(dy.double())
-    ours = [t.clone().requires_grad_() for t in (x, weight)]
-    y = M.WideLinear.apply(*ours)
-    y.backward(dy)
-    for a, b in ((y, want), (ours[0].grad, exact[0].grad), (ours[1].grad, exact[1].grad)):
-        assert a.dtype == torch.bfloat16 and (a.double() - b).abs().max() <= 2 ** -8 * b.abs().max()
-    layer = M.Linear(64, 48).bfloat16()
-    layer.cpu_has_bf16 = False
-    layer.weight.requires_grad_(False)  # a frozen base
-    layer(ours[0]).backward(dy)
-    assert layer.weight.grad is None and torch.isfinite(ours[0].grad).all()
-
-
 def test_initial_deviation_of_every_matrix():
     """llama2.c scales w3, which does not write to the residual stream, and leaves w2, which does."""
     sizes = SIZES | dict(dim=128, n_layers=8, ffn_dim=200, n_heads=8, head_dim=16, n_kv_heads=8, vocab_size=500)
@@ -274,41 +227,44 @@ def test_padding_changes_nothing_m13_m14():
         logits(model, some(65))
 
 
+@pytest.mark.lesson
+@pytest.mark.parametrize("kv_heads", [4, 2])
 @torch.no_grad()
-def test_cache_equals_no_cache_m25():
-    """Rows of unequal length, then one token, then three at once: what lies beyond a row's end is never seen."""
-    model, rows = tiny(), [some(20), some(26)]
-    cache, start = KVCache(model.config, 2, 30, torch.float32, "cpu"), torch.tensor([4, 10])
-    h = model.hidden(torch.tensor([rows[0][:4] + [5] * 6, rows[1][:10]]), cache=cache, slots=10)
-    got = [[h[b, :n]] for b, n in enumerate((4, 10))]
-    for steps in (1, 3, 1, 5, 6):
-        tokens = torch.tensor([row[s:s + steps] for row, s in zip(rows, start.tolist())])
-        slots = start.max().item() + steps
-        h = model.decode(tokens[:, 0], cache, start, slots)[:, None] if steps == 1 else model.hidden(tokens, cache=cache, start=start, slots=slots)
-        start = start + steps
+def test_cache_equals_no_cache(kv_heads):
+    """Rows of unequal and of equal length, then one token, then several at once: what lies beyond a row's end is never seen."""
+    model = tiny(n_kv_heads=kv_heads)
+    for lengths in ((4, 10), (10, 10)):
+        rows, start = [some(lengths[0] + 16, 1), some(lengths[1] + 16, 2)], list(lengths)
+        cache = KVCache(model.config, 2, 30, torch.float32, "cpu")
+        padded = [row[:n] + [5] * (10 - n) for row, n in zip(rows, start)]
+        h = model.hidden(torch.tensor(padded), cache=cache)
+        got = [[h[b, :n]] for b, n in enumerate(start)]
+        for steps in (1, 3, 1, 5, 6):
+            h = model.hidden(torch.tensor([row[s:s + steps] for row, s in zip(rows, start)]), cache=cache, start=start)
+            start = [s + steps for s in start]
+            for b in range(2):
+                got[b].append(h[b])
         for b in range(2):
-            got[b].append(h[b])
-    for b in range(2):
-        assert torch.allclose(torch.cat(got[b]), model.hidden(torch.tensor([rows[b]]))[0], atol=1e-5)
+            assert torch.allclose(torch.cat(got[b]), model.hidden(torch.tensor([rows[b]]))[0], atol=1e-5)
 
 
-def test_decode_of_any_rows_is_hidden():
-    """Tokens of several rows of a larger cache at once, a chunk of this and one of that, in two steps."""
-    for heads in (2, 4):
-        model = tiny(n_kv_heads=heads)
-        texts, cache, G = [some(20, 1), some(9, 2), some(9, 3)], KVCache(model.config, 4, 64, torch.float32, "cpu"), 4 // heads
-        with torch.no_grad():
-            expected = [model.hidden(torch.tensor([text]))[0] for text in texts]
-
-        def sees(start: int, end: int) -> Tensor:
-            return (torch.arange(end) <= torch.arange(start, end)[:, None]).repeat(G, 1)[None, None]  # (1, 1, G*T, S)
-        steps = [([(0, 3, 0, 12), (1, 1, 0, 8), (2, 2, 0, 8)], [M.Piece(slice(0, 12), slice(3, 4), 12, sees(0, 12)), M.Piece(slice(12, 28), slice(1, 3), 8, sees(0, 8))]),
-                 ([(1, 1, 8, 9), (2, 2, 8, 9), (0, 3, 12, 20)], [M.Piece(slice(0, 2), slice(1, 3), 9, None), M.Piece(slice(2, 10), slice(3, 4), 20, sees(12, 20))])]
-        for parts, pieces in steps:  # (text, row of the cache, from, to)
-            token, row, position = (torch.tensor(values) for values in zip(*((texts[text][p], row, p) for text, row, start, end in parts for p in range(start, end))))
-            with torch.no_grad():
-                got = model.decode(token, cache, position, max(piece.slots for piece in pieces), rows=row, pieces=pieces)
-            assert torch.allclose(got, torch.cat([expected[text][start:end] for text, _, start, end in parts]), atol=1e-5)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@torch.no_grad()
+def test_views_of_a_cache_are_its_rows(kv_heads):
+    """As the server works: a chunk of a prompt on one row of a larger cache, then one token a row on others of unequal length."""
+    model = tiny(n_kv_heads=kv_heads)
+    texts = {3: some(20, 1), 1: some(9, 2), 2: some(9, 3)}                      # row of the cache -> its ids
+    cache, got = KVCache(model.config, 4, 64, torch.float32, "cpu"), {row: [] for row in texts}
+    for rows, start, T in (([3], [0], 12), ([1, 2], [0, 0], 7), ([2], [7], 1), ([1, 2], [7, 8], 1), ([3], [12], 7),
+                           ([1, 2, 3], [8, 8, 19], 1)):
+        tokens = torch.tensor([texts[row][s:s + T] if s + T <= len(texts[row]) else [0] * T for row, s in zip(rows, start)])
+        h = model.hidden(tokens, cache=cache.rows(rows[0], rows[-1] + 1), start=start)
+        for b, (row, s) in enumerate(zip(rows, start)):
+            if len(torch.cat([*got[row], h.new_zeros(0, 32)])) == s:            # row 2 computes its last token twice
+                got[row].append(h[b])
+    for row, ids in texts.items():
+        assert torch.allclose(torch.cat(got[row]), model.hidden(torch.tensor([ids]))[0], atol=1e-5)
+    assert not any(kv[:, 0].any() for kv in cache.kv)                           # nobody wrote to the row of no one
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------
@@ -334,66 +290,6 @@ def test_greedy_batched_cached_is_single_uncached_m13_m19_m25():
     assert model.generate(PROMPTS, [10, 10, 2], 0, eos_id=-1) == [a[:n] for a, n in zip(expected, (10, 10, 2))]  # row 2 ends at the last slot
     penalized = [greedy_by_recomputing(model, ids, n, 1.5) for n, ids in zip((2, 3, 30), PROMPTS)]
     assert model.generate(PROMPTS, [2, 3, 30], 0, eos_id=-1, repetition_penalty=1.5) == penalized
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_fused_is_plain(monkeypatch, dtype, has_bf16):
-    """Layers joined and packed, bf16 with and without products in fp32: the same logits, in prefill and token by token."""
-    monkeypatch.setattr(M, "cpu_has_bf16", lambda: has_bf16)
-    for sizes, rows in itertools.product(({}, dict(n_kv_heads=4, tie_embeddings=True)), (1, 16)):
-        plain, fused = (tiny(**sizes).to(dtype) for _ in range(2))
-        for model in (plain, fused):
-            model.make_rope()
-        assert fused.fuse(rows) is fused and fused.layers[0].attention.wq is None and fused.layers[0].feed_forward.w3 is None
-        ids = torch.tensor([some(9), some(9)[::-1]])
-        with torch.no_grad():
-            whole = plain(ids)
-            bound = (1e-5 if dtype == torch.float32 else 0.05) * whole.abs().max()
-            assert (fused(ids) - whole).abs().max() < bound
-            cache = KVCache(fused.config, 2, 12, dtype, "cpu")
-            fused.hidden(ids[:, :5], cache=cache, slots=5)
-            for t in range(5, 9):
-                h = fused.decode(ids[:, t], cache, torch.tensor([t, t]), t + 1, even=t % 2 == 0)
-                assert (fused.output(h) - whole[:, t]).abs().max() < bound
-        with pytest.raises(ValueError, match="fused for generation: save it before"):
-            fused.save_pretrained("nowhere")
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_steps_are_the_same():
-    plain, compiled = tiny(n_layers=1), tiny(n_layers=1).fuse()
-    compiled.compile_decode()
-    assert compiled.generate(PROMPTS[:2], 20, 0, eos_id=-1) == plain.generate(PROMPTS[:2], 20, 0, eos_id=-1)
-
-
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2 ** -8)])
-def test_packed_is_the_product(dtype, bound):
-    g = torch.Generator().manual_seed(0)
-    linears = [M.Linear(40, n) for n in (24, 9)]
-    for linear in linears:
-        linear.weight = nn.Parameter(torch.randn(linear.weight.shape, generator=g).to(dtype))
-    packed = M.Packed(linears)
-    for rows in (1, 3, 16, 70):
-        x = torch.randn(2, rows, 40, generator=g).to(dtype)
-        want = x.double() @ torch.cat([linear.weight for linear in linears]).double().T
-        assert packed(x).dtype == dtype and (packed(x).double() - want).abs().max() <= bound * want.abs().max()
-        if dtype == torch.bfloat16:
-            weight = torch.randn(2**14 + 3, 40, generator=g).bfloat16()  # more than one slice of rows
-            want = x.double() @ weight.double().T
-            assert (M.wide_linear(x, weight).double() - want).abs().max() <= bound * want.abs().max()
-
-
-def test_large_matrices_are_packed_where_it_pays():
-    def kind(dtype, rows, fan_out, has_bf16):
-        linear = M.Linear(1024, fan_out).to(dtype)
-        linear.cpu_has_bf16 = has_bf16
-        return type(M.joined([linear], rows))
-    for dtype, rows, fan_out, has_bf16, wanted in ((torch.float32, 1, 4096, True, M.Linear), (torch.float32, 16, 1024, True, M.Packed),
-                                                   (torch.float32, 16, 256, True, M.Linear), (torch.bfloat16, 1, 1024, False, M.Packed), (torch.bfloat16, 16, 1024, False, M.Linear),
-                                                   (torch.bfloat16, 16, 1024, True, M.Packed), (torch.float16, 1, 4096, True, M.Linear)):
-        assert kind(dtype, rows, fan_out, has_bf16) is wanted
-    assert M.joined([nn.Linear(4, 4, bias=False)], 1) is None  # whatever replaced a plain layer stays
 
 
 def test_finished_rows_leave_and_the_others_do_not_notice_m16():
@@ -527,7 +423,7 @@ def test_tokenizer_files(tmp_path):
     demo.save(tmp_path / "7B", "alpaca")
     for path in (tmp_path / "7B", tmp_path / "7B" / "tokenizer.model"):
         assert Tokenizer(path).fingerprint == demo.fingerprint
-    assert M.read_template(tmp_path / "7B") == "alpaca" and M.read_template(tmp_path) is None
+    assert data.text.read_template(tmp_path / "7B") == "alpaca" and data.text.read_template(tmp_path) is None
     shutil.move(tmp_path / "7B" / "tokenizer.model", tmp_path)
     with pytest.raises(FileNotFoundError, match="7B/tokenizer.model does not exist"):
         Tokenizer(tmp_path / "7B")
@@ -568,34 +464,6 @@ def test_convert_there_and_back(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == (STORIES / "greedy.txt").read_text().strip()
     with pytest.raises(ValueError, match="not empty: name a new directory"):
         M.main(["convert", str(STORIES / "hf"), str(tmp_path / "meta")])
-
-
-@pytest.mark.parametrize("name, ffn", [("7B", 11008), ("13B", 13824), ("70B", 28672), ("mid", 2048), ("tiny", 704)])
-def test_width_that_metas_code_derives(name, ffn, tmp_path):
-    c = dataclasses.replace(M.SHAPES[name], n_layers=1, vocab_size=8)
-    with torch.device("meta"):
-        model = Llama(c)
-    model.named_parameters = lambda: [("tok_embeddings.weight", torch.zeros(8, 2))]  # the numbers do not matter here
-    M.write_meta(model, tmp_path)
-    p = json.loads((tmp_path / "params.json").read_text())
-    hidden = int(p.get("ffn_dim_multiplier", 1) * int(2 * 4 * p["dim"] / 3))  # llama/model.py of Meta's release
-    assert p["multiple_of"] * ((hidden + p["multiple_of"] - 1) // p["multiple_of"]) == ffn == c.ffn_dim
-
-
-def test_benchmark_counts_what_it_says(capsys, monkeypatch):
-    """V19: one number for everything. A model whose steps take as long as the clock of the test says."""
-    model, clock = tiny(), itertools.count()
-    monkeypatch.setattr(M, "read_bandwidth", lambda device: 1e6)
-    made = []
-    model.generate = lambda prompts, new, **how: made.append((len(prompts), len(prompts[0]), new, how))
-    ticks = []
-    monkeypatch.setattr(M.time, "perf_counter", lambda: ticks.append(made[-1][2] * 0.001 + 0.009 if made and len(ticks) % 2 else 0.0) or ticks[-1])
-    (row,) = M.benchmark(model, [4], 5, 101, repeats=1)
-    assert [m[:3] for m in made] == [(4, 5, 8), (4, 5, 1), (4, 5, 101)] and all(m[3] == {"temperature": 0, "eos_id": -1} for m in made)
-    read = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name != "tok_embeddings.weight") * 4
-    expected = {"prefill_ms": 10, "prefill_tokens_per_second": 2000, "decode_tokens_per_second": 4000, "tokens_per_second": 404 / 0.11, "weights_bytes_per_second": read * 1000, "share": read * 1e-3}
-    assert {key: row[key] for key in expected} == pytest.approx(expected)
-    assert "decode 4,000.0 tokens/s" in capsys.readouterr().out
 
 
 def test_chat_and_benchmark_command(tmp_path, capsys, monkeypatch):
@@ -879,7 +747,7 @@ def test_file_modes_follow_the_umask(tmp_path):
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
 def test_the_file_keeps_its_dtype(name, tmp_path):
-    dtype, model = M.DTYPES[name], tiny(dtype=name)
+    dtype, model = data.weights.DTYPES[name], tiny(dtype=name)
     model.save_pretrained(tmp_path / "a")
     assert Llama.from_pretrained(tmp_path / "a").norm.weight.dtype == dtype
     Llama.from_pretrained(tmp_path / "a", torch.float32).save_pretrained(tmp_path / "b")
@@ -1062,7 +930,7 @@ def test_meta_layouts_m01_m04(tmp_path):
 
 @pytest.mark.parametrize("layout", ["hf", "meta"])
 def test_loading_holds_one_tensor_at_a_time(layout, tmp_path, monkeypatch):
-    model, alive, read = tiny(), [], M.read_tensors
+    model, alive, read = tiny(), [], data.weights.read_tensors
     model.save_pretrained(tmp_path / "hf"), write_meta(model, tmp_path / "meta", 2)
 
     def watched(get):
@@ -1072,7 +940,7 @@ def test_loading_holds_one_tensor_at_a_time(layout, tmp_path, monkeypatch):
             alive.extend([weakref.ref(tensor)] * (tensor.dim() == 2))  # norms are whole in Meta's parts, mapped and not read
             return tensor
         return call
-    monkeypatch.setattr(M, "read_tensors", lambda *args: {name: stored._replace(read=watched(stored.read)) for name, stored in read(*args).items()})
+    monkeypatch.setattr(data.weights, "read_tensors", lambda *args: {name: stored._replace(read=watched(stored.read)) for name, stored in read(*args).items()})
     assert same(Llama.from_pretrained(tmp_path / layout), model) and len(alive) == 16
 
 

@@ -99,12 +99,13 @@ def scripted(answer: list[int], prompt: int, vocab: int = 1280) -> Llama:
     """A model that gives answer[i] after prompt + i tokens, whatever was said; an id of None has NaN logits."""
     model = tiny()
 
-    def decode(token, cache, position, slots, rows, pieces):
-        wanted = [answer[p - prompt + 1] if 0 <= p - prompt + 1 < len(answer) else 2 for p in position.tolist()]
+    def hidden(tokens, cache, start):
+        position = torch.tensor(start)[:, None] + torch.arange(tokens.shape[1])
+        wanted = [answer[p - prompt + 1] if 0 <= p - prompt + 1 < len(answer) else 2 for p in position.flatten().tolist()]
         x = F.one_hot(torch.tensor([w or 0 for w in wanted]), vocab).float() * 1e4
         x[[i for i, w in enumerate(wanted) if w is None]] = math.nan
-        return x
-    model.decode, model.output = decode, torch.nn.Identity()
+        return x.view(*tokens.shape, vocab)
+    model.hidden, model.output = hidden, torch.nn.Identity()
     return model
 
 
@@ -138,7 +139,7 @@ def test_alone_is_in_a_full_batch_is_generate(monkeypatch):
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"needs the real weights in {REAL}")
 def test_real_model_writes_its_reference_story():
-    model, tokenizer = Llama.from_pretrained(REAL / "hf").eval().fuse(4), Tokenizer(REAL / "hf")
+    model, tokenizer = Llama.from_pretrained(REAL / "hf").eval(), Tokenizer(REAL / "hf")
     one = Job([tokenizer.encode("Once upon a time")], 1, Sampling(150, temperature=0.0), tokenizer, chat=False)
     finish(Engine(model, 4), one)
     story = (REAL / "greedy.txt").read_text()
@@ -146,7 +147,7 @@ def test_real_model_writes_its_reference_story():
 
 
 def test_bf16_and_fused_weights_agree_with_generate():
-    for model in (tiny(torch.bfloat16), tiny().fuse(4), tiny(n_kv_heads=4), tiny(tie_embeddings=True)):
+    for model in (tiny(torch.bfloat16), tiny(), tiny(n_kv_heads=4), tiny(tie_embeddings=True)):
         prompts = [ids(n) for n in (5, 30, 11)]
         assert finish(Engine(model, 3), *map(job, prompts)) == model.generate(prompts, 12, temperature=0)
 
@@ -959,7 +960,7 @@ def test_the_page_in_a_real_browser(tmp_path):
 
         # a second turn carries the first; Esc stops it, and frees the slot
         seen, step = [], server.engine.step
-        server.engine.model.decode = lambda token, cache, position, slots, rows, pieces: F.one_hot(torch.full((len(token),), pieces_of("fox")[-1]), 1280).float() * 9
+        server.engine.model.hidden = lambda tokens, cache, start: F.one_hot(torch.full(tokens.shape, pieces_of("fox")[-1]), 1280).float() * 9
         gate = threading.Semaphore(3)
 
         def paced(work) -> None:
@@ -1099,7 +1100,7 @@ def test_adapters_and_bad_directories(directory, tmp_path):
     opened, tokenizer, template, name = serve.open_everything(args)
     assert template is ALPACA and name == "adapter" and tokenizer.vocab_size == 1280 and not lora.adapters(opened)
     prompt = ids(9)
-    made = finish(Engine(opened.fuse(2), 2), job(prompt))[0]
+    made = finish(Engine(opened, 2), job(prompt))[0]
     assert made == model.eval().generate([prompt], 12, temperature=0)[0] != MODEL.generate([prompt], 12, temperature=0)[0]
     assert finish(Engine(model, 2), job(prompt))[0] == made  # adapters that stay beside their base, as on a quantized one
     for argv, message in ((["nowhere"], "nowhere does not exist"), ([str(tmp_path)], "does not exist"), (["--max_batch", "0"], "max_batch is 0"), (["--concurrency", "a"], "no list of numbers"),
@@ -1113,7 +1114,7 @@ def test_quantized(directory, quant):
     """Rounded at load, alone and in company: as generate of the same weights dequantized, up to a token where the two choices
     were closer than 0.3 of the logits' deviation (the kernels round their inputs, by how many rows there are)."""
     quantize = pytest.importorskip("quantize", reason="needs quantize.py")
-    model, slow = serve.open_model(directory, quant, torch.float32, "cpu").fuse(4), quantize.load(directory, torch.float32, "cpu", quant).eval()
+    model, slow = serve.open_model(directory, quant, torch.float32, "cpu"), quantize.load(directory, torch.float32, "cpu", quant).eval()
     prompts = [ids(n) for n in (5, 40, 11, 23)]
     expected, same = slow.generate(prompts, 12, temperature=0), 0
     alone = [finish(Engine(model, 4), job(prompt))[0] for prompt in prompts]
