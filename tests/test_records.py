@@ -1,0 +1,258 @@
+"""data/records.py: expected values written by hand. A test of a fault met elsewhere names the thread that told it."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import data.records
+from data.records import KINDS, normalise, read_records
+
+REAL = Path(__file__).parents[2] / "shared" / "real"
+
+
+def real(name: str) -> Path:
+    if not (REAL / name).exists():
+        pytest.skip(f"needs the real file {REAL / name}")
+    return REAL / name
+
+
+def user(text: str, **more) -> dict:
+    return {"role": "user", "content": text, **more}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def chat(*texts: str) -> dict:
+    return {"messages": [(user, assistant)[i % 2](text) for i, text in enumerate(texts)]}
+
+
+def written(tmp_path: Path, *records: object, name: str = "data.jsonl") -> Path:
+    path = tmp_path / name
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records), encoding="utf-8")
+    return path
+
+
+# ---- forms ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_sample_in_the_docstring_is_read(tmp_path):
+    """hpcaitech/ColossalAI#3325: users could not tell what the file of each stage looks like."""
+    samples = re.findall(r"^(sft|preference|prompt) +({.*})", data.records.__doc__, re.MULTILINE)
+    assert len(samples) == 11
+    added = {"messages": [user("Add the numbers.", input="2, 3"), assistant("5")]}
+    hi = [user("Hi")]
+    haiku = {"messages": [user("Write a haiku.")]}
+    assert [read_records([written(tmp_path, text)], kind)[0] for kind, text in samples] == [
+        added, added, chat("Hi", "Hello."), chat("Hi", "Hello."), chat("Hi", "Hello."), {"text": "Once upon a time."},
+        {"messages": hi, "responses": ["Hello.", "No."]}, {"messages": hi, "responses": ["Hello.", "No."]},
+        {"messages": hi, "responses": ["Hello.", "Hm.", "No."]}, haiku, haiku]
+    for kind, text in samples:
+        if '"text"' not in text:
+            assert read_records([written(tmp_path, text)], "prompt")[0]["messages"][-1]["role"] == "user"
+
+
+def test_every_form_has_a_sample():
+    samples = re.findall(r"^(sft|preference|prompt) +({.*})", data.records.__doc__, re.MULTILINE)
+    for name, kind in KINDS.items():
+        shown = [set(json.loads(text)) for sample, text in samples if sample == name or name == "prompt"]
+        for form in kind.forms:
+            assert any(keys >= {form.question, *form.answers} for keys in shown), form
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"input": None}, {"input": ""}, {"input": "  "}, {"context": ""}, {"system": " "}])
+def test_all_kinds_of_nothing_are_one(more):
+    """hiyouga/LlamaFactory#7344: KeyError where the optional input is left out."""
+    assert normalise({"instruction": "hi", "output": "yo", **more}, "sft") == chat("hi", "yo")
+
+
+def test_a_passage_belongs_to_the_question():
+    """databrickslabs/dolly#55: as a prompt, the passage was lost."""
+    asked = {"messages": [user("hi", input="yo")]}
+    for key in ("input", "context"):
+        assert normalise({"instruction": "hi", key: "yo"}, "prompt") == asked
+        for answer in ("output", "response"):
+            record = {"instruction": "hi", key: "yo", answer: "b"}
+            assert normalise(record, "sft")["messages"] == [*asked["messages"], assistant("b")]
+            assert normalise(record, "prompt") == asked
+    both = normalise({"instruction": "hi", "input": "a", "context": "b"}, "prompt")
+    assert both == {"messages": [user("hi", input="a\nb")]}
+
+
+@pytest.mark.parametrize("kind, record", [
+    ("sft", {"instruction": "a", "output": "b"}),
+    ("sft", chat("a", "b")),
+    ("sft", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
+    ("sft", {"prompt": "a", "completion": "b"}),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}),
+    ("preference", {"prompt": "a", "responses": ["b", "c"]}),
+    ("preference", {"chosen": "Human: a\n\nAssistant: b", "rejected": "Human: a\n\nAssistant: c"}),
+    ("prompt", {"prompt": "a"}),
+    ("prompt", {"prompt": "Human: a\n\nAssistant:"}),
+    ("prompt", {"chosen": chat("a", "b")["messages"]}),
+])
+def test_a_system_text_beside_a_record_is_its_system_message(kind, record):
+    """hiyouga/LlamaFactory#7592: the model was trained without it."""
+    system = [{"role": "system", "content": "You are a pirate."}]
+    plain = normalise(record, kind)
+    expected = plain | {"messages": system + plain["messages"]}
+    assert normalise(record | {"system": "You are a pirate."}, kind) == expected
+
+
+def test_transcripts_split_at_the_last_answer(tmp_path):
+    """huggingface/trl#1858: a dialogue of several turns was split at its first answer."""
+    talk = '\n\nHuman: a\n\nAssistant: b\n\nHuman: Who says "Assistant: no"?\nAssistant: c?\n\nAssistant:'
+    prompt = chat("a", "b", 'Who says "Assistant: no"?\nAssistant: c?')["messages"]
+    pair = {"chosen": talk + " d", "rejected": talk + " e\n\nf"}
+    parts = {"prompt": talk, "chosen": " d", "rejected": " e\n\nf"}
+    as_lists = {"chosen": [*prompt, assistant("d")], "rejected": [*prompt, assistant("e\n\nf")]}
+    for record in (pair, parts, as_lists, {**parts, "prompt": prompt}):
+        path = written(tmp_path, record)
+        assert read_records([path], "preference") == [{"messages": prompt, "responses": ["d", "e\n\nf"]}]
+        assert read_records([path], "prompt") == [{"messages": prompt}]
+
+
+def test_answers_may_be_messages():
+    """huggingface/trl#2164: prompt and answers are lists of messages. Other data sets repeat the prompt in each."""
+    asked, b, c = chat("a")["messages"], [assistant("b")], [assistant("c")]
+    pair = {"messages": asked, "responses": ["b", "c"]}
+    for prompt in ("a", asked):
+        assert normalise({"prompt": prompt, "chosen": b, "rejected": c}, "preference") == pair
+        assert normalise({"prompt": prompt, "chosen": asked + b, "rejected": asked + c}, "preference") == pair
+        assert normalise({"prompt": prompt, "completion": b}, "sft") == chat("a", "b")
+    with pytest.raises(ValueError, match="turn 2 is the user's"):
+        normalise({"prompt": "a", "chosen": chat("x", "b")["messages"], "rejected": asked + c}, "preference")
+
+
+SFT, PAIR, PROMPT = {"instruction": "a", "output": "b"}, {"chosen": "a", "rejected": "b"}, {"prompt": "a"}
+
+
+@pytest.mark.parametrize("kind, bad, reason", [
+    ("sft", PAIR, "these are preferences, for rm.py; sft.py reads .* or {text}; found keys chosen, rejected"),
+    ("sft", PROMPT, "these are prompts, for ppo.py --prompt_dataset; .* found keys prompt"),
+    ("sft", {"instruction": "a"}, "these are prompts, for ppo.py --prompt_dataset; .* {instruction, output} or"),
+    ("preference", SFT, "for sft.py; .* expected keys {prompt, responses} or .* or {chosen, rejected}; "
+                        "found keys instruction, output"),
+    ("prompt", {"text": "a"}, "for sft.py; ppo.py --prompt_dataset reads prompts"),
+    ("sft", {"a": 1}, "unknown form; .* found keys a"),
+    ("sft", 7, r"found keys none \(a int\)"),
+    ("sft", {"instruction": "a", "output": 3}, '"output" must be text, not int'),
+    ("sft", {"instruction": "a", "output": None}, '"output" must be text, not missing or null'),
+    ("sft", SFT | {"input": 3}, '"input" must be text, not int'),
+    ("sft", SFT | {"system": ["S"]}, '"system" must be text, not list'),
+    ("sft", {"messages": [{"role": "system", "content": "S"}], "system": "S"}, "turn 1 is the system's"),
+    ("sft", {"text": " "}, '"text" is empty'),
+    ("sft", {"text": 3}, '"text" must be text, not int'),
+    ("sft", '{"text": "\\ud83d"}', "surrogates not allowed"),
+    ("sft", '{"text": "a"', "not valid JSON"),
+    ("sft", '{"text": ' + "7" * 5000 + "}", "not valid JSON .*4300 digits"),
+    ("sft", "[" * 100_000, "not valid JSON"),
+    ("sft", chat("a"), "must end with a message of the assistant"),
+    ("sft", {"messages": []}, "must end with"),
+    ("sft", {"messages": [user("a"), user("b")]}, "turn 2 is the user's"),
+    ("sft", {"messages": "a"}, '"messages" is no conversation, which is a list of'),
+    ("sft", {"messages": ["a"]}, '"messages" is no conversation, which is a list of'),
+    ("sft", {"messages": None}, '"messages" is no conversation, which is a list of'),
+    ("sft", {"messages": [{"role": "tool", "content": "a"}]}, 'role must be one of user, .* not "tool"'),
+    ("sft", {"messages": [{"role": "user"}]}, '"value" must be text, not missing or null'),
+    ("preference", PAIR, '"chosen" is no conversation, .* a transcript that begins with "Human:"'),
+    ("preference", {"chosen": "Human: a\n\nAssistant: b", "rejected": "Human: c\n\nAssistant: b"}, "same conversation"),
+    ("preference", {"chosen": "Human: a", "rejected": "Human: a"}, "must end with a message of the assistant"),
+    ("preference", {"prompt": "a", "responses": ["b"]}, "at least two"),
+    ("preference", {"prompt": "a", "responses": "bc"}, "at least two"),
+    ("preference", {"prompt": "a", "responses": ["b", 3]}, '"responses" must be text, not int'),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": None}, "must be text"),
+    ("preference", {"prompt": "Human: a\n\nAssistant: b", "chosen": "b", "rejected": "c"}, "turn 3 is the assistant's"),
+    ("prompt", {"prompt": " "}, "the prompt is empty"),
+    ("prompt", {"instruction": ""}, "the prompt is empty"),
+    ("prompt", {"prompt": "Human: a\n\nAssistant: b"}, "must end with a message of the user"),
+    ("prompt", {"instruction": "a", "history": [["b", "c"]]}, '"history" is not read here: write its turns into "mess'),
+    ("sft", SFT | {"history": [["b", "c"]]}, '"history" is not read here: write its turns into "messages"'),
+])
+def test_a_bad_record_is_told_or_counted(tmp_path, kind, bad, reason):
+    """hiyouga/LlamaFactory#188, hpcaitech/ColossalAI#3325, stanford-crfm/helm#1381."""
+    good = {"sft": {"text": "a"}, "preference": {"prompt": "a", "responses": ["b", "c"]}, "prompt": PROMPT}[kind]
+    path = written(tmp_path, good, "", bad, good)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}, line 3: .*{reason}.*--skip_bad_records"):
+        read_records([path], kind)
+    said = []
+    assert len(read_records([path], kind, skip_bad=True, say=said.append)) == 2
+    assert len(said) == 1 and re.match(f".*skipped 1 bad of 3 records, first line 3: .*{reason}", said[0])
+    if not isinstance(bad, str) or not bad.startswith("["):  # alone it would be a JSON list
+        with pytest.raises(ValueError, match="no usable record: all 1 are bad, first line 1: "):
+            read_records([written(tmp_path, bad)], kind, skip_bad=True)
+
+
+def test_an_empty_history_changes_nothing():
+    assert normalise(SFT | {"history": []}, "sft") == chat("a", "b")
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+LINES = '{"text": "å"}\n\n{"text": "b\u2028c"}'
+LIST = '[\n{"text": "å"},\n {"text": "b\u2028c"}]'
+
+
+@pytest.mark.parametrize("content", [
+    LINES.encode(),
+    LIST.encode(),
+    gzip.compress(LINES.encode()),
+    gzip.compress(LIST.encode()),
+    LINES.encode("utf-8-sig"),
+    LIST.encode("utf-8-sig"),
+    LINES.replace("\n", "\r\n").encode(),
+    LIST.replace("\n", "\r\n").encode(),
+    LIST.encode() + b"\n\n",
+], ids="lines list lines.gz list.gz lines-bom list-bom lines-crlf list-crlf list-tail".split())
+def test_the_content_tells_the_format(tmp_path, content):
+    (tmp_path / "data.txt").write_bytes(content)
+    assert read_records([tmp_path / "data.txt"], "sft") == [{"text": "å"}, {"text": "b\u2028c"}]
+
+
+def test_limit_counts_good_records_over_all_files(tmp_path):
+    one = written(tmp_path, {"text": "a"}, {"a": 1}, {"text": "b"}, name="one")
+    two = written(tmp_path, {"text": "c"}, {"text": "d"}, name="two")
+    for n, texts in ((1, "a"), (2, "ab"), (3, "abc"), (9, "abcd"), (None, "abcd")):
+        said = []
+        assert [r["text"] for r in read_records([str(one), two], "sft", True, n, said.append)] == list(texts)
+        assert len(said) == (n != 1)  # what was skipped before the limit is told, what comes after it is not read
+
+
+@pytest.mark.parametrize("language", ["en", "ch"])
+def test_real_instructionwild_prompts(language):
+    assert len(read_records([real(f"instruct/instinwild_seed_{language}.jsonl")], "prompt")) == 429
+
+
+@pytest.mark.parametrize("content, reason", [
+    (b"", "no usable record"),
+    (b" \n ", "no usable record"),
+    (b"[ ]", "no usable record"),
+    (b"\x1f\x8bno", "damaged gzip"),
+    (b"\x1f\x8b" * 9, "damaged gzip"),
+    (b'[\n{"text": "a"}\n{"text": "b"}]', "line 3: broken JSON list"),
+    (b'[{"text": "a"},\n', "line 2: broken JSON list"),
+    (b'[{"text": "a"}]\n]', "line 2: broken JSON list"),
+    (b"[" * 100_000, "broken JSON list"),
+    (b'[{"text": ' + b"7" * 5000 + b"}]", "broken JSON list .*4300 digits"),
+    (b'[\n{"text":\n "a"},\n\n{"a": 1}\n]', "line 5: unknown form"),
+    (b'[\n\n{"text": "\xe5"}]', "line 3: not UTF-8"),
+    (b'\n{"text": "\xe5"}', "line 2: not UTF-8"),
+    (b'{\n"text": "a"\n}', "line 1: not valid JSON .*; a file is a JSON list or has one JSON object per line"),
+])
+def test_a_bad_file_is_one_sentence(tmp_path, content, reason):
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}.*{reason}"):
+        read_records([path], "sft")
+
+
+def test_a_path_that_is_no_file_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="is a directory"):
+        read_records([tmp_path], "sft")
+    with pytest.raises(FileNotFoundError, match="nowhere.json does not exist"):
+        read_records([tmp_path / "nowhere.json"], "sft")

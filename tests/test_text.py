@@ -1,0 +1,433 @@
+"""data/text.py: expected values written by hand. A test of a fault met elsewhere names the thread where it was told."""
+
+import io
+import json
+import random
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+import data.text
+from data import demo, records
+from data.text import (TEMPLATES, TextStream, Tokenizer, check_messages, check_tokenizer, collate, encode_all,
+                       encode_example, encode_preference, encode_prompt, global_batches, micro_batches, pad,
+                       padding_share, read_template, split_held_out)
+
+REAL = Path(__file__).parents[2] / "shared" / "real"
+LINE = "Two  spaces,\ta tab,\na line: 🦊 and 👩‍👧, “写一个关于狐狸和风筝的故事。” é \x07 end  " * 2
+ALPACA_HI = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
+             "\n\n### Instruction:\nhi\n\n### Response:")
+ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
+                "Write a response that appropriately completes the request."
+                "\n\n### Instruction:\nhi\n\n### Input:\nyo\n\n### Response:")
+
+
+class Bytes:
+    """A tokenizer of bytes: 3 + byte, BOS 1, EOS 2."""
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        return [1] * bos + [3 + byte for byte in text.encode()] + [2] * eos
+
+
+def real(name: str) -> Path:
+    if not (REAL / name).exists():
+        pytest.skip(f"needs the real file {REAL / name}")
+    return REAL / name
+
+
+def user(text: str, **more) -> dict:
+    return {"role": "user", "content": text, **more}
+
+
+def chat(*texts: str) -> dict:
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+
+# ---- the tokenizer --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["demo", "llama"])
+def tokenizer(request) -> Tokenizer:
+    return Tokenizer(demo.FOLDER if request.param == "demo" else real("llama-tokenizer"))
+
+
+def byte_ids(tokenizer: Tokenizer, content: bytes) -> list[int]:
+    names = {tokenizer.piece(i): i for i in range(300)}
+    return [names[f"<0x{byte:02X}>"] for byte in content]
+
+
+def test_the_docstrings_example_is_what_llama_does():
+    rows = re.findall(r"^    (?:text|pieces|ids|streamed)  +(.*)$", data.text.__doc__, re.MULTILINE)
+    tokenizer = Tokenizer(real("llama-tokenizer"))
+    ids = tokenizer.encode(rows[0], eos=True)
+    assert ids == [int(i) for i in rows[2].split()] and [tokenizer.piece(i) for i in ids] == rows[1].split()
+    assert [part for part in tokenizer.stream(ids) if part] == re.findall('"(.*?)"', rows[3])
+
+
+def test_text_is_what_sentencepiece_says(tokenizer):
+    """All but broken bytes: there sentencepiece gives one U+FFFD for each byte."""
+    rng = random.Random(0)
+    assert tokenizer.decode(tokenizer.encode(LINE, eos=True)) == LINE
+    pieces = [i for i in range(1, tokenizer.vocab_size) if not tokenizer.piece(i).startswith("<0x")]
+    for _ in range(200):
+        ids = [rng.choice(pieces) for _ in range(rng.randrange(20))]
+        assert tokenizer.decode(ids) == tokenizer.sp.decode(ids)
+
+
+def test_streamed_text_is_the_text(tokenizer):
+    ids = tokenizer.encode(LINE, eos=True)
+    assert len(ids) > 80
+    for cut in range(len(ids) + 1):
+        for part in (ids[:cut], ids[cut:]):
+            stream = TextStream(tokenizer)
+            assert "".join([*map(stream.push, part), stream.rest()]) == tokenizer.decode(part)
+    parts = list(tokenizer.stream(ids))
+    assert "\ufffd" not in "".join(parts) and sum(map(bool, parts)) > 40  # no half characters, and not all at the end
+    rng = random.Random(0)
+    for _ in range(300):  # invalid bytes, unknown, special and padded ids, in any order
+        kinds = [range(300), range(tokenizer.vocab_size + 9), (1, 2)]
+        junk = [rng.choice(rng.choice(kinds)) for _ in range(rng.randrange(50))]
+        whole = b"".join(map(tokenizer.token_bytes, junk)).removeprefix(b" ").decode("utf-8", "replace")
+        assert "".join(tokenizer.stream(junk)) == tokenizer.decode(junk) == whole
+    lone = byte_ids(tokenizer, b"\xe5" * 40)
+    assert sum(map(bool, tokenizer.stream(lone))) > 30  # a broken model's bytes are not held back for ever
+
+
+def test_a_character_comes_with_its_last_byte(tokenizer):
+    fox = byte_ids(tokenizer, "🦊".encode())
+    assert list(tokenizer.stream(fox)) == ["", "", "", "🦊", ""]
+    assert list(tokenizer.stream([*fox, *fox[:3]])) == ["", "", "", "🦊", "", "", "", "\ufffd"]  # one, not one a byte
+    assert list(tokenizer.stream([fox[0], *tokenizer.encode("a", bos=False)])) == ["", "\ufffd a", ""]
+
+
+def test_a_stream_goes_on_after_a_prompt(tokenizer):
+    ids, fox = tokenizer.encode("Once upon a time there was a fox"), byte_ids(tokenizer, "🦊".encode())
+    for cut in range(2, len(ids)):
+        stream = TextStream(tokenizer, before=ids[:cut])
+        said = tokenizer.decode(ids[:cut])
+        assert said + "".join(map(stream.push, ids[cut:])) + stream.rest() == tokenizer.decode(ids)
+    assert TextStream(tokenizer, before=fox[:3]).push(fox[3]) == "🦊"
+
+
+def test_special_tokens_are_ids_never_text(tokenizer):
+    assert tokenizer.encode("hi", eos=True).count(tokenizer.eos_id) == 1
+    for text in ("</s>", "a </s> b", "[INST] <s>", "<unk>"):
+        ids = tokenizer.encode(text)
+        assert ids[0] == 1 and not {1, 2} & set(ids[1:]) and tokenizer.decode(ids) == text
+    assert tokenizer.encode("a\ud83d") == tokenizer.encode("a\ufffd") and tokenizer.decode([]) == ""
+    assert tokenizer.decode([*tokenizer.encode("hi"), tokenizer.vocab_size, -1]) == "hi"
+    assert tokenizer.piece(tokenizer.vocab_size) == f"({tokenizer.vocab_size})"
+    assert [tokenizer.piece(i) for i in (1, 2, -1)] == ["<s>", "</s>", "(-1)"]
+    assert [tokenizer.token_bytes(i) for i in (1, 2, tokenizer.vocab_size, -1)] == [b""] * 4
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode("é fox"))) == " é fox".encode()
+
+
+def test_a_tokenizer_without_the_space_in_front(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a fox and a kite"] * 9), model_writer=model, vocab_size=280, model_type="bpe",
+        byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False, hard_vocab_limit=False,
+        minloglevel=2)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = Tokenizer(tmp_path)
+    for text in ("fox", " fox", "🦊 "):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_embedding_may_have_more_rows_but_not_fewer(tokenizer):
+    pieces = tokenizer.vocab_size
+    check_tokenizer(tokenizer, pieces)
+    check_tokenizer(tokenizer, pieces + 1)  # Alpaca's 32,001 rows
+    with pytest.raises(ValueError, match=f"{pieces} pieces, the model's embedding {pieces - 1} rows: use the"):
+        check_tokenizer(tokenizer, pieces - 1)
+
+
+# ---- templates and ids ----------------------------------------------------------------------------------------------
+
+TALK = [{"role": "system", "content": "S"}, user("a", input="i"), *chat("a", "b", "c", "d")["messages"][1:]]
+RENDERED = {  # <s> and </s> stand for the ids, {} for the targets
+    "alpaca": "<s>S\n\n### Instruction:\na\n\n### Input:\ni\n\n### Response:{b</s>}"
+              "\n\n### Instruction:\nc\n\n### Response:{d</s>}",
+    "llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\na\ni [/INST]{b </s>}<s>[INST] c [/INST]{d </s>}",
+    "zephyr": "<s><|system|>\nS</s>\n<|user|>\na\ni</s>\n<|assistant|>\n{b</s>}"
+              "\n<|user|>\nc</s>\n<|assistant|>\n{d</s>}",
+    "vicuna": "<s>S USER: a\ni ASSISTANT:{b</s>}USER: c ASSISTANT:{d</s>}",
+    "plain": "<s>S\n\nHuman: a\ni\n\nAssistant:{b</s>}\n\nHuman: c\n\nAssistant:{d</s>}",
+}
+BARE = {
+    "alpaca": ALPACA_HI,
+    "llama2": "[INST] hi [/INST]",
+    "zephyr": "<|user|>\nhi</s>\n<|assistant|>\n",
+    "vicuna": data.text.VICUNA + " USER: hi ASSISTANT:",
+    "plain": "Human: hi\n\nAssistant:",
+}
+
+
+def by_hand(rendered: str) -> tuple[list[int], list[bool]]:
+    ids, target = [], []
+    for i, part in enumerate(re.split("[{}]", rendered)):
+        for piece in re.split("(<s>|</s>)", part):
+            ids += {"<s>": [1], "</s>": [2]}.get(piece, Bytes().encode(piece, bos=False))
+        target += [i % 2 == 1] * (len(ids) - len(target))
+    return ids, target
+
+
+@pytest.mark.lesson
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_is_worded_and_flagged_as_written_by_hand(name):
+    template = TEMPLATES[name]
+    ids, target = encode_example({"messages": TALK}, Bytes(), template, 999)
+    assert (ids, target) == by_hand(RENDERED[name])
+    for end in (2, 4):  # the prompt is how the example begins, and the reply goes on right there
+        prompt = encode_prompt(TALK[:end], Bytes(), template)
+        assert ids[: len(prompt)] == prompt and target[len(prompt)] and not target[len(prompt) - 1]
+    assert encode_prompt([user("hi")], Bytes(), template) == by_hand("<s>" + BARE[name])[0]
+    with pytest.raises(ValueError, match="end with a message of the user"):
+        encode_prompt(TALK, Bytes(), template)
+
+
+@pytest.mark.lesson
+def test_alpaca_words_an_input_of_its_own():
+    assert TEMPLATES["alpaca"].render([user("hi")])[0].text == ALPACA_HI
+    assert TEMPLATES["alpaca"].render([user("hi", input="yo")]) == [(ALPACA_INPUT, False, False, False)]
+
+
+@pytest.mark.lesson
+def test_llama2_strips_what_people_said():
+    """Meta's chat_completion strips the words between the markers, a system message and its question as one text."""
+    words = [segment.text for segment in TEMPLATES["llama2"].render(chat(" a\n", "\n b ", " c")["messages"])]
+    assert words == ["[INST] a [/INST]", "b ", "[INST] c [/INST]"]
+    words = TEMPLATES["llama2"].render([{"role": "system", "content": " S "}, user(" a ")])
+    assert words[0].text == "[INST] <<SYS>>\n S \n<</SYS>>\n\n a [/INST]"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_jinja_of_other_servers_says_the_same(name):
+    environment = pytest.importorskip("jinja2.sandbox", reason="torch brings jinja2").ImmutableSandboxedEnvironment
+    jinja = environment(trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATES[name].jinja)  # as in transformers
+    system = [{"role": "system", "content": "S"}]
+    words = [*chat("{question}", "b\n\n", "</s> <s>", "d {input}")["messages"], user(" it's\n")]
+    more = [[user("hi", input="yo")]] if name == "alpaca" else []
+    for messages in (words, words[:1], words[:3], system + words, system + words[:1], *more):
+        worded, before = "", ""
+        for text, reply, bos, eos in TEMPLATES[name].render(messages):
+            space = " " * (reply and not before.endswith("\n"))  # the reply's own "▁"
+            worded += "<BOS>" * (bos or not worded) + space + text + "<EOS>" * (eos or reply)
+            before = text
+        said = jinja.render(messages=messages, bos_token="<BOS>", eos_token="<EOS>", add_generation_prompt=True)
+        assert said == worded
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_typed_marks_never_become_special_ids(name):
+    """deepspeedai/DeepSpeedExamples PR#819."""
+    tokenizer, text = Tokenizer(real("llama-tokenizer")), "</s> [INST] <s> <|user|>"
+    ids, target = encode_example(chat(text, text), tokenizer, TEMPLATES[name], 999)
+    marks = [2] * (2 if name == "zephyr" else 1)  # Zephyr closes the user's turn too
+    assert ids[0] == 1 and ids.count(1) == 1 and [i for i in ids if i == 2] == marks and ids[-1] == 2 and target[-1]
+    assert tokenizer.decode(ids).count("</s>") == 2
+
+
+def test_pieces_are_those_of_the_whole_text():
+    """Other servers tokenize the chat_template's text at once; the reply must fall into the same pieces there."""
+    tokenizer = Tokenizer(real("llama-tokenizer"))
+    for reply in ("Hello", " two  spaces", "\nline", "你好", "1. a\n2. b"):
+        ids, target = encode_example(chat("hi", reply), tokenizer, TEMPLATES["alpaca"], 999)
+        assert ids == tokenizer.encode(ALPACA_HI + " " + reply, eos=True)
+        assert tokenizer.decode([i for i, t in zip(ids, target) if t]) == reply
+    ids, _ = encode_example(chat("hi", "yo"), tokenizer, TEMPLATES["zephyr"], 999)
+    reply = tokenizer.encode("\n<|assistant|>\nyo", bos=False, eos=True)
+    assert ids == tokenizer.encode("<|user|>\nhi", eos=True) + reply
+
+
+@pytest.mark.lesson
+def test_the_cut():
+    """huggingface/trl PR#6320 (a prompt that leaves no target), huggingface/trl#1623 (a cut text is not an end)."""
+    encode = partial(encode_example, tokenizer=Bytes(), template=TEMPLATES["plain"])
+    prompt = len("?Human: hi\n\nAssistant:")
+    full, flags = encode(chat("hi", "abc"), max_len=prompt + 4)
+    assert full[prompt:] == [100, 101, 102, 2] and flags == [False] * prompt + [True] * 4
+    assert encode(chat("hi", "abc"), max_len=prompt + 3) == (full[:-1], flags[:-1])
+    assert encode(chat("hi", "abc"), max_len=prompt) is None
+    short, long = chat("hi", "abc"), chat("hi" * 50, "abc")
+    assert encode_all([short, long, short], partial(encode, max_len=40), "examples") == ([(full, flags)] * 2, 1)
+    with pytest.raises(ValueError, match="none of the 2 examples fits.*raise --max_len"):
+        encode_all([long, long], partial(encode, max_len=40), "examples")
+    assert encode_all([], encode, "examples") == ([], 0)
+    assert encode({"text": "ab"}, max_len=9) == ([1, 100, 101, 2], [False, True, True, True])
+    assert encode({"text": "ab"}, max_len=2) == ([1, 100], [False, True])
+
+
+@pytest.mark.lesson
+@pytest.mark.parametrize("responses, room, rows", [
+    (["abc", "abcd"], 9, ["abc$", "abcd$"]),
+    (["abcd", "abc"], 9, ["abcd$", "abc$"]),
+    (["", "a"], 9, ["$", "a$"]),
+    (["a", "b"], 9, ["a$", "b$"]),
+    (["abc", "abc"], 9, None),
+    (["abcx", "abcy"], 3, None),
+    (["abcx", "abcy"], 4, ["abcx", "abcy"]),
+    (["abc", "abcd"], 3, None),
+    (["ab", "abc"], 3, ["ab$", "abc"]),
+    (["é", "è"], 1, None),
+    (["a", "b"], 0, None),
+    (["abx", "b", "aby", "c"], 2, ["ab", "b$", "c$"]),
+    (["b", "a", "b"], 9, ["b$", "a$"]),
+])
+def test_preferences_that_the_cut_makes_equal(responses, room, rows):
+    """OpenRLHF/OpenRLHF#1311 (loss ln 2, gradient 0), huggingface/trl PR#6472 (one answer begins the other)."""
+    record = {"messages": [user("hi")], "responses": responses}
+    prompt = encode_prompt(record["messages"], Bytes(), TEMPLATES["plain"])
+    expected = rows and ([prompt + [2 if c == "$" else 3 + ord(c) for c in row] for row in rows], len(prompt))
+    assert encode_preference(record, Bytes(), TEMPLATES["plain"], len(prompt) + room) == expected
+
+
+@pytest.mark.parametrize("messages, last, reason", [
+    ([], "user", "must end with a message of the user"),
+    ([{"role": "system", "content": "S"}], "user", "must end with a message of the user"),
+    (chat("a", "b")["messages"], "user", "must end with a message of the user"),
+    (chat("a")["messages"], "assistant", "must end with a message of the assistant"),
+    ([user("a"), user("b")], "user", "turn 2 is the user's, but user and assistant alternate"),
+    (chat("a", "b")["messages"][1:], "assistant", "turn 1 is the assistant's"),
+    ([user("a"), {"role": "system", "content": "S"}], "user", "turn 2 is the system's"),
+    ([user(" \n")], "user", "the prompt is empty"),
+])
+def test_a_conversation_out_of_order_is_refused(messages, last, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_messages(messages, last)
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_records_are_a_tenth_at_most():
+    train, held = split_held_out(list(range(100)), 5, seed=0)
+    assert len(held) == 5 and train == [i for i in range(100) if i not in held]
+    assert split_held_out(list(range(100)), 5, seed=0) == (train, held) != split_held_out(list(range(100)), 5, seed=1)
+    assert len(split_held_out(list(range(100)), 50, seed=0)[1]) == 10 and split_held_out([1, 2], 1, 0) == ([1, 2], [])
+
+
+@pytest.mark.lesson
+@pytest.mark.parametrize("filler", [0, 2, 100])
+def test_masks_come_from_lengths(filler):
+    """hpcaitech/ColossalAI#3200, #4135, karpathy/nanochat PR#582, DeepSpeedExamples PR#819: padding with EOS's id."""
+    replies = ["yes", "", "a longer reply"]
+    conversations = [chat("hi" * (3 - i), reply) for i, reply in enumerate(replies)]
+    examples = [encode_example(record, Bytes(), TEMPLATES["plain"], 99) for record in conversations]
+    tokens, mask, target = collate(examples, filler)
+    assert tokens.dtype == torch.int64 and mask.dtype == target.dtype == torch.bool
+    assert mask.sum(1).tolist() == [len(ids) for ids, _ in examples] and (tokens[~mask] == filler).all()
+    assert [row[m].tolist() for row, m in zip(tokens, mask)] == [ids for ids, _ in examples]
+    assert [row[t].tolist() for row, t in zip(tokens, target)] == [Bytes().encode(r, False, True) for r in replies]
+    tokens, mask = pad([[5, 2], [6], []], filler)
+    assert tokens.tolist() == [[5, 2], [6, filler], [filler, filler]]
+    assert mask.tolist() == [[True, True], [True, False], [False, False]]
+    assert pad([[], []])[0].shape == pad([[], []])[1].shape == (2, 0) and pad([[]])[0].dtype == torch.int64
+
+
+LENGTHS = [(i * 7919) % 1009 for i in range(1003)]  # all different but in order of nothing
+
+
+def test_an_epoch_shows_every_example_once():
+    batches = global_batches(LENGTHS, 4, seed=3, epoch=1)
+    assert sorted(sum(batches, [])) == list(range(1003)) and [len(b) for b in batches] == [4] * 250 + [3]
+    assert batches == global_batches(LENGTHS, 4, 3, 1)
+    assert batches != global_batches(LENGTHS, 4, 3, 2) and batches != global_batches(LENGTHS, 4, 2, 1)
+    assert global_batches([5, 9, 5, 7, 1, 5, 5], 3, 0, 0) == [[6, 2, 3], [4, 0, 5], [1]]  # the same on every platform
+    assert global_batches([], 2, 0, 0) == []
+
+
+def test_windows_are_sorted_by_length_and_no_smaller_than_50_batches():
+    batches = global_batches(LENGTHS, 4, 0, 0)
+    assert set(sum(batches[:50], [])) != set(range(200))
+    for window in (batches[:50], batches[50:100], batches[100:150], batches[150:200], batches[200:]):
+        lengths = sorted([LENGTHS[i] for i in batch] for batch in window)
+        assert sum(lengths, []) == sorted(sum(lengths, [])) != [LENGTHS[i] for batch in window for i in batch]
+
+
+def test_a_resumed_epoch_goes_on_where_it_was():
+    batches = global_batches(LENGTHS, 4, 0, 0)
+    assert global_batches(LENGTHS, 4, 0, 0, skip=40) == global_batches(LENGTHS, 4, 0, 0, 40, 4) == batches[10:]
+    other = global_batches(LENGTHS, 6, 0, 0, skip=40, skip_batch=4)
+    assert sum(other, []) == sum(batches, [])[40:] and [len(b) for b in other] == [6] * 160 + [3]
+    assert global_batches(LENGTHS, 6, 0, 0, 0, 4) == global_batches(LENGTHS, 6, 0, 0)
+    assert global_batches(LENGTHS, 4, 0, 0, skip=1003) == []
+
+
+@pytest.mark.lesson
+@pytest.mark.parametrize("world, rounds, empty", [(1, 5, 0), (2, 3, 1), (3, 2, 1), (8, 1, 3)])
+def test_the_processes_share_one_global_batch(world, rounds, empty):
+    """Every process has equally many micro-batches: one that called backward less often would let the others wait."""
+    indices = [9, 1, 8, 2, 7, 3, 0, 11, 10]
+    ranks = [micro_batches(indices, LENGTHS, 2, rank, world) for rank in range(world)]
+    assert [len(rank) for rank in ranks] == [rounds] * world
+    in_turn = [micro for one_round in zip(*ranks) for micro in one_round]
+    assert in_turn == micro_batches(indices, LENGTHS, 2, 0, 1) + [[]] * empty
+    assert sum(in_turn, []) == sorted(indices, key=LENGTHS.__getitem__)
+
+
+@pytest.mark.lesson
+def test_a_process_without_examples_has_an_empty_micro_batch():
+    assert [micro_batches([0, 1, 2], [3, 1, 2], 2, rank, 2) for rank in (0, 1)] == [[[1, 2]], [[0]]]
+    assert [micro_batches([0, 1], [3, 1], 2, rank, 3) for rank in range(3)] == [[[1, 0]], [[]], [[]]]
+    assert [micro_batches([], [], 2, rank, 3) for rank in range(3)] == [[], [], []]
+
+
+def test_padding_of_real_instructions(capsys):
+    llama = Tokenizer(real("llama-tokenizer"))
+    encode = partial(encode_example, tokenizer=llama, template=TEMPLATES["alpaca"], max_len=512)
+    found = records.read_records([real("instruct/self_instruct_seed_175.json")], "sft")
+    lengths = [len(ids) for ids, _ in encode_all(found, encode, "examples")[0]]
+    shares = []
+    for epoch in range(3):
+        micro = [micro_batches(batch, lengths, 8, 0, 1) for batch in global_batches(lengths, 8, 0, epoch)]
+        shares.append(padding_share([[n] for n in lengths], micro))
+    with capsys.disabled():
+        print(f"\npadding: {max(shares):.1%} of {len(lengths)} instructions in batches of 8")
+    assert max(shares) <= 0.10 and padding_share([[2], [4, 1], [3]], [[[0, 1], [2]]]) == pytest.approx(5 / 15)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_tokenizer_is_the_same_and_names_its_template(tmp_path):
+    shipped = Tokenizer(demo.FOLDER)
+    shipped.save(tmp_path / "alpaca", "alpaca")
+    for path in (tmp_path / "alpaca", tmp_path / "alpaca" / "tokenizer.model"):
+        assert Tokenizer(path).fingerprint == shipped.fingerprint
+    config = json.loads((tmp_path / "alpaca" / "tokenizer_config.json").read_text("utf-8"))
+    assert config == {
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "template": "alpaca", "chat_template": TEMPLATES["alpaca"].jinja}
+    shipped.save(tmp_path / "other", "of another program")
+    shipped.save(tmp_path / "none")
+    names = [read_template(tmp_path / name) for name in ("alpaca", "other", "none", "no such directory")]
+    assert names == ["alpaca", "of another program", None, None]
+
+
+def test_where_a_tokenizer_is_found(tmp_path):
+    directory = tmp_path / "7B"
+    shutil.copytree(demo.FOLDER, directory)
+    shutil.move(directory / "tokenizer.model", tmp_path)
+    with pytest.raises(FileNotFoundError, match="7B/tokenizer.model does not exist"):
+        Tokenizer(directory)
+    (directory / "tokenizer.json").touch()
+    with pytest.raises(FileNotFoundError, match="a tokenizer.json cannot be read here: put the sentencepiece file"):
+        Tokenizer(directory)
+    (directory / "params.json").touch()  # Meta's: one tokenizer beside all sizes
+    assert Tokenizer(directory).vocab_size == Tokenizer(demo.FOLDER).vocab_size
+
+
+@pytest.mark.parametrize("junk", ["nothing", "git-lfs", "half"])
+def test_a_file_that_is_no_tokenizer_is_one_sentence(tmp_path, junk):
+    half = (demo.FOLDER / "tokenizer.model").read_bytes()[:500]
+    content = {"nothing": b"", "git-lfs": b"version https://git-lfs.github.com/spec/v1", "half": half}[junk]
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer.model (is not a sentencepiece model|defines no BOS)"):
+        Tokenizer(tmp_path)
