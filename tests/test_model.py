@@ -2,7 +2,7 @@
 
 Names such as M13 are cases of the developers' list of faults that users of this field met."""
 
-from data.text import Tokenizer, check_tokenizer
+from data.text import Tokenizer
 import data.run
 import data.weights
 from data.weights import hf_name
@@ -35,7 +35,6 @@ STORIES = REAL / "stories260K"
 DEMO = Path(M.__file__).parent / "data" / "demo"
 needs_real = pytest.mark.skipif(not STORIES.exists(), reason=f"needs the real weights in {STORIES}")
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=44, vocab_size=64, max_seq_len=64)
-LINE = "Two  spaces,\ta tab,\na line: 🦊 and 👩‍👧, “写一个关于狐狸和风筝的故事。” é \x07 end  " * 2
 
 
 def read_config(directory) -> LlamaConfig:
@@ -375,67 +374,6 @@ def test_sampling_at_the_edges_m19():
     model.norm.weight.data[3] = math.nan
     with pytest.raises(ValueError, match="non-finite logits"):
         model.generate([[1]], 1)
-
-
-# ---- tokenizer ------------------------------------------------------------------------------------------------------
-
-@pytest.fixture(params=["demo", "llama"])
-def tokenizer(request) -> Tokenizer:
-    directory = DEMO if request.param == "demo" else REAL / "llama-tokenizer"
-    if not directory.exists():
-        pytest.skip(f"needs {directory}")
-    return Tokenizer(directory)
-
-
-def test_streamed_text_is_the_text_m21(tokenizer):
-    ids = tokenizer.encode(LINE, eos=True)
-    assert tokenizer.decode(ids) == LINE and len(ids) > 80
-    for cut in range(len(ids) + 1):
-        for part in (ids[:cut], ids[cut:]):
-            assert "".join(tokenizer.stream(part)) == tokenizer.decode(part)
-    fed = []
-    pieces = list(tokenizer.stream(i for i in ids if fed.append(i) is None))
-    assert len(pieces) > 40 and "\ufffd" not in "".join(pieces)  # no half characters, and not all at the end
-    rng, space = random.Random(0), tokenizer.sp.piece_to_id("▁")
-    for _ in range(300):  # invalid bytes, unknown, special and padded ids, in any order
-        kinds = [lambda: rng.randrange(300), lambda: rng.randrange(tokenizer.vocab_size + 9), lambda: rng.choice((1, 2, space))]
-        junk = [rng.choice(kinds)() for _ in range(rng.randrange(50))]
-        assert "".join(tokenizer.stream(junk)) == tokenizer.decode(junk)
-    byte = tokenizer.sp.piece_to_id("<0xE5>")
-    assert sum(1 for _ in tokenizer.stream([byte] * 40)) > 30  # a broken model's bytes are not held back for ever
-
-
-def test_special_tokens_are_ids_never_text_m23_m15(tokenizer):
-    assert tokenizer.sp.pad_id() == -1 and tokenizer.encode("hi", eos=True).count(tokenizer.eos_id) == 1
-    for text in ("</s>", "a </s> b", "[INST] <s>", "<unk>"):
-        ids = tokenizer.encode(text)
-        assert ids[0] == 1 and not {1, 2} & set(ids[1:]) and tokenizer.decode(ids) == text
-    assert tokenizer.encode("a\ud83d") == tokenizer.encode("a\ufffd") and tokenizer.decode([]) == ""
-    padded = LlamaConfig(**SIZES | dict(vocab_size=tokenizer.vocab_size + 1))  # Alpaca's 32,001 rows
-    check_tokenizer(tokenizer, padded.vocab_size)
-    assert tokenizer.decode([*tokenizer.encode("hi"), tokenizer.vocab_size, -1]) == "hi"
-    with pytest.raises(ValueError, match=f"{tokenizer.vocab_size} pieces, the model's embedding {tokenizer.vocab_size - 1} rows"):
-        check_tokenizer(tokenizer, tokenizer.vocab_size - 1)
-
-
-def test_tokenizer_files(tmp_path):
-    demo = Tokenizer(DEMO)
-    demo.save(tmp_path / "7B", "alpaca")
-    for path in (tmp_path / "7B", tmp_path / "7B" / "tokenizer.model"):
-        assert Tokenizer(path).fingerprint == demo.fingerprint
-    assert data.text.read_template(tmp_path / "7B") == "alpaca" and data.text.read_template(tmp_path) is None
-    shutil.move(tmp_path / "7B" / "tokenizer.model", tmp_path)
-    with pytest.raises(FileNotFoundError, match="7B/tokenizer.model does not exist"):
-        Tokenizer(tmp_path / "7B")
-    (tmp_path / "7B" / "tokenizer.json").touch()
-    with pytest.raises(FileNotFoundError, match="a tokenizer.json cannot be read here: put the sentencepiece file"):
-        Tokenizer(tmp_path / "7B")
-    (tmp_path / "7B" / "params.json").touch()  # Meta's: one tokenizer beside all sizes
-    assert Tokenizer(tmp_path / "7B").vocab_size == demo.vocab_size
-    for junk in (b"", b"version https://git-lfs.github.com/spec/v1", demo.proto[:500]):
-        (tmp_path / "tokenizer.model").write_bytes(junk)
-        with pytest.raises(ValueError, match="tokenizer.model"):
-            Tokenizer(tmp_path)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -603,7 +603,7 @@ def test_missing_stage_names_its_command(base, tmp_path, monkeypatch):
 
 def test_long_prompts_are_counted_and_ptx_off_reads_nothing(base, tmp_path, capsys):
     """P20, P23."""
-    write(tmp_path / "prompts.json", [*demo.prompt_records(0)[:3], {"instruction": "fox " * 30}, {"instruction": "Now?", "history": [["Hi", "Yes"]]}])
+    write(tmp_path / "prompts.json", [*demo.prompt_records(0)[:3], {"instruction": "fox " * 30}, {"messages": [{"role": role, "content": said} for role, said in (("user", "Hi"), ("assistant", "Yes"), ("user", "Now?"))]}])
     run(base, tmp_path / "out", "--prompt_dataset", tmp_path / "prompts.json", "--num_episodes", 1, "--max_input_len", 60,
         "--max_seq_len", 70, "--pretrain_dataset", tmp_path / "none.json", "--ptx_coef", 0)
     out = capsys.readouterr().out
