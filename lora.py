@@ -432,6 +432,10 @@ def load_adapter(model: nn.Module, path: str | Path, dtype: torch.dtype | None =
     return config
 
 
+def read_adapter(path: str | Path) -> dict[str, Tensor]:
+    return _read_tensors(Path(path))
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> dict:

@@ -50,6 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lora
 from data import demo, run, text
 from data.records import normalise, read_records
 from data.text import Tokenizer, check_tokenizer, read_template
@@ -811,6 +812,21 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", 
     model.make_rope()
     model.quantized = {"method": q["octet_method"], "bits": q["bits"], "group_size": q["group_size"], "sym": bool(q["sym"]), "act_order": bool(q["desc_act"]), "clip": True,
                        "damp": q["damp_percent"], "head": bool(q["lm_head"])}
+    return model
+
+
+def open_model(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", head: bool = True, quant: str | None = None,
+               adapter: str = "auto", base: Path | None = None) -> Llama:
+    """Open any directory; an adapter is merged into its base, or into `base`."""
+    if not lora.is_adapter(directory):
+        return load(directory, dtype, device, quant, head)
+    model = load(base or lora.base_path(directory), dtype, device, quant, head)
+    if not head:  # the adapter of a reward model has a score, which a trunk has not
+        model.score = nn.Linear(model.config.dim, 1, bias=False, device=device)
+    lora.load_adapter(model, directory)
+    if not head:
+        del model.score
+    lora.fold(model)
     return model
 
 

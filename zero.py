@@ -212,8 +212,11 @@ class ZeRO2:
         """Backward of one micro-batch; `last` says that this process has no further one in this step."""
         assert not self.closed, "backward after the micro-batch that was called the last: its gradient would miss the sum"
         self.open_round(last)
-        (loss * self.scale).backward()
+        if loss is not None:
+            (loss * self.scale).backward()
         self.close_round()
+        if last:
+            self.flush()
 
     def flush(self) -> None:
         """Take part, with zeros, in what other processes have more micro-batches for. `step` does it; call it before any

@@ -1,4 +1,4 @@
-"""rm.py: the score against a hidden state times the head, the loss against its closed form, and runs of a tiny model."""
+"""rm.py: the score against a hidden state times the head, the loss against its closed form, runs of a tiny model."""
 
 import argparse
 import json
@@ -7,26 +7,22 @@ import random
 import subprocess
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from data.text import Tokenizer
-from data.weights import hf_name
-import data.records
 import data.run
-import data.text
 import lora
 import ppo
 import rm
 import sft
-
-from data import demo
+from data import demo, records, text
+from data.text import Tokenizer
+from data.weights import hf_name
 from model import Llama, LlamaConfig
 from rm import RewardModel
-from test_sft import ENV, TEMPLATE, TORCHRUN, kill_in, losses, make_model, same, weights, write
+from test_sft import ENV, SIZES, TEMPLATE, TORCHRUN, kill_in, losses, make_model, same, weights, write
 from test_sft import run as run_sft
-
-SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=1280, max_seq_len=160)
 
 
 def tiny(seed: int = 3, **sizes) -> RewardModel:
@@ -47,9 +43,9 @@ def base(tmp_path_factory):
 
 
 def run(base, out, *further) -> dict:
-    given = ["--pretrain", base / "model", "--dataset", base / "pref.json", "--save_path", out, "--batch_size", 2, "--accumulation_steps", 2, "--lr", 3e-3,
-             "--log_interval", 1, "--eval_size", 2, "--max_len", 100, *further]
-    return rm.main([str(flag) for flag in given])
+    given = ["--pretrain", base / "model", "--dataset", base / "pref.json", "--save_path", out, "--batch_size", 2,
+             "--accumulation_steps", 2, "--lr", 3e-3, "--log_interval", 1, "--eval_size", 2, "--max_len", 100]
+    return rm.main([str(flag) for flag in (*given, *further)])
 
 
 def kept(monkeypatch) -> list:
@@ -68,25 +64,28 @@ def plain_score(model: RewardModel, row: list[int]) -> float:
 
 # ---- the score ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.lesson
 @pytest.mark.parametrize("filler", [0, 2])
 @torch.no_grad()
 def test_score_is_at_the_last_real_token(filler):
-    """R03, R04: the last column dropped for all rows; the first id that looks like padding, where padding is EOS and a dialogue has EOS inside."""
+    """Two faults: the last column taken for all rows; the first id that looks like padding, where padding is EOS and a
+    dialogue has EOS inside."""
     model, short = tiny(), [1, 40, 41, 2, 50, 51, 2]
     model.config.extra["reward_mean"] = 0.25
-    rows = [short, [1] + list(range(100, 118)) + [2], [1, 40, 41, 2, 2]]  # a partner three times longer; two EOS at the end
+    rows = [short, [1, *range(100, 118), 2], [1, 40, 41, 2, 2]]  # a partner three times longer; two EOS at the end
     expected = [plain_score(model, row) for row in rows]
     T = max(map(len, rows))
     for left in (False, True):
         filled = [[filler] * (T - len(row)) + row if left else row + [filler] * (T - len(row)) for row in rows]
-        mask = torch.tensor([[(j >= T - len(row)) if left else (j < len(row)) for j in range(T)] for row in rows])
+        mask = torch.tensor([[T - len(row) <= j if left else j < len(row) for j in range(T)] for row in rows])
         assert model(torch.tensor(filled), mask).tolist() == pytest.approx(expected, abs=1e-5)
     assert len({round(score, 4) for score in expected}) == 3
 
 
+@pytest.mark.lesson
 @pytest.mark.parametrize("loss", rm.LOSSES.values())
 def test_loss_is_the_closed_form_and_never_overflows(loss):
-    """R01: log(sigmoid(d)) and log(1 + exp(-d)) as they are written give inf from |d| = 89 on in fp32."""
+    """log(sigmoid(d)) and log(1 + exp(-d)) as they are written give inf from |d| = 89 on in fp32."""
     differences = [-200.0, -89.0, -3.0, 0.0, 0.5, 89.0, 200.0]
     chosen = torch.tensor(differences).requires_grad_()
     value = loss(chosen, torch.zeros(7))
@@ -96,136 +95,177 @@ def test_loss_is_the_closed_form_and_never_overflows(loss):
     assert chosen.grad.tolist() == pytest.approx([-1 / (1 + math.exp(d)) for d in differences], rel=1e-5, abs=1e-30)
 
 
+@pytest.mark.lesson
 def test_padding_of_one_side_changes_nothing(monkeypatch):
-    """R06: both answers compared over a common span, so that the shorter one is judged on its padding."""
-    ranking, results, pad = [[1, 40, 41, 42, 2], [1, 40, 60, 2]], [], data.text.pad
+    """Both answers compared over a common span, so that the shorter one is judged on its padding."""
+    ranking, results, pad = [[1, 40, 41, 42, 2], [1, 40, 60, 2]], [], text.pad
     for filler in (None, 0, 2):
+        def padded(rows):
+            tokens, mask = pad(rows, filler)
+            return F.pad(tokens, (0, 10), value=filler), F.pad(mask, (0, 10), value=False)
         if filler is not None:
-            monkeypatch.setattr(data.text, "pad", lambda rows: tuple(F.pad(x, (0, 10), value=f) for x, f in zip(pad(rows, filler), (filler, False))))
+            monkeypatch.setattr(text, "pad", padded)
         model = tiny()
         chosen, rejected, _ = rm.score_rankings(model, [ranking])
         rm.log_sig(chosen, rejected).sum().backward()
-        results.append((chosen.item(), rejected.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
-    assert results[0][:2] == pytest.approx([plain_score(tiny(), row) for row in ranking], abs=1e-6)
-    for a, b, gradient in results[1:]:
-        assert (a, b) == pytest.approx(results[0][:2], abs=1e-6) and (gradient - results[0][2]).abs().max() < 1e-6 * results[0][2].abs().max()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append(((chosen.item(), rejected.item()), gradient))
+    (scores, gradient), *others = results
+    assert scores == pytest.approx([plain_score(tiny(), row) for row in ranking], abs=1e-6)
+    for its_scores, its_gradient in others:
+        assert its_scores == pytest.approx(scores, abs=1e-6)
+        assert (its_gradient - gradient).abs().max() < 1e-6 * gradient.abs().max()
 
 
+@pytest.mark.lesson
 def test_rankings_are_pairs_of_equal_weight_in_all():
     better, worse, weight = rm.pairs([3, 2])
-    assert (better.tolist(), worse.tolist()) == ([0, 0, 1, 3], [1, 2, 2, 4]) and weight.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1])
+    assert (better.tolist(), worse.tolist()) == ([0, 0, 1, 3], [1, 2, 2, 4])
+    assert weight.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1])
     model, rankings = tiny(), [[[1, 40 + i, 2] for i in range(k)] for k in (4, 2, 3)]
     chosen, rejected, weight = rm.score_rankings(model, rankings)
     expected = 0.0
     for ranking in rankings:
         scores = [plain_score(model, row) for row in ranking]
-        terms = [math.log1p(math.exp(scores[j] - scores[i])) for i in range(len(scores)) for j in range(i + 1, len(scores))]
+        places = [(i, j) for i in range(len(scores)) for j in range(i + 1, len(scores))]
+        terms = [math.log1p(math.exp(scores[j] - scores[i])) for i, j in places]
         expected += sum(terms) / len(terms)
     assert (rm.log_exp(chosen, rejected) * weight).sum().item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.lesson
 def test_a_tie_is_not_right():
-    """R02."""
+    """With a tie counted as right, a model that gives every text the same score has an accuracy of 1."""
     sums = rm.pair_sums(torch.tensor([1.0, 1.0, 0.0, 3.0]), torch.tensor([0.0, 1.0, 1.0, 1.0]))
-    assert rm.pair_figures(sums.tolist()) == {"accuracy": 0.5, "margin": 0.5}
+    assert rm.pair_figures({name: x.item() for name, x in sums.items()}) == {"accuracy": 0.5, "margin": 0.5}
 
 
+@pytest.mark.lesson
 def test_head_starts_at_one_over_root_of_dim_plus_one():
-    model = tiny(dim=2048, ffn_dim=8, n_layers=1, vocab_size=8)
+    model, again = (tiny(dim=2048, ffn_dim=8, n_layers=1, vocab_size=8) for _ in range(2))
     assert model.score.weight.std().item() == pytest.approx(2049 ** -0.5, rel=0.06) and model.score.bias is None
-    assert torch.equal(model.score.weight, tiny(dim=2048, ffn_dim=8, n_layers=1, vocab_size=8).score.weight)
+    assert torch.equal(model.score.weight, again.score.weight)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 def test_a_marker_word_is_found_and_chance_is_not(base, tmp_path):
-    """R02: accuracy at 50 % for ever; and a leak (of order, length or labels) would show as more than 50 % on random labels."""
-    rng, records = random.Random(0), []
+    """Accuracy at 50 % for ever; and a leak of order, length or labels, which would show as more than 50 % on random
+    labels."""
+    rng, marked = random.Random(0), []
     for _ in range(600):
         texts = [rng.choices(demo.OBJECTS["en"], k=rng.randrange(4, 9)) for _ in range(2)]
         texts[0][rng.randrange(4)] = "dragon"
-        records.append({"prompt": "Say it.", "chosen": " ".join(texts[0]), "rejected": " ".join(texts[1])})
-    mixed = [r if rng.random() < 0.5 else {"prompt": "Say it.", "chosen": r["rejected"], "rejected": r["chosen"]} for r in records]
-    more = ("--eval_size", 60, "--batch_size", 8, "--max_steps", 25, "--lr", 1e-2, "--template", "plain", "--save_interval", 0)
-    for name, data_set in (("right", records), ("mixed", mixed)):
-        write(tmp_path / f"{name}.json", data_set)
-    right, chance = (run(base, tmp_path / name, "--dataset", tmp_path / f"{name}.json", *more) for name in ("right", "mixed"))
+        marked.append({"prompt": "Say it.", "chosen": " ".join(texts[0]), "rejected": " ".join(texts[1])})
+    turned = [{"prompt": "Say it.", "chosen": r["rejected"], "rejected": r["chosen"]} for r in marked]
+    mixed = [r if rng.random() < 0.5 else t for r, t in zip(marked, turned)]
+    more = ("--eval_size", 60, "--batch_size", 8, "--max_steps", 25, "--lr", 1e-2, "--template", "plain")
+    summaries = []
+    for name, content in (("right", marked), ("mixed", mixed)):
+        file = write(tmp_path / f"{name}.json", content)
+        summaries.append(run(base, tmp_path / name, "--dataset", file, "--save_interval", 0, *more))
+    right, chance = summaries
     assert right["accuracy"] >= 0.95 > right["accuracy_before"] and right["margin"] > 1 and right["eval_loss"] < 0.3
     assert 0.35 < chance["accuracy"] < 0.65 and chance["eval_loss"] > 0.6
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_loss_falls_in_every_dtype(base, tmp_path, dtype):
-    """R01: 0.69 at the first step and NaN for ever after."""
-    epochs = 5 if dtype == "fp16" else 10  # whose matrix products are slow on a CPU
-    run(base, tmp_path, "--max_datasets_size", 8, "--eval_size", 0, "--max_epochs", epochs, "--dtype", dtype, "--lr", 1e-2)
+    """0.69 at the first step and NaN for ever after."""
+    epochs, share = (5, 0.8) if dtype == "fp16" else (10, 0.4)  # fp16's matrix products are slow on a CPU
+    run(base, tmp_path, "--max_datasets_size", 8, "--eval_size", 0, "--max_epochs", epochs, "--dtype", dtype,
+        "--lr", 1e-2)
     found = losses(tmp_path)  # two updates an epoch: whole epochs are compared, they are over the same rankings
-    assert len(found) == 2 * epochs and all(map(math.isfinite, found)) and sum(found[-2:]) < (0.8 if dtype == "fp16" else 0.4) * sum(found[:2])
+    assert len(found) == 2 * epochs and all(map(math.isfinite, found)) and sum(found[-2:]) < share * sum(found[:2])
+
+
+def test_files_of_a_run(base, tmp_path):
+    """Rows and summary have accuracy and margin; without held-out rankings the summary has them as null."""
+    summary = run(base, tmp_path, "--max_steps", 2, "--eval_size", 0)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert {"step", "loss", "lr", "seconds", "tokens_per_second", "accuracy", "margin"} <= row.keys()
+        assert not {"right", "pairs", "eval_loss"} & row.keys() and 0 <= row["accuracy"] <= 1
+    saved = json.loads((tmp_path / "summary.json").read_text())
+    assert saved == json.loads(json.dumps(summary)) and saved["steps"] == 2
+    for key in ("eval_loss", "accuracy", "margin"):
+        assert saved[key] is None and saved[f"{key}_before"] is None
 
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_what_was_trained_is_what_is_loaded(base, tmp_path, monkeypatch, rank):
-    """R09: the head of another copy was saved; L09: none was. And the reward mean, which is that of the SFT model's answers."""
+    """Faults: the head of another copy was saved, or none. And the reward mean is that of the SFT model's answers."""
     models, answers = kept(monkeypatch)
-    before = weights(base / "model")
-    summary = run(base, tmp_path / "out", "--max_steps", 4, "--lora_rank", rank, "--lr", 1e-2)
-    trained, loaded = models[0].eval(), RewardModel.from_pretrained(tmp_path / "out").eval()
+    before, out = weights(base / "model"), tmp_path / "out"
+    summary = run(base, out, "--max_steps", 4, "--lora_rank", rank, "--lr", 1e-2)
+    trained, loaded = models[0].eval(), RewardModel.from_pretrained(out).eval()
     rows = answers[0]
-    start = rm.RewardModel(Llama.from_pretrained(base / "model", head=False), torch.Generator().manual_seed(0))
-    assert (loaded.score.weight - start.score.weight).abs().max() > 1e-3 and torch.equal(loaded.score.weight, trained.score.weight)
+    start = RewardModel(Llama.from_pretrained(base / "model", head=False), torch.Generator().manual_seed(0))
+    assert (loaded.score.weight - start.score.weight).abs().max() > 1e-3
+    assert torch.equal(loaded.score.weight, trained.score.weight)
     with torch.no_grad():
-        tokens, mask = data.text.pad(rows)
+        tokens, mask = text.pad(rows)
         scores = loaded(tokens, mask)
         bound = 5e-6 if rank else 1e-6  # folding an adapter rounds
-        assert (scores - trained(tokens, mask)).abs().max() < bound and summary["reward_mean"] == loaded.reward_mean != 0
+        assert (scores - trained(tokens, mask)).abs().max() < bound
+        assert summary["reward_mean"] == loaded.reward_mean != 0
         assert abs(scores.mean()) < bound and scores.std() > 1e-4
         assert scores.tolist() == pytest.approx([plain_score(loaded, row) for row in rows], abs=2e-6)
-    prompts = [data.text.encode_prompt(r["messages"], Tokenizer(demo.FOLDER), TEMPLATE) for r in data.records.read_records([base / "pref.json"], "preference")]
-    assert [row[:len(prompt)] for row, prompt in zip(rows, prompts)] == prompts and all(len(row) == 100 or row[-1] == 2 for row in rows) and len(rows) == 20
+    tokenizer, read = Tokenizer(demo.FOLDER), records.read_records([base / "pref.json"], "preference")
+    prompts = [text.encode_prompt(r["messages"], tokenizer, TEMPLATE) for r in read]
+    assert [row[:len(prompt)] for row, prompt in zip(rows, prompts)] == prompts and len(rows) == 20
+    assert all(len(row) == 100 or row[-1] == 2 for row in rows)
     assert same(before, weights(base / "model"))
     if not rank:
-        config = json.loads((tmp_path / "out" / "config.json").read_text())
-        assert {key: config[key] for key in ("architectures", "num_labels", "pad_token_id", "id2label", "label2id", "reward_mean")} == {
-            "architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "pad_token_id": 0, "id2label": {"0": "reward"}, "label2id": {"reward": 0},
-            "reward_mean": summary["reward_mean"]} and config["eos_token_id"] == 2
-        saved = weights(tmp_path / "out")
-        assert saved.keys() - before.keys() == {"score.weight"} and before.keys() - saved.keys() == {"lm_head.weight"} and saved["score.weight"].shape == (1, 32)
+        config, saved = json.loads((out / "config.json").read_text()), weights(out)
+        assert config["architectures"] == ["LlamaForSequenceClassification"] and config["num_labels"] == 1
+        assert (config["id2label"], config["label2id"]) == ({"0": "reward"}, {"reward": 0})
+        assert (config["pad_token_id"], config["eos_token_id"]) == (0, 2)
+        assert config["reward_mean"] == summary["reward_mean"] and saved["score.weight"].shape == (1, 32)
+        assert saved.keys() - before.keys() == {"score.weight"} and before.keys() - saved.keys() == {"lm_head.weight"}
         return
-    config, saved = lora.read_adapter_config(tmp_path / "out"), weights(tmp_path / "out", "adapter_model.safetensors")
-    assert (config["task_type"], config["modules_to_save"], config["reward_mean"]) == ("SEQ_CLS", ["score"], loaded.reward_mean)
-    assert lora.base_path(tmp_path / "out").samefile(base / "model") and len(saved) == 2 * 14 + 1 and not (tmp_path / "out" / "config.json").exists()
-    assert all(tensor.any() for name, tensor in saved.items() if "lora_B" in name) and "base_model.model.score.weight" in saved
-    assert all(torch.equal(module.base.weight, before[f"{hf_name(name.removeprefix('trunk.'))}.weight"]) for name, module in lora.adapters(models[0]).items())
-    lora.main(["merge", str(tmp_path / "out"), str(tmp_path / "merged")])
+    config, saved = lora.read_adapter_config(out), weights(out, "adapter_model.safetensors")
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    assert config["reward_mean"] == loaded.reward_mean and not (out / "config.json").exists()
+    assert lora.base_path(out).samefile(base / "model") and len(saved) == 2 * 14 + 1
+    assert all(x.any() for name, x in saved.items() if "lora_B" in name) and "base_model.model.score.weight" in saved
+    for name, module in lora.adapters(models[0]).items():
+        assert torch.equal(module.base.weight, before[hf_name(f"{name.removeprefix('trunk.')}.weight")])
+    lora.main(["merge", str(out), str(tmp_path / "merged")])
     with torch.no_grad():
         assert (RewardModel.from_pretrained(tmp_path / "merged")(tokens, mask) - scores).abs().max() < bound
 
 
 def test_answers_have_the_room_of_their_own_prompt(base):
     """One prompt of nearly --max_len must not leave all the others one token; prompts without room are passed over."""
-    model, tokenizer, args = Llama.from_pretrained(base / "model"), Tokenizer(demo.FOLDER), argparse.Namespace(template="plain", max_len=48, seed=0)
+    model, tokenizer = Llama.from_pretrained(base / "model"), Tokenizer(demo.FOLDER)
+    args, plain = argparse.Namespace(template="plain", max_len=48, seed=0), text.TEMPLATES["plain"]
     short, long, full = ({"messages": [{"role": "user", "content": "fox " * n}]} for n in (2, 30, 60))
-    lengths = [len(data.text.encode_prompt(r["messages"], tokenizer, data.text.TEMPLATES["plain"])) for r in (short, long)]
+    lengths = [len(text.encode_prompt(r["messages"], tokenizer, plain)) for r in (short, long)]
     rows = rm.sample_answers(model, [full, full, long, short, short], tokenizer, args, 2)
     assert lengths[0] < 20 and 40 < lengths[1] < 48 and [len(row) for row in rows] == [48, 48]
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_all_forms_of_stage_1_are_accepted(base, tmp_path, rank):
-    """L12: an adapter's names looked for in a full model. Stage 3 opens each too, and all have the same trunk."""
+    """An adapter's names looked for in a full model. Stage 3 opens each too, and all have the same trunk."""
     world, tokens = data.run.World(0, 1, torch.device("cpu")), torch.arange(3, 60)[None]
     run(base, tmp_path / "rm", "--max_steps", 1, "--lora_rank", rank)
     losses_before, hidden = [], []
     for form in ("adapter", "merged"):
         summary = run(base, tmp_path / form, "--pretrain", base / form, "--max_steps", 1, "--lora_rank", rank)
         losses_before.append(summary["eval_loss_before"])
-        args = ppo.parse([str(x) for x in ("--pretrain", base / form, "--rm_path", tmp_path / form, "--lora_rank", rank, "--save_path", tmp_path / f"ppo-{form}")])
-        models, adapter_base = ppo.open_models(args, sft.open_tokenizer(args, base / form, world), world, torch.float32)
-        assert (adapter_base == "base") == (form == "adapter" and rank > 0) and (models.ref is models.actor) == bool(rank)
+        given = ["--pretrain", base / form, "--rm_path", tmp_path / form, "--lora_rank", rank]
+        args = ppo.parse([str(x) for x in (*given, "--save_path", tmp_path / f"ppo-{form}")])
+        tokenizer = sft.open_tokenizer(args, base / form, world)
+        models, adapter_base = ppo.open_models(args, tokenizer, world, torch.float32)
+        assert (adapter_base == "base") == (form == "adapter" and rank > 0)
+        assert (models.ref is models.actor) == bool(rank)
         with torch.no_grad():
             hidden.append(models.actor.hidden(tokens))
     assert losses_before[0] == pytest.approx(losses_before[1], abs=1e-6)
-    assert (hidden[0] - hidden[1]).abs().max() < 1e-5 < (hidden[0] - Llama.from_pretrained(base / "model").hidden(tokens)).abs().max()
+    plain = Llama.from_pretrained(base / "model").hidden(tokens)
+    assert (hidden[0] - hidden[1]).abs().max() < 1e-5 < (hidden[0] - plain).abs().max()
 
 
 # ---- resume, two processes ------------------------------------------------------------------------------------------
@@ -239,22 +279,39 @@ def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch):
     run(base, tmp_path / "cut", *more, "--resume")
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and len(losses(tmp_path / "cut")) == 10
     assert same(*(weights(tmp_path / name, "adapter_model.safetensors") for name in ("whole", "cut")))
-    assert (tmp_path / "whole" / "adapter_config.json").read_bytes() == (tmp_path / "cut" / "adapter_config.json").read_bytes()
+    whole, cut = ((tmp_path / name / "adapter_config.json").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+import data.run
+from test_rm import run
+
+torch.set_num_threads(1)
+run(*map(Path, sys.argv[1:3]), *sys.argv[3:])
+data.run.stop()
+"""
 
 
 def test_two_processes_are_one_with_twice_the_batch(base, tmp_path):
     """Rankings of different sizes, so that a mean of the processes' means would show."""
-    write(tmp_path / "pref.json", [r | {"responses": r["responses"][:2 + i % 3]} for i, r in enumerate(demo.preference_records(6, 11))])
-    (tmp_path / "worker.py").write_text("import sys, torch\nfrom pathlib import Path\nimport data.run\nfrom test_rm import run\ntorch.set_num_threads(1)\n"
-                                        "run(*map(Path, sys.argv[1:3]), *sys.argv[3:])\ndata.run.stop()\n")
+    rankings = demo.preference_records(6, 11)
+    write(tmp_path / "pref.json", [r | {"responses": r["responses"][:2 + i % 3]} for i, r in enumerate(rankings)])
+    (tmp_path / "worker.py").write_text(WORKER)
     more = ["--dataset", tmp_path / "pref.json", "--eval_size", 1, "--max_epochs", 2]
-    result = subprocess.run([*map(str, [*TORCHRUN, tmp_path / "worker.py", base, tmp_path / "two", *more, "--strategy", "zero2"])], env=ENV, capture_output=True, text=True, timeout=120)
+    command = [*TORCHRUN, tmp_path / "worker.py", base, tmp_path / "two", *more, "--strategy", "zero2"]
+    result = subprocess.run(list(map(str, command)), env=ENV, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     run(base, tmp_path / "one", *more, "--batch_size", 4)
     for key in ("loss", "accuracy", "margin", "grad_norm"):
-        assert losses(tmp_path / "one", key) == pytest.approx(losses(tmp_path / "two", key), rel=1e-3, abs=1e-6), key
+        two = losses(tmp_path / "two", key)
+        assert losses(tmp_path / "one", key) == pytest.approx(two, rel=1e-3, abs=1e-6), key
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
-    assert len(losses(tmp_path / "one")) == 4 and one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-4) and one["accuracy"] == two["accuracy"]
+    assert len(losses(tmp_path / "one")) == 4 and one["accuracy"] == two["accuracy"]
+    assert one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-4)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -291,3 +348,12 @@ def test_a_language_model_is_no_reward_model(base):
     for form in ("model", "adapter"):
         with pytest.raises(ValueError, match="not .*a reward model.*train one with rm.py"):
             RewardModel.from_pretrained(base / form)
+
+
+def test_a_head_of_another_width_is_refused(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    tensors = weights(tmp_path)
+    tensors["score.weight"] = torch.zeros(2, 32)
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"score.weight is \(2, 32\), a reward model of this width has \(1, 32\)"):
+        RewardModel.from_pretrained(tmp_path)
