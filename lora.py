@@ -412,6 +412,8 @@ def load_adapter(model: nn.Module, path: str | Path, dtype: torch.dtype | None =
                        f"{name}.lora_B.weight": (module.out_features, rank)}
     if hasattr(model, "score"):
         shapes["score.weight"] = tuple(model.score.weight.shape)
+    elif getattr(model, "output", model) is None:  # a trunk, opened without the score
+        stored.pop("score.weight", None)
     reshaped = [f"{name} {tuple(stored[name].shape)} instead of {shape}" for name, shape in shapes.items()
                 if name in stored and stored[name].shape != shape]
     faults = {"missing": [name for name in shapes if name not in stored],
@@ -454,7 +456,7 @@ def main(argv: list[str] | None = None) -> dict:
         from rm import RewardModel
         model = RewardModel.from_pretrained(adapter)
     else:
-        model = quantize.load(base)
+        model = quantize.open_model(base)
         load_adapter(model, adapter)
     model.eval()
     config = getattr(model, "trunk", model).config

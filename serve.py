@@ -1066,7 +1066,7 @@ def open_model(directory: Path, quant: str | None, dtype: torch.dtype | None, de
     base = lora.base_path(directory) if lora.is_adapter(directory) else directory
     config = base / "config.json"
     if quantized := quant is not None or config.is_file() and bool(read_json(config).get("quantization_config")):
-        model = quantize.load(base, dtype, device, quant)
+        model = quantize.open_model(base, dtype, device, quant=quant)
     else:
         model = Llama.from_pretrained(base, dtype, device)
     if base != directory:

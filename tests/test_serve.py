@@ -1114,7 +1114,7 @@ def test_quantized(directory, quant):
     """Rounded at load, alone and in company: as generate of the same weights dequantized, up to a token where the two choices
     were closer than 0.3 of the logits' deviation (the kernels round their inputs, by how many rows there are)."""
     quantize = pytest.importorskip("quantize", reason="needs quantize.py")
-    model, slow = serve.open_model(directory, quant, torch.float32, "cpu"), quantize.load(directory, torch.float32, "cpu", quant).eval()
+    model, slow = serve.open_model(directory, quant, torch.float32, "cpu"), quantize.open_model(directory, torch.float32, "cpu", quant=quant).eval()
     prompts = [ids(n) for n in (5, 40, 11, 23)]
     expected, same = slow.generate(prompts, 12, temperature=0), 0
     alone = [finish(Engine(model, 4), job(prompt))[0] for prompt in prompts]
