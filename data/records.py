@@ -71,7 +71,7 @@ KINDS = {
 }
 PASSAGES = ("input", "context")  # Alpaca's and Dolly's key of the text that an instruction speaks of
 # Keys that change what a record means and are not supported, with the remedy.
-REFUSED = {"history": 'write its turns into "messages"'}
+REFUSED = {"history": 'write its turns into "messages"'}  # LLaMA-Factory's earlier turns
 
 
 def find_form(record: object, kind: str) -> Form | None:
@@ -89,7 +89,7 @@ def normalise(record: object, kind: str) -> dict:
             raise ValueError(f"these are {others[0].noun}, for {others[0].stage}" if others else "unknown form")
         return read_form(record, form, kind)
     except ValueError as error:
-        keys = [", ".join(dict.fromkeys((form.question, *form.answers))) for form in forms]
+        keys = [", ".join(dict.fromkeys((form.question, *form.answers))) for form in forms]  # each key once
         expected = "{" + "} or {".join(keys) + "}"
         found = ", ".join(record) if isinstance(record, dict) else f"none (a {type(record).__name__})"
         raise ValueError(f"{error}; {stage} reads {noun}: expected keys {expected}; found keys {found}") from None
@@ -99,6 +99,7 @@ def normalise(record: object, kind: str) -> dict:
 
 
 def read_form(record: dict, form: Form, kind: str) -> dict:
+    """The record as read_records gives it."""
     for key, remedy in REFUSED.items():
         if record.get(key):
             raise ValueError(f'"{key}" is not read here: {remedy}')
@@ -183,11 +184,11 @@ def read_turns(value: object, key: str) -> list[dict]:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f'"{key}" is no conversation, which is a list of {{"role", "content"}} or a transcript that '
                          'begins with "Human:"')
-    messages = []
+    messages, known = [], ", ".join(ROLES)
     for turn in turns:
         role = str(turn.get("role", turn.get("from")))
         if role not in ROLES:
-            raise ValueError(f'a role must be one of {", ".join(ROLES)}, not "{role}"')
+            raise ValueError(f'a role must be one of {known}, not "{role}"')
         said = "content" if "content" in turn else "value"
         messages.append({"role": ROLES[role], "content": read_text(turn.get(said), said)})
     return messages
@@ -239,7 +240,7 @@ def read_items(path: Path) -> Iterator[tuple[int, object]]:
             raise ValueError(f"{path} is a damaged gzip file ({error}); fetch it again") from None
     data = data.removeprefix(codecs.BOM_UTF8)
     if not data.lstrip().startswith(b"["):
-        # split, not splitlines, which also cuts at the U+2028 in people's texts
+        # Lines of bytes: splitlines of a text would also cut at the U+2028 in people's texts.
         yield from ((line, raw) for line, raw in enumerate(data.split(b"\n"), 1) if raw.strip())
         return
     try:

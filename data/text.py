@@ -259,10 +259,12 @@ TEMPLATES = {
 def check_messages(messages: list[dict], last: str) -> list[dict]:
     """Returns messages if they are an optional system message, then user and assistant in turn up to the role `last`.
     ValueError with the reason otherwise, and for a blank user message. A blank reply is legal: it teaches EOS."""
-    turns = [message for i, message in enumerate(messages) if i > 0 or message["role"] != "system"]
-    for i, turn in enumerate(turns):
-        if turn["role"] != ("user", "assistant")[i % 2]:
-            raise ValueError(f"turn {i + 1} is the {turn['role']}'s, but user and assistant alternate, the user first")
+    turns = list(messages)
+    if turns and turns[0]["role"] == "system":
+        del turns[0]
+    for number, turn in enumerate(turns, 1):
+        if turn["role"] != ("assistant", "user")[number % 2]:
+            raise ValueError(f"turn {number} is the {turn['role']}'s, but user and assistant alternate, the user first")
         if turn["role"] == "user" and not turn["content"].strip():
             raise ValueError("the prompt is empty")
     if not turns or turns[-1]["role"] != last:
@@ -276,14 +278,15 @@ def check_messages(messages: list[dict], last: str) -> list[dict]:
 def encode_messages(messages: list[dict], tokenizer: Tokenizer, template: Template) -> tuple[list[int], list[bool]]:
     """Messages -> ids and target flags, uncut."""
     ids, target, before = [], [], ""
-    for text, reply, bos, eos in template.render(messages):
+    for segment in template.render(messages):
         # A reply that begins a line has no "▁" (Zephyr's): it is encoded after a line break, whose ids are dropped.
-        line_break = "\n" if reply and before.endswith("\n") else ""
-        new = tokenizer.encode(line_break + text, bos=bos or not ids, eos=eos or reply)
-        new = new[len(tokenizer.encode(line_break, bos=False)):]
+        line_break = "\n" if segment.reply and before.endswith("\n") else ""
+        dropped = len(tokenizer.encode(line_break, bos=False))
+        bos, eos = segment.bos or not ids, segment.eos or segment.reply
+        new = tokenizer.encode(line_break + segment.text, bos, eos)[dropped:]
         ids += new
-        target += [reply] * len(new)
-        before = text
+        target += [segment.reply] * len(new)
+        before = segment.text
     return ids, target
 
 
@@ -325,10 +328,11 @@ def encode_all(records: list[dict], encode: Callable, what: str) -> tuple[list, 
     """encode(record) of each record, without the None, and the number of the None. ValueError if all are None; there
     `what` names the records ("preferences")."""
     encoded = [example for example in map(encode, records) if example is not None]
+    total = len(records)
     if records and not encoded:
-        raise ValueError(f"none of the {len(records)} {what} fits: the prompt alone fills max_len, or the responses "
-                         "are equal up to it; raise --max_len")
-    return encoded, len(records) - len(encoded)
+        raise ValueError(f"none of the {total} {what} fits: the prompt alone fills max_len, or the responses are equal "
+                         "up to it; raise --max_len")
+    return encoded, total - len(encoded)
 
 
 # ---- ids -> batches -------------------------------------------------------------------------------------------------
