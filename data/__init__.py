@@ -7,6 +7,6 @@ demo.py      the demo world: generator and gold score; demo/ holds its files
 run.py       what makes a function a command: processes, flags, progress, metrics, checkpoints, exit codes
 page.html    the web page of serve.py
 
-The shapes of records: the docstring of records.py has a sample of every form that a file may have, read_records says what
-they become, and encode_example and encode_preference in text.py say what the ids of a record are.
+The shapes of records: the docstring of records.py has a sample of every form that a file may have, read_records says
+what they become, and encode_example and encode_preference in text.py say what the ids of a record are.
 """

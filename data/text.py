@@ -30,7 +30,6 @@ import codecs
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -358,16 +357,19 @@ def chunks(items: list, size: int) -> list[list]:
 
 
 def epoch_order(lengths: list[int], batch: int, seed: int, epoch: int) -> list[int]:
-    """The order of a whole epoch. The examples are shuffled and cut into windows. A window is sorted by length, so that
-    neighbours need little padding, and cut into chunks, which are shuffled again, a smaller one last."""
+    """The order of a whole epoch. The examples are shuffled and cut into windows; a small last window joins the one
+    before it. A window is sorted by length, so that neighbours need little padding, and cut into chunks, which are
+    shuffled again, a smaller one last."""
     rng = random.Random(f"{seed} {epoch}")  # a string is hashed by SHA-512: the same order on every platform
-    shuffled, order = list(range(len(lengths))), []
+    shuffled = list(range(len(lengths)))
     rng.shuffle(shuffled)
-    window = WINDOW * batch
-    starts = range(0, max(len(shuffled) - window, 0) + 1, window)  # the last window takes the remainder: none is small
-    for start, stop in pairwise([*starts, len(shuffled)]):
-        by_length = sorted(shuffled[start:stop], key=lengths.__getitem__)  # a stable sort: ties stay shuffled
-        parts = chunks(by_length, min(batch, CHUNK))
+    windows = chunks(shuffled, WINDOW * batch)
+    if len(windows) > 1 and len(windows[-1]) < WINDOW * batch:
+        small = windows.pop()
+        windows[-1] += small
+    order = []
+    for window in windows:
+        parts = chunks(sorted(window, key=lengths.__getitem__), min(batch, CHUNK))  # a stable sort: ties stay shuffled
         rng.shuffle(parts)
         parts.sort(key=len, reverse=True)  # stable too: only the smaller one moves
         for part in parts:
@@ -432,13 +434,13 @@ def collate(examples: list[tuple[list[int], list[bool]]], filler: int = 0) -> tu
 def find_tokenizer(path: Path) -> Path:
     """The sentencepiece file of a directory. Meta puts one file beside the folders 7B, 13B, ..."""
     file = path / "tokenizer.model" if path.is_dir() else path
-    beside = path.parent / "tokenizer.model"
-    if file.exists():
-        return file
-    if (path / "params.json").exists() and beside.exists():
-        return beside
-    unread = ", a tokenizer.json cannot be read here" if (path / "tokenizer.json").exists() else ""
-    raise FileNotFoundError(f"{file} does not exist{unread}: put the sentencepiece file of the original release there")
+    if not file.exists() and (path / "params.json").exists():
+        file = path.parent / "tokenizer.model"
+    if not file.exists():
+        unread = ", a tokenizer.json cannot be read here" if (path / "tokenizer.json").exists() else ""
+        raise FileNotFoundError(f"{file} does not exist{unread}: put the sentencepiece file of the original release "
+                                "there")
+    return file
 
 
 def read_template(directory: str | Path) -> str | None:
