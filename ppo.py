@@ -133,7 +133,8 @@ def seeded(*purpose: object, device: torch.device | str = "cpu") -> torch.Genera
 
 def rollout(actor: Llama, prompts: list[list[int]], purpose: tuple, stage: Stage, announce: bool = False) -> Experience:
     """Step 1: answers this process's share of the prompts, --experience_batch_size at a time. purpose seeds them."""
-    args, eos_id, (rank, world, device, _) = stage.args, stage.tokenizer.eos_id, stage.world
+    args, eos_id = stage.args, stage.tokenizer.eos_id
+    rank, world, device, _ = stage.world
     prompts = prompts[rank::world] or prompts[:1]       # fewer prompts than processes: the first is answered again
     generator = seeded(*purpose, rank, device=device)   # no two rollouts and no two processes sample alike
     answers = []
@@ -164,7 +165,8 @@ def logprobs(model: Llama, e: Experience, temperature: float = 1.0) -> Tensor:
     row, place, column = response_places(e)
     h = model.hidden(e.tokens)[row, column - 1]                                 # (N, C): the column before predicts
     logits = model.output(h).float() / temperature                              # (N, V)
-    logp = -F.cross_entropy(logits, e.tokens[row, column], reduction="none")    # (N,)
+    sampled = e.tokens[row, column]                                             # (N,)
+    logp = -F.cross_entropy(logits, sampled, reduction="none")                  # (N,)
     return logp.new_zeros(e.mask.shape).index_put((row, place), logp)           # (B, R)
 
 
@@ -288,7 +290,8 @@ def value_loss(value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, clip
     All (B, R)."""
     value, old_value, ret = (torch.where(mask, x, 0.0) for x in (value, old_value, ret))
     near = old_value + (value - old_value).clamp(-clip, clip)
-    return 0.5 * masked_mean(torch.maximum((value - ret).square(), (near - ret).square()), mask)
+    worse = torch.maximum((value - ret).square(), (near - ret).square())
+    return 0.5 * masked_mean(worse, mask)
 
 
 def micro_batches(e: Experience, minibatch: Tensor, size: int) -> Iterator[tuple[Experience, float, bool]]:
@@ -299,7 +302,8 @@ def micro_batches(e: Experience, minibatch: Tensor, size: int) -> Iterator[tuple
     tokens = run.all_reduce(e.mask[minibatch].sum())
     parts = minibatch.split(size)
     for rows in parts:
-        yield select(e, rows), (e.mask[rows].sum() / tokens).item(), rows is parts[-1]
+        share = e.mask[rows].sum() / tokens
+        yield select(e, rows), share.item(), rows is parts[-1]
 
 
 def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[list], schedule: float, step: int,
@@ -308,9 +312,11 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
 
     ptx: a stream of batches of examples. Returns means over the minibatches, by their names in metrics.jsonl."""
     args, logged = stage.args, []
-    e = e._replace(adv=whiten(e.adv, e.mask, run.all_reduce))                       # 4. advantages
+    adv = whiten(e.adv, e.mask, run.all_reduce)                                     # 4. advantages
+    e = e._replace(adv=adv)
     for epoch in range(args.max_epochs):                                            # 5. update
-        order = torch.randperm(len(e.tokens), generator=seeded("minibatches", args.seed, step, epoch))
+        generator = seeded("minibatches", args.seed, step, epoch)
+        order = torch.randperm(len(e.tokens), generator=generator)
         for minibatch in order.split(args.train_batch_size * args.accumulation_steps):
             sums = {"loss/ptx_avg": e.adv.new_zeros(())}
             for old, share, last in micro_batches(e, minibatch, args.train_batch_size):
@@ -387,8 +393,9 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
           stage: Stage) -> dict:
     """The updates after meta["step"]. meta: what a checkpoint holds beside weights. Returns figures of the summary."""
     args, world, first = stage.args, stage.world, meta["step"]
-    rollout_size, ptx_size = args.experience_batch_size * world.world, args.ptx_batch_size * world.world
+    rollout_size = args.experience_batch_size * world.world     # over all processes, as the other sizes
     size = args.update_timesteps * rollout_size
+    ptx_size = args.ptx_batch_size * world.world
     asked = batches(prompts, [0] * len(prompts), size, args.seed, meta["prompts_seen"])     # not sorted by length
     ptx = batches(examples, [len(ids) for ids, _ in examples], ptx_size, args.seed, meta["ptx_seen"])
     append = run.open_metrics(args.save_path, world, first)
@@ -429,7 +436,11 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
             states = {name: optimizer.state_dict() for name, optimizer in optimizers._asdict().items()}
             run.save_checkpoint(args.save_path, world, meta, states)
     seconds = time.perf_counter() - started
-    return {"steps": meta["step"], "seconds": seconds, "tokens_per_second": all_tokens / max(seconds, 1e-9)}
+    return {
+        "steps": meta["step"],
+        "seconds": seconds,
+        "tokens_per_second": all_tokens / max(seconds, 1e-9),
+    }
 
 
 def resume(optimizers: Optimizers, marks: dict[str, str], stage: Stage) -> dict:
@@ -442,12 +453,15 @@ def resume(optimizers: Optimizers, marks: dict[str, str], stage: Stage) -> dict:
 
 def evaluate(models: Models, prompts: list[list[int]], when: str, stage: Stage) -> dict:
     """Reward and KL of answers to these prompts, sampled with a fixed seed, and the demo's gold score."""
-    answers = rollout(models.actor, prompts, ("evaluate", stage.args.seed), stage)
-    means, figures = objective(scoring(models, answers, stage.args), stage), {}
+    args, figures = stage.args, {}
     if stage.is_demo and stage.world.rank == 0:
         with quantize.packed(models.actor):
-            figures = demo.measure(models.actor, stage.tokenizer, text.TEMPLATES[stage.args.template])
-    figures = run.broadcast_object(figures) | {"reward": means["objective/scores"], "kl": means["objective/kl"]}
+            figures = demo.measure(models.actor, stage.tokenizer, text.TEMPLATES[args.template])
+    figures = run.broadcast_object(figures)
+    answers = rollout(models.actor, prompts, ("evaluate", args.seed), stage)
+    means = objective(scoring(models, answers, args), stage)
+    figures["reward"] = means["objective/scores"]
+    figures["kl"] = means["objective/kl"]
     return {f"{name}_{when}": x for name, x in figures.items()}
 
 
@@ -458,13 +472,16 @@ KL_WARNING = 30.0   # nats an answer; beyond it, samples are text that the rewar
 
 def split(e: Experience) -> list[tuple[list[int], list[int]]]:
     """The ids of prompt and response of every row."""
-    sizes = zip(e.tokens.tolist(), e.prompt_len.tolist(), e.mask.sum(1).tolist())
-    return [(row[:start], row[start:start + n]) for row, start, n in sizes]
+    ends = e.prompt_len + e.mask.sum(1)
+    rows = zip(e.tokens.tolist(), e.prompt_len.tolist(), ends.tolist())
+    return [(row[:start], row[start:end]) for row, start, end in rows]
 
 
 def objective(e: Experience, stage: Stage) -> dict[str, float]:
     """Means over the answers of all processes, by their names in metrics.jsonl."""
-    ids, decode = split(e), stage.tokenizer.decode
+    ids = split(e)
+    decode = stage.tokenizer.decode
+    distinct = len({tuple(response) for _, response in ids})
     sums = {
         "answers": torch.ones_like(e.score),
         "objective/kl": kl_k1(e.logp, e.ref_logp),      # summed over the tokens of an answer
@@ -474,7 +491,7 @@ def objective(e: Experience, stage: Stage) -> dict[str, float]:
         "objective/rlhf_reward": e.reward,
         "eos_rate": e.ended,
         "response_length": e.mask,
-        "distinct_answers": e.mask.new_ones(len({tuple(response) for _, response in ids})),
+        "distinct_answers": e.score.new_tensor(distinct),
     }
     if stage.is_demo:   # Nothing learns from it. The reward parts from it in the end (Gao et al. 2022, 2210.10760).
         gold = [demo.gold(decode(x), decode(y), ended) for (x, y), ended in zip(ids, e.ended.tolist())]
@@ -491,7 +508,8 @@ def show_tokens(e: Experience, tokenizer: text.Tokenizer) -> str:
     table = torch.stack([x[0] for x in columns], 1).tolist()    # R rows of 7
     lines = [f"prompt: {tokenizer.decode(prompt)}"]
     lines.append(f"{'token':>16} mask    logp ref_logp      kl   value  reward     adv     ret")
-    for piece, real, row in zip([*map(tokenizer.piece, response), "(padding)"], e.mask[0].tolist(), table):
+    pieces = [*map(tokenizer.piece, response), "(padding)"]
+    for piece, real, row in zip(pieces, e.mask[0].tolist(), table):
         figures = " ".join(f"{x:7.3f}" for x in row)
         lines.append(f"{piece:>16} {real:4d} {figures}")
     ended = "ended" if e.ended[0] else "never ended"
@@ -526,7 +544,8 @@ def report(row: dict, updates: int, started: float, first: int, stage: Stage) ->
     line = (f"score {row['objective/scores']:+.3f} | kl {kl:.2f} | clipfrac {row['policy/clipfrac_avg']:.3f} | "
             f"value loss {row['loss/value_avg']:.3f} | length {row['response_length']:.0f} | "
             f"eos {row['eos_rate']:.2f}")
-    run.progress(stage.world, step, updates, started, line, step % stage.args.log_interval == 0 or step <= 3, first)
+    log = step % stage.args.log_interval == 0 or step <= 3
+    run.progress(stage.world, step, updates, started, line, log, first)
     if not -1 <= kl <= KL_WARNING:
         advice = "raise --kl_coef or lower --lr" if kl > 0 else "log-probabilities and samples disagree"
         stage.say(f"warning: the KL to the SFT model is {kl:.1f} nats an answer: {advice}")
@@ -625,8 +644,11 @@ def read_ptx(stage: Stage) -> list:
         return []
     found = records.read_records(
         args.pretrain_dataset, "sft", args.skip_bad_records, args.max_datasets_size, stage.say)
-    encode = partial(text.encode_example, tokenizer=stage.tokenizer, template=text.TEMPLATES[args.template],
-                     max_len=args.max_seq_len)
+    encode = partial(
+        text.encode_example,
+        tokenizer=stage.tokenizer,
+        template=text.TEMPLATES[args.template],
+        max_len=args.max_seq_len)
     return text.encode_all(found, encode, "ptx examples")[0]
 
 
@@ -658,7 +680,11 @@ FLAGS = (
     ("ptx_coef",               number(0, 1),           0.9,   0.02,  "ptx_coef * ptx + (1 - ptx_coef) * policy"),
 )
 # Coati has the usual values too, but for both learning rates 7e-6.
-FINETUNE = {name: usual for name, _, usual, _, _ in FLAGS} | {"lr": 5e-6, "accumulation_steps": 1, "weight_decay": 0.0}
+FINETUNE = {name: usual for name, _, usual, _, _ in FLAGS} | {
+    "lr": 5e-6,
+    "accumulation_steps": 1,
+    "weight_decay": 0.0,
+}
 DEMO = FINETUNE | {name: value for name, _, _, value, _ in FLAGS} | {
     "lr": 3e-4,
     "prompt_dataset": [demo.FOLDER / "prompts.jsonl"],
@@ -708,11 +734,14 @@ def main(argv: list[str] | None = None) -> dict:
     prompts, examples = encode_prompts(found, stage), read_ptx(stage)
     held = prompts
     if is_demo:     # pairs of things that never occur together in the files
-        held = encode_prompts([records.normalise(x, "prompt") for x in demo.prompt_records(0, held=True)], stage)
+        unseen = demo.prompt_records(0, held=True)
+        held = encode_prompts([records.normalise(record, "prompt") for record in unseen], stage)
     held = held[:args.eval_size]
     run.say_flags(world, args)
     marks = run.fingerprint(nn.ModuleList(models[:2]), [prompts, examples], args.seed)
-    optimizers = Optimizers(*(sft.make_optimizer(model, args, stage.dtype) for model in models[:2]))
+    optimizers = Optimizers(
+        actor=sft.make_optimizer(models.actor, args, stage.dtype),
+        critic=sft.make_optimizer(models.critic, args, stage.dtype))
     updates, planned = plan(models, len(prompts), len(examples), stage)
 
     # training
@@ -721,8 +750,9 @@ def main(argv: list[str] | None = None) -> dict:
             meta = resume(optimizers, marks, stage)
         else:
             stage.say(f"answering {len(held)} prompts, to compare with afterwards")
-            meta = {"step": 0, "prompts_seen": 0, "ptx_seen": 0, "before": evaluate(models, held, "before", stage)}
-        meta |= {"marks": marks, "strategy": optimizers.actor.strategy}
+            before = evaluate(models, held, "before", stage)
+            meta = {"step": 0, "prompts_seen": 0, "ptx_seen": 0, "before": before, "marks": marks}
+        meta["strategy"] = optimizers.actor.strategy
         figures = meta["before"] | train(models, optimizers, prompts, examples, meta, updates, stage)
         sft.save_model(models.actor, optimizers.actor, args, tokenizer, base, world)
         figures |= evaluate(models, held, "after", stage)
