@@ -525,6 +525,7 @@ class CopyStream:
 # ---- the memory plan ------------------------------------------------------------------------------------------------
 
 CARDS = (8, 12, 16, 24, 32, 40, 80)          # GiB
+HEAP = 100_000_000     # on a CPU: torch's buffers, and holes between tensors; measured on mid, 2 x 256 tokens, glibc
 
 
 class Size(NamedTuple):
@@ -583,12 +584,13 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     # A bucket is sent as autograd's gradient, received in parts, summed in fp32. The largest is a matrix alone.
     device["buckets"] = element * size.largest + (element + 4) * size.largest // shards * (shards > 1)
     device["activations"] = activation_bytes(size, tokens, element, grad_checkpoint, gpu)
-    # `sft.HeadLoss`: logits and their gradient of 512 rows at a time; gradients of hidden states and head
+    # `sft.HeadLoss`, 512 rows at a time: logits, log-probabilities and their gradients; those of hidden states and head
     V, C = size.config.vocab_size, size.config.dim
-    device["logits"] = 4 * (2 * min(tokens, 512) * V + tokens * C + V * C * (not size.rank)) * size.head
+    device["logits"] = 4 * (4 * min(tokens, 512) * V + tokens * C + V * C * (not size.rank)) * size.head
+    if not gpu:
+        device["heap"] = HEAP
     # Activations are freed while gradients are computed: the peak is where backward begins, or where it ends.
-    stays = sum(device[key] for key in ("weights", "master", "moments", "buckets"))
-    peak = stays + max(device["activations"] + device["logits"], device["gradient"])
+    peak = sum(device.values()) - min(device["activations"] + device["logits"], device["gradient"])
     pinned = CopyStream.BUFFERS * 4 * -(-size.largest // shards)
     cpu = {key: n * offload for key, n in (state | {"pinned": pinned}).items()}
     # Section 7: a reduce-scatter a micro-batch and an all-gather a step; ddp's fp32 all-reduce is one of each.

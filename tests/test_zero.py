@@ -507,7 +507,8 @@ def test_plan_of_a_run_counts_shared_weights_once():
     size = zero.size_of(CONFIG)
     assert alone == zero.plan(size, "zero2", 2, 64, element=4, gpu=False).peak
     text, _ = zero.run_plan([(model, SHAPES["7B"])], [], "zero2", world, 512, torch.float32)
-    assert re.fullmatch(r"memory of a process: activations \S+ GB, logits \S+ GB; at most \S+ GB at once", text)
+    parts = r"activations \S+ GB, logits \S+ GB, heap \S+ GB"
+    assert re.fullmatch(rf"memory of a process: {parts}; at most \S+ GB at once", text)
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
