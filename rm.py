@@ -25,7 +25,7 @@ Ouyang et al. 2022 (arXiv 2203.02155), section 3.5, second step; Stiennon et al.
 Letters: B rows of a batch (all responses), T time, C channels, P pairs.
 """
 
-import argparse
+from argparse import Namespace
 from functools import partial
 from itertools import combinations, islice
 from pathlib import Path
@@ -38,6 +38,8 @@ import lora
 import quantize
 import sft
 from data import demo, records, run, text, weights
+from data.run import World
+from data.text import Tokenizer
 from model import Llama
 
 DEMO = {"dataset": [demo.FOLDER / "preferences.jsonl.gz"], "lr": 1e-3, "batch_size": 4, "accumulation_steps": 2,
@@ -91,9 +93,9 @@ class RewardModel(nn.Module):
         if score is None:
             raise ValueError(f"{directory} has no score.weight: it is not a reward model, train one with rm.py")
         trunk = quantize.open_model(directory, dtype, device, head=False, adapter="merge", base=base)
-        if score.shape != (1, trunk.config.dim):
-            raise ValueError(f"{directory}: score.weight is {tuple(score.shape)}, a reward model of this width has "
-                             f"{(1, trunk.config.dim)}")
+        found, right = tuple(score.shape), (1, trunk.config.dim)
+        if found != right:
+            raise ValueError(f"{directory}: score.weight is {found}, a reward model of this width has {right}")
         model = cls(trunk, torch.Generator(device))
         model.score.weight.data = score.to(device, torch.float32, copy=True)
         model.config.extra["reward_mean"] = extra.get("reward_mean", 0.0)
@@ -167,7 +169,7 @@ def pair_figures(sums: dict[str, float]) -> dict[str, float]:
 
 # ---- the mean reward ------------------------------------------------------------------------------------------------
 
-def sample_answers(model: Llama, prompts: list[dict], tokenizer: text.Tokenizer, args: argparse.Namespace,
+def sample_answers(model: Llama, prompts: list[dict], tokenizer: Tokenizer, args: Namespace,
                    n: int = 64) -> list[list[int]]:
     """Returns the SFT model's own answers to the first n prompts that leave room for one, prompt included.
 
@@ -194,7 +196,7 @@ def mean_score(model: RewardModel, rows: list[list[int]]) -> float:
 
 # ---- files, flags, main ---------------------------------------------------------------------------------------------
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     parser = run.training_parser("Stage 2: the reward model. Without flags, the demo: reads out/sft, writes out/rm.",
                                  "out/rm")
     parser.add_argument("--dataset", type=Path, nargs="+",
@@ -209,19 +211,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_rankings(args: argparse.Namespace, tokenizer: text.Tokenizer, world: run.World,
+def read_rankings(args: Namespace, tokenizer: Tokenizer, world: World,
                   is_demo: bool) -> tuple[list, list, list[dict]]:
     """Returns rankings to train on, those held out, and the records of all.
 
     Held out of the demo are rankings without label noise about unseen pairs of things."""
     found = records.read_records(args.dataset, "preference", args.skip_bad_records, args.max_datasets_size,
                                  partial(run.say, world))
-    encode = partial(text.encode_preference, tokenizer=tokenizer, template=text.TEMPLATES[args.template],
-                     max_len=args.max_len)
+    template = text.TEMPLATES[args.template]
+    encode = partial(text.encode_preference, tokenizer=tokenizer, template=template, max_len=args.max_len)
     encoded, dropped = text.encode_all(found, encode, "rankings")
+    n = len(found)
     if dropped:
-        run.say(world, f"note: {dropped} of {len(found)} rankings have a prompt of --max_len {args.max_len} tokens or "
-                       "responses that are equal up to there: left out")
+        run.say(world, f"note: {dropped} of {n} rankings have a prompt of --max_len {args.max_len} tokens or responses "
+                       "that are equal up to there: left out")
     rankings = [rows for rows, _ in encoded]
     if not is_demo:
         return *text.split_held_out(rankings, args.eval_size, args.seed), found
@@ -271,7 +274,8 @@ def main(argv: list[str] | None = None) -> dict:
     measured = ""
     if summary["accuracy"] is not None:
         measured = f"held-out accuracy {summary['accuracy']:.3f}, mean margin {summary['margin']:.2f}, "
-    run.say(world, f"wrote {args.save_path}: {measured}{summary['seconds']:.0f} s, {run.peak_text(summary, world)}")
+    memory = run.peak_text(summary, world)
+    run.say(world, f"wrote {args.save_path}: {measured}{summary['seconds']:.0f} s, {memory}")
     return summary
 
 

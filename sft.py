@@ -23,9 +23,9 @@ What matters and is easy to get wrong:
 Letters: B batch, T time, C channels, V vocabulary, N target tokens of a micro-batch, n rows of a chunk of them.
 """
 
-import argparse
 import math
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -40,6 +40,8 @@ import lora
 import quantize
 import zero
 from data import demo, records, run, text, weights
+from data.run import World
+from data.text import Tokenizer
 from model import Llama, LlamaConfig
 
 # The demo's preset, used only when the input is the demo world; real weights get FINETUNE.
@@ -58,7 +60,8 @@ def lm_loss(model: Llama, tokens: Tensor, target: Tensor) -> Tensor:
     """Returns the sum of -log p over the target tokens.
 
     tokens (B, T) are ids, padded on the right. target (B, T) is True where a token is learnt, never in column 0.
-    Both may be on the CPU: the places are picked there, so that no GPU is waited for."""
+    Both may be on the CPU: the places are picked there, so that no GPU is waited for.
+    """
     # 1. Hidden states before target tokens are all that the head sees: no logits are computed for prompts or padding.
     index = target[:, 1:].flatten().nonzero().flatten()                 # (N,) of B * (T - 1) places
     answer = tokens[:, 1:].flatten()[index].to(model.device)            # (N,) the token to predict ...
@@ -130,20 +133,20 @@ class Task(NamedTuple):
         return [max(self.rows(example)) for example in examples]
 
 
-def batches(task: Task, batch: int, args: argparse.Namespace, consumed: int, old_batch: int) -> Iterator[list]:
-    """Yields the examples of every update that is left after `consumed` examples.
+def batches(task: Task, batch: int, args: Namespace, position: dict) -> Iterator[list]:
+    """Yields the examples of every update that is left from a position on.
 
-    old_batch is the batch size when the epoch under way was shuffled: a resumed run may have another."""
+    position["batch"] is the batch size for which the epoch under way was shuffled: a resumed run may have another."""
     lengths = task.lengths(task.examples)
-    first, seen = divmod(consumed, len(lengths))
+    first, seen = divmod(position["consumed"], len(lengths))
     for epoch in range(first, args.max_epochs):
         # 3. The order follows from seed and epoch.
-        for indices in text.global_batches(lengths, batch, args.seed, epoch, seen, old_batch):
+        for indices in text.global_batches(lengths, batch, args.seed, epoch, seen, position["batch"]):
             yield [task.examples[i] for i in indices]
         seen = 0
 
 
-def run_batch(task: Task, examples: list, args: argparse.Namespace, world: run.World,
+def run_batch(task: Task, examples: list, args: Namespace, world: World,
               optimizer: zero.ZeRO2 | None = None) -> dict[str, float]:
     """Runs a batch, shared out over the processes, forward and with an optimizer backward. Returns loss and metrics."""
     divisor = sum(map(task.units, examples))        # 2. Every process knows the whole batch and divides by all of it.
@@ -162,59 +165,71 @@ def run_batch(task: Task, examples: list, args: argparse.Namespace, world: run.W
     return {"loss": sums["loss"] / divisor} | task.figures(sums)
 
 
-def train(model: nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict, args: argparse.Namespace,
-          world: run.World) -> dict:
+def train(model: nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict, args: Namespace,
+          world: World) -> dict:
     """Trains to the end. Returns what summary.json takes: last loss, steps, seconds, tokens_per_second, ..."""
     batch = args.batch_size * args.accumulation_steps * world.world
-    step, consumed, old_batch = 0, 0, batch
-    if args.resume:     # 4.
-        meta, states, random = run.load_checkpoint(args.save_path, world, marks, optimizer.strategy)
-        optimizer.load_state_dict(states)
-        run.set_random_state(random, world)
-        step, consumed, old_batch, before = (meta[key] for key in ("step", "consumed", "batch", "before"))
-        del states
+    if args.resume:
+        position = restore(optimizer, marks, args, world)
     else:
-        before = {f"{key}_before": value for key, value in evaluate(model, task, args, world).items()}
-    left = list(batches(task, batch, args, consumed, old_batch))
-    total = min(step + len(left), args.max_steps or math.inf)
+        position = {"step": 0, "consumed": 0, "batch": batch, "before": evaluate(model, task, args, world)}
+    first, left = position["step"], list(batches(task, batch, args, position))
+    total = min(first + len(left), args.max_steps or math.inf)
     planned = say_plan(model, task, batch, total, args, world)
-    append = run.open_metrics(args.save_path, world, step)
-    first, started, tokens_done, row = step, time.perf_counter(), 0, {"loss": None}
+    append = run.open_metrics(args.save_path, world, first)
+    started, tokens_done, loss = time.perf_counter(), 0, None
     model.train()
-    for examples in left[:max(0, total - first)]:
-        began, step = time.perf_counter(), step + 1
+    for step, examples in enumerate(left[:max(0, total - first)], first + 1):
+        began = time.perf_counter()
         lr = cosine_lr(step, total, args.lr, args.warmup)
         figures = run_batch(task, examples, args, world, optimizer)
-        run.stop_if_broken(figures["loss"], step, lr, args.save_path)
+        loss = figures.pop("loss")
+        run.stop_if_broken(loss, step, lr, args.save_path)
         stats = optimizer.step(lr)
-        consumed += len(examples)
-        if consumed % len(task.examples) == 0:
-            old_batch = batch           # the next epoch is shuffled for this one
         # ---- log, evaluate, save ----
         tokens = sum(sum(task.rows(example)) for example in examples)
         tokens_done += tokens
         now = time.perf_counter()
-        row = {"step": step, "loss": figures.pop("loss"), "lr": lr, "seconds": now - started,
-               "tokens_per_second": tokens / (now - began), "grad_norm": stats.grad_norm, "skipped": optimizer.skipped,
-               "seconds/optimizer": stats.seconds, "seconds/copies": stats.copying} | figures
+        row = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "seconds": now - started,
+            "tokens_per_second": tokens / (now - began),
+            "grad_norm": stats.grad_norm,
+            "skipped": optimizer.skipped,
+            "seconds/optimizer": stats.seconds,
+            "seconds/copies": stats.copying,
+        } | figures
         log = step % args.log_interval == 0 or step == total
         run.progress(world, step, total, started, describe(row, figures), log, first)
         if args.eval_interval and step % args.eval_interval == 0 and step < total:
             row |= evaluate(model, task, args, world)
         if log or "eval_loss" in row:
             append(row)
+        position |= {"step": step, "consumed": position["consumed"] + len(examples)}
+        if position["consumed"] % len(task.examples) == 0:
+            position["batch"] = batch       # the next epoch is shuffled for this one
         if args.save_interval and (step % args.save_interval == 0 or step == args.max_steps):
-            meta = {"step": step, "consumed": consumed, "batch": old_batch, "before": before, "marks": marks,
-                    "strategy": optimizer.strategy}
+            meta = position | {"marks": marks, "strategy": optimizer.strategy}
             run.save_checkpoint(args.save_path, world, meta, optimizer.state_dict())
     seconds = time.perf_counter() - started
-    return {"planned_memory_bytes": planned, "loss": row["loss"], "steps": step, "seconds": seconds,
-            "tokens_per_second": tokens_done / seconds, "skipped": optimizer.skipped,
-            **before, **evaluate(model, task, args, world)}
+    before = {f"{key}_before": value for key, value in position["before"].items()}
+    return before | evaluate(model, task, args, world) | {
+        "planned_memory_bytes": planned, "loss": loss, "steps": position["step"], "seconds": seconds,
+        "tokens_per_second": tokens_done / seconds, "skipped": optimizer.skipped}
+
+
+def restore(optimizer: zero.ZeRO2, marks: dict, args: Namespace, world: World) -> dict:
+    """4. Brings optimizer, weights and random state back from the newest checkpoint. Returns its position."""
+    position, states, random = run.load_checkpoint(args.save_path, world, marks, optimizer.strategy)
+    optimizer.load_state_dict(states)
+    run.set_random_state(random, world)
+    return position
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, args: argparse.Namespace, world: run.World) -> dict:
+def evaluate(model: nn.Module, task: Task, args: Namespace, world: World) -> dict:
     """Returns eval_loss and the stage's own metrics over the held-out examples; all are None without any."""
     if not task.held:
         return dict.fromkeys(["eval_loss", *task.figures(dict.fromkeys(task.names, 0.0))])
@@ -231,32 +246,36 @@ def describe(row: dict, figures: dict) -> str:
     return f"loss {row['loss']:.4f}{own} | lr {row['lr']:.1e} | {row['tokens_per_second']:,.0f} tokens/s{skipped}"
 
 
-def say_plan(model: nn.Module, task: Task, batch: int, total: int, args: argparse.Namespace, world: run.World) -> int:
+def say_plan(model: nn.Module, task: Task, batch: int, total: int, args: Namespace, world: World) -> int:
     """Prints what the run will do and need. Returns the planned peak of memory above start-up, in bytes."""
     lengths, rows = task.lengths(task.examples), [task.rows(example) for example in task.examples]
     epoch = text.global_batches(lengths, batch, args.seed, 0)
-    padding = 100 * text.padding_share(rows, [text.micro_batches(b, lengths, args.batch_size, 0, 1) for b in epoch])
+    micro_batches = [text.micro_batches(indices, lengths, args.batch_size, 0, 1) for indices in epoch]
+    padding = 100 * text.padding_share(rows, micro_batches)
     trainable, everything = lora.trainable_report(model)
-    run.say(world, f"{len(rows)} examples, {sum(map(sum, rows)):,} tokens, padding {padding:.1f} % | {total} updates "
-                   f"of {args.batch_size} x {args.accumulation_steps} accumulated x {world.world} processes = {batch} "
-                   f"examples | {trainable:,} of {everything:,} parameters trained")
-    tokens = args.batch_size * max(len(row) * max(row) for row in rows)         # of the largest micro-batch
-    plan, peak = zero.run_plan([(model, model.config)], [], args.strategy, world, tokens,
-                               run.choose_dtype(args.dtype, world.device), args.lora_rank, args.grad_checkpoint)
+    n, tokens = len(rows), sum(map(sum, rows))
+    run.say(world, f"{n} examples, {tokens:,} tokens, padding {padding:.1f} % | {total} updates of {args.batch_size} x "
+                   f"{args.accumulation_steps} accumulated x {world.world} processes = {batch} examples | "
+                   f"{trainable:,} of {everything:,} parameters trained")
+    largest = args.batch_size * max(len(row) * max(row) for row in rows)        # tokens of a micro-batch
+    dtype = run.choose_dtype(args.dtype, world.device)
+    trained = [(model, model.config)]
+    plan, peak = zero.run_plan(trained, [], args.strategy, world, largest, dtype, args.lora_rank, args.grad_checkpoint)
     run.say(world, plan)
     return peak
 
 
 # ---- opening and saving models, for all three stages ----------------------------------------------------------------
 
-def inputs_of(args: argparse.Namespace) -> list[Path]:
+def inputs_of(args: Namespace) -> list[Path]:
     """Returns the directories that --pretrain is read from: a model's, or those of an adapter and its base."""
     if args.pretrain is None:
         return []
-    return [args.pretrain, *([lora.base_path(args.pretrain)] if lora.is_adapter(args.pretrain) else [])]
+    base = [lora.base_path(args.pretrain)] if lora.is_adapter(args.pretrain) else []
+    return [args.pretrain, *base]
 
 
-def open_tokenizer(args: argparse.Namespace, directory: Path | None, world: run.World) -> text.Tokenizer:
+def open_tokenizer(args: Namespace, directory: Path | None, world: World) -> Tokenizer:
     """Opens the tokenizer of a model directory (None: the demo's), and settles args.template."""
     if directory is None:
         directory = demo.FOLDER
@@ -268,10 +287,10 @@ def open_tokenizer(args: argparse.Namespace, directory: Path | None, world: run.
         args.template = named if named in text.TEMPLATES else "alpaca"
     elif named not in (None, args.template):
         run.say(world, f"note: {home} was trained with the template {named}, --template {args.template} replaces it")
-    return text.Tokenizer(home)
+    return Tokenizer(home)
 
 
-def open_llama(directory: Path, dtype: torch.dtype | None, world: run.World, head: bool = True) -> Llama:
+def open_llama(directory: Path, dtype: torch.dtype | None, world: World, head: bool = True) -> Llama:
     """Opens --pretrain to train it. dtype None keeps the file's: all weights are trained, from fp32 masters."""
     base = lora.base_path(directory) if lora.is_adapter(directory) else directory
     if weights.quantization(base) is not None:
@@ -284,25 +303,25 @@ def open_llama(directory: Path, dtype: torch.dtype | None, world: run.World, hea
     return quantize.open_model(directory, dtype, world.device, head=head, adapter="merge")
 
 
-def add_adapters(model: nn.Module, args: argparse.Namespace) -> None:
+def add_adapters(model: nn.Module, args: Namespace) -> None:
     """Freezes the model and puts adapters on it, the same on every process."""
     generator = torch.Generator(model.device).manual_seed(args.seed)
     lora.attach(model, args.lora_rank, args.lora_alpha, args.lora_dropout, dtype=torch.float32, generator=generator)
 
 
-def set_up(model: Llama, args: argparse.Namespace) -> None:
+def set_up(model: Llama, args: Namespace) -> None:
     model.grad_checkpoint = args.grad_checkpoint
     if args.compile:
         for layer in model.layers:
             layer.compile()     # with dynamic shapes from the second length on
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace, dtype: torch.dtype) -> zero.ZeRO2:
+def make_optimizer(model: nn.Module, args: Namespace, dtype: torch.dtype) -> zero.ZeRO2:
     return zero.ZeRO2(model.named_parameters(), dtype, weight_decay=args.weight_decay, max_norm=args.clip_grad,
                       strategy=args.strategy, trace=args.trace)
 
 
-def base_for_adapter(model: Llama, args: argparse.Namespace, tokenizer: text.Tokenizer, world: run.World) -> str:
+def base_for_adapter(model: Llama, args: Namespace, tokenizer: Tokenizer, world: World) -> str:
     """Returns what a new adapter will name as its base: --pretrain, or for an adapter the merged model.
 
     That one is written to SAVE_PATH/base."""
@@ -314,8 +333,8 @@ def base_for_adapter(model: Llama, args: argparse.Namespace, tokenizer: text.Tok
     return "base"
 
 
-def save_model(model: nn.Module, optimizer: zero.ZeRO2, args: argparse.Namespace, tokenizer: text.Tokenizer,
-               base: str | None, world: run.World, extra: dict | None = None) -> None:
+def save_model(model: nn.Module, optimizer: zero.ZeRO2, args: Namespace, tokenizer: Tokenizer,
+               base: str | None, world: World, extra: dict | None = None) -> None:
     """Writes the model, or with a base its adapter, and removes what an earlier run of the other kind left there."""
     adapter = base is not None
     with optimizer.masters():
@@ -335,17 +354,18 @@ def save_model(model: nn.Module, optimizer: zero.ZeRO2, args: argparse.Namespace
 
 def add_loop_flags(parser: run.Parser, examples: str, held: int) -> None:
     """The flags of the training loop of stages 1 and 2."""
-    parser.add_argument("--batch_size", type=run.whole(1), help=f"{examples} a process and micro-batch")
-    parser.add_argument("--max_epochs", type=run.whole(1), help="passes over the data")
-    parser.add_argument("--max_len", type=run.whole(2),
-                        help=f"longest of the {examples} in tokens; longer ones are cut (512, or the model's context)")
-    parser.add_argument("--eval_size", type=run.whole(0), default=held,
-                        help=f"{examples} held out for evaluation, at most a tenth of all")
-    parser.add_argument("--eval_interval", type=run.whole(0), default=0,
-                        help="updates between two evaluations (0 = at the end only)")
+    flag = parser.add_argument
+    flag("--batch_size", type=run.whole(1), help=f"{examples} a process and micro-batch")
+    flag("--max_epochs", type=run.whole(1), help="passes over the data")
+    flag("--max_len", type=run.whole(2),
+         help=f"longest of the {examples} in tokens; longer ones are cut (512, or the model's context)")
+    flag("--eval_size", type=run.whole(0), default=held,
+         help=f"{examples} held out for evaluation, at most a tenth of all")
+    flag("--eval_interval", type=run.whole(0), default=0,
+         help="updates between two evaluations (0 = at the end only)")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     parser = run.training_parser("Stage 1: supervised fine-tuning. Without flags, the demo: a small LLaMA from "
                                  "scratch on data/demo.", "out/sft")
     parser.add_argument("--dataset", type=Path, nargs="+",
@@ -362,7 +382,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def open_model(args: argparse.Namespace, tokenizer: text.Tokenizer, world: run.World) -> tuple[Llama, str | None]:
+def open_model(args: Namespace, tokenizer: Tokenizer, world: World) -> tuple[Llama, str | None]:
     """Opens --pretrain or makes the demo's model. Returns it, and the base that an adapter on it will name."""
     if args.pretrain is None:
         # Made on the CPU whatever the device, so that it starts the same everywhere.
@@ -379,22 +399,23 @@ def open_model(args: argparse.Namespace, tokenizer: text.Tokenizer, world: run.W
     return model, base
 
 
-def resolve_max_len(args: argparse.Namespace, config: LlamaConfig) -> None:
+def resolve_max_len(args: Namespace, config: LlamaConfig) -> None:
     run.resolve(args, {"max_len": min(512, config.max_seq_len)})
     if args.max_len > config.max_seq_len:
         raise ValueError(f"--max_len {args.max_len} is beyond the model's context of {config.max_seq_len} tokens")
 
 
-def read_examples(args: argparse.Namespace, tokenizer: text.Tokenizer, world: run.World) -> tuple[list, list]:
+def read_examples(args: Namespace, tokenizer: Tokenizer, world: World) -> tuple[list, list]:
     """Returns the examples to train on and those held out; an example is its ids and target flags."""
     found = records.read_records(args.dataset, "sft", args.skip_bad_records, args.max_datasets_size,
                                  partial(run.say, world))
-    encode = partial(text.encode_example, tokenizer=tokenizer, template=text.TEMPLATES[args.template],
-                     max_len=args.max_len)
+    template = text.TEMPLATES[args.template]
+    encode = partial(text.encode_example, tokenizer=tokenizer, template=template, max_len=args.max_len)
     examples, dropped = text.encode_all(found, encode, "examples")
+    n = len(found)
     if dropped:
-        run.say(world, f"note: {dropped} of {len(found)} examples have a prompt of --max_len {args.max_len} tokens or "
-                       "more: left out")
+        run.say(world, f"note: {dropped} of {n} examples have a prompt of --max_len {args.max_len} tokens or more: "
+                       "left out")
     return text.split_held_out(examples, args.eval_size, args.seed)
 
 
@@ -430,7 +451,8 @@ def main(argv: list[str] | None = None) -> dict:
                        f"(en {figures['gold_en']:.3f}, zh {figures['gold_zh']:.3f})")
     summary = run.write_summary(args, world, figures)
     evaluated = "" if summary["eval_loss"] is None else f"eval loss {summary['eval_loss']:.4f}, "
-    run.say(world, f"wrote {args.save_path}: {evaluated}{summary['seconds']:.0f} s, {run.peak_text(summary, world)}")
+    memory = run.peak_text(summary, world)
+    run.say(world, f"wrote {args.save_path}: {evaluated}{summary['seconds']:.0f} s, {memory}")
     return summary
 
 

@@ -185,11 +185,10 @@ class Parser(argparse.ArgumentParser):
     def tell(self, usual: dict, demo: dict) -> None:
         """Adds to --help the defaults that `resolve` fills in later, since they depend on the input."""
         for action in self._actions:
-            values = [shown(usual[action.dest])] if action.dest in usual else []
-            if action.dest in demo:
-                values.append(f"the demo: {shown(demo[action.dest])}")
+            values = [prefix + shown(defaults[action.dest])
+                      for prefix, defaults in (("", usual), ("the demo: ", demo)) if action.dest in defaults]
             if values:
-                action.help += f" ({'; '.join(values)})"
+                action.help += " (" + "; ".join(values) + ")"
 
 
 def shown(value) -> str:
@@ -197,33 +196,25 @@ def shown(value) -> str:
     return " ".join(getattr(v, "name", str(v)) for v in value) if isinstance(value, list) else str(value)
 
 
-def whole(at_least: int, at_most: int | None = None) -> Callable[[str], int]:
-    """The type of a flag that takes whole numbers."""
-    return within(int, "a whole number", at_least, at_most)
-
-
-def number(at_least: float = 0, at_most: float | None = None, above: bool = False) -> Callable[[str], float]:
-    """The type of a flag that takes finite numbers; `above` leaves at_least itself out."""
-    return within(float, "a finite number", at_least, at_most, above)
-
-
-def within(read: Callable, kind: str, at_least: float, at_most: float | None, above: bool = False) -> Callable:
-    bounds = f"above {at_least}" if above else f"at least {at_least}"
+def number(at_least: float = 0, at_most: float | None = None, above: bool = False, read: Callable = float,
+           kind: str = "finite number") -> Callable[[str], float]:
+    """The type of a flag that takes numbers within bounds; `above` leaves at_least itself out."""
+    bounds = f"above {at_least}" if above else f"of at least {at_least}"
     if at_most is not None:
         bounds += f" and at most {at_most}"
+    most = sys.float_info.max if at_most is None else at_most       # infinity is above it
 
-    def parse(given: str):
-        try:
-            value = read(given)
-        except ValueError:
-            value = math.nan
-        if not -math.inf < value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be {kind}, not {given}")
-        too_low, too_high = value < at_least, at_most is not None and value > at_most
-        if too_low or too_high or above and value == at_least:
-            raise argparse.ArgumentTypeError(f"must be {bounds}, not {given}")
+    def parse(given: str) -> float:
+        value = read(given)
+        if not at_least <= value <= most or above and value == at_least:
+            raise argparse.ArgumentTypeError(f"must be a {kind} {bounds}, not {given}")
         return value
+    parse.__name__ = kind       # argparse says "invalid finite number value: 'x'"
     return parse
+
+
+def whole(at_least: int, at_most: int | None = None) -> Callable[[str], int]:
+    return number(at_least, at_most, read=int, kind="whole number")
 
 
 def training_parser(description: str, save_path: str) -> Parser:
@@ -334,10 +325,11 @@ def command(main: Callable[[list[str] | None], object], argv: list[str] | None =
 
 
 def sentence(error: Exception) -> str:
-    """Returns an error in words. The system's own begin with a number: "[Errno 13] Permission denied: 'x'"."""
+    """Returns an error in words. Those of the system begin with a number: "[Errno 13] Permission denied: 'x'"."""
     if not (isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno")):
         return str(error)
-    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror.lower()}"
+    reason = error.strerror.lower()
+    return reason if error.filename is None else f"{error.filename}: {reason}"
 
 
 def said_already(text: str) -> bool:
@@ -367,13 +359,15 @@ def say(world: World, text: str) -> None:
 
 
 def say_flags(world: World, args: argparse.Namespace) -> None:
-    say(world, "flags: " + " ".join(f"{key}={shown(value)}" for key, value in sorted(vars(args).items())))
+    say(world, "flags: " + " ".join(key + "=" + shown(value) for key, value in sorted(vars(args).items())))
 
 
 def progress(world: World, step: int, total: int, started: float, text: str, log: bool, first: int = 0) -> None:
     """Prints a line that updates itself on a terminal; elsewhere a plain line where `log` says so."""
-    left = (time.perf_counter() - started) / max(step - first, 1) * (total - step)
-    line = f"step {step}/{total} | {text} | " + (f"{left / 60:.1f} min left" if left > 90 else f"{left:.0f} s left")
+    seconds = (time.perf_counter() - started) / max(step - first, 1) * (total - step)
+    minutes = seconds / 60
+    left = f"{minutes:.1f} min left" if minutes > 1.5 else f"{seconds:.0f} s left"
+    line = f"step {step}/{total} | {text} | {left}"
     if world.rank == 0 and sys.stdout.isatty():
         print(f"\r\x1b[K{line}", end="\n" if step == total else "", flush=True)
     elif log or step == total:
@@ -381,25 +375,24 @@ def progress(world: World, step: int, total: int, started: float, text: str, log
 
 
 def peak_text(summary: dict, world: World) -> str:
-    peak, planned = summary["peak_memory_bytes"], summary["planned_memory_bytes"]
-    above = peak - world.idle
-    return f"peak memory {peak / 1e9:.2f} GB, {above / 1e9:.2f} above start-up, {planned / 1e9:.2f} planned"
+    peak, planned = summary["peak_memory_bytes"] / 1e9, summary["planned_memory_bytes"] / 1e9
+    above = peak - world.idle / 1e9
+    return f"peak memory {peak:.2f} GB, {above:.2f} above start-up, {planned:.2f} planned"
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 def random_state(world: World) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(world.device)
-    return state
+    gpu = {"cuda": torch.cuda.get_rng_state(world.device)} if world.device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state()} | gpu
 
 
 def set_random_state(state: dict[str, Tensor] | None, world: World) -> None:
     """None, as of a checkpoint of other processes, changes nothing."""
-    if state is not None:
-        torch.set_rng_state(state["cpu"])
-    if state is not None and "cuda" in state and world.device.type == "cuda":
+    if state is None:
+        return
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and world.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], world.device)
 
 
@@ -408,7 +401,7 @@ def fingerprint(model: nn.Module, examples: list, seed: int) -> dict[str, str]:
     tensors, ids = hashlib.sha256(), hashlib.sha256(json.dumps(examples).encode())
     for name, p in (*model.named_parameters(), *model.named_buffers()):         # quantized weights are buffers
         numbers = p.detach().flatten()[:64].float().cpu().numpy()
-        tensors.update(f"{name}{tuple(p.shape)}".encode() + numbers.tobytes())
+        tensors.update(repr((name, p.shape)).encode() + numbers.tobytes())
     # The seed comes first because another seed changes the others too.
     return {"seed": str(seed), "model": tensors.hexdigest(), "dataset": ids.hexdigest()}
 
@@ -447,9 +440,9 @@ def load_checkpoint(save_path: Path, world: World, marks: dict[str, str],
                     strategy: str) -> tuple[dict, list[dict], dict | None]:
     """Returns meta, the optimizer states of all processes that wrote the newest checkpoint, and this process's random
     state, or None if they were not as many. Refuses another model, dataset or seed."""
-    found = checkpoints(save_path)
+    found, folder = checkpoints(save_path), save_path / "resume"
     if not found:
-        raise FileNotFoundError(f"--resume, but {save_path / 'resume'} holds no checkpoint: run without --resume first "
+        raise FileNotFoundError(f"--resume, but {folder} holds no checkpoint: run without --resume first "
                                 "(a checkpoint every --save_interval updates)")
     newest = found[-1]
     try:
@@ -476,9 +469,10 @@ def resumable(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        left = f"before its first checkpoint: it cannot be resumed (--save_interval {args.save_interval} updates)"
-        if checkpoints(args.save_path):
-            left = f"go on from {args.save_path / 'resume'} with the same command and --resume"
+        folder = args.save_path / "resume"
+        left = f"go on from {folder} with the same command and --resume"
+        if not checkpoints(args.save_path):
+            left = f"before its first checkpoint: it cannot be resumed (--save_interval {args.save_interval} updates)"
         raise KeyboardInterrupt(left) from None
 
 
@@ -500,9 +494,10 @@ def open_metrics(save_path: Path, world: World, step: int) -> Callable[[dict], N
     if world.rank == 0 and step == 0:
         shutil.rmtree(save_path / "resume", ignore_errors=True)
     elif world.rank == 0 and file.exists():
-        for line in file.read_text("utf-8").splitlines():
+        for line in file.read_text("utf-8").splitlines(keepends=True):
             with suppress(json.JSONDecodeError):        # a killed run may leave half a line
-                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
     if world.rank == 0:
         write_file(file, "".join(kept).encode())
 
@@ -516,10 +511,7 @@ def open_metrics(save_path: Path, world: World, step: int) -> Callable[[dict], N
 
 def write_summary(args: argparse.Namespace, world: World, figures: dict) -> dict:
     """Writes summary.json, and returns what it holds: the figures, what they were measured on, and every flag."""
-    flags = {}
-    for key, value in vars(args).items():
-        plain = isinstance(value, int | float | str | None)
-        flags[key] = list(map(str, value)) if isinstance(value, list) else value if plain else str(value)
+    flags = json.loads(json.dumps(vars(args), default=str))         # paths as texts
     summary = figures | {"peak_memory_bytes": peak_memory_bytes(world.device), "world": world.world,
                          "torch": torch.__version__, "flags": flags}
     if world.rank == 0:

@@ -414,7 +414,7 @@ def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch):
 
 
 def test_another_batch_size_at_resume_misses_no_example(base, tmp_path, monkeypatch):
-    """22 examples, twice: 8 in fours, 6 in twos, the other 8 in threes; in the second epoch 6 in threes, 16 in fives."""
+    """22 examples, twice: 8 in fours, 6 in twos, 8 in threes; in the second epoch 6 in threes and 16 in fives."""
     seen, real = [], text.collate
 
     def collate(examples):
@@ -538,10 +538,10 @@ BAD = {
     "missing weights": (["--pretrain", "{}/nowhere"], None, "nowhere does not exist"),
     "rank too large": (["--lora_rank", "17"], None, "LoRA rank 17 does not fit .*between 1 and 16"),
     "dropout 1": (["--lora_rank", "2", "--lora_dropout", "1"], None, "dropout"),
-    "batch 0": (["--batch_size", "0"], None, "--batch_size: must be at least 1, not 0"),
+    "batch 0": (["--batch_size", "0"], None, "--batch_size: must be a whole number of at least 1, not 0"),
     "lr nan": (["--lr", "nan"], None, "--lr: must be a finite number"),
-    "word for a number": (["--max_steps", "many"], None, "--max_steps: must be a whole number, not many"),
-    "warmup is a share": (["--warmup", "100"], None, "--warmup: must be at least 0 and at most 1, not 100"),
+    "word for a number": (["--max_steps", "many"], None, "--max_steps: invalid whole number value: 'many'"),
+    "warmup is a share": (["--warmup", "100"], None, "--warmup: must be a .* of at least 0 and at most 1, not 100"),
     "unknown flag": (["--frobnicate"], None, "unrecognized arguments: --frobnicate"),
     "below a file": (["--save_path", "{}/file/out"], None, "--save_path .*cannot be written"),
     "beyond the context": (["--max_len", "161"], None, "beyond the model's context of 160"),
