@@ -199,17 +199,20 @@ def shown(value) -> str:
 def number(at_least: float = 0, at_most: float | None = None, above: bool = False, read: Callable = float,
            kind: str = "finite number") -> Callable[[str], float]:
     """The type of a flag that takes numbers within bounds; `above` leaves at_least itself out."""
-    bounds = f"above {at_least}" if above else f"of at least {at_least}"
+    bounds = f"above {at_least}" if above else f"at least {at_least}"
     if at_most is not None:
         bounds += f" and at most {at_most}"
-    most = sys.float_info.max if at_most is None else at_most       # infinity is above it
 
     def parse(given: str) -> float:
-        value = read(given)
-        if not at_least <= value <= most or above and value == at_least:
-            raise argparse.ArgumentTypeError(f"must be a {kind} {bounds}, not {given}")
+        try:
+            value = read(given)
+        except ValueError:
+            value = math.nan
+        if not abs(value) < math.inf:
+            raise argparse.ArgumentTypeError(f"must be a {kind}, not {given}")
+        if value < at_least or above and value == at_least or at_most is not None and value > at_most:
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {given}")
         return value
-    parse.__name__ = kind       # argparse says "invalid finite number value: 'x'"
     return parse
 
 

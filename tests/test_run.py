@@ -35,7 +35,7 @@ def names(folder: Path) -> list[str]:
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, given, value", [
-    (run.whole(1), "1", 1), (run.whole(0, 5), "5", 5), (run.whole(-3), "-3", -3), (run.whole(0), "1" + "0" * 99, 10**99),
+    (run.whole(1), "1", 1), (run.whole(0, 5), "5", 5), (run.whole(-3), "-3", -3), (run.whole(0), "9" * 9, 999999999),
     (run.number(), "0", 0.0), (run.number(), "2e-5", 2e-5), (run.number(0, 1), "1", 1.0),
     (run.number(0, above=True), "1e-9", 1e-9),
 ])
@@ -44,14 +44,14 @@ def test_numbers_within_their_range(kind, given, value):
 
 
 @pytest.mark.parametrize("kind, given, message", [
-    (run.whole(1), "0", "must be a whole number of at least 1, not 0"),
-    (run.whole(1, 8), "9", "must be a whole number of at least 1 and at most 8, not 9"),
-    (run.number(), "nan", "must be a finite number of at least 0, not nan"),
-    (run.number(), "inf", "must be a finite number of at least 0, not inf"),
-    (run.number(-1), "-inf", "must be a finite number of at least -1, not -inf"),
-    (run.number(), "-1e-9", "must be a finite number of at least 0, not -1e-9"),
-    (run.number(0, 1), "1.01", "must be a finite number of at least 0 and at most 1, not 1.01"),
-    (run.number(0, above=True), "0", "must be a finite number above 0, not 0"),
+    (run.whole(1), "0", "must be at least 1, not 0"),
+    (run.whole(1, 8), "9", "must be at least 1 and at most 8, not 9"),
+    (run.number(), "nan", "must be a finite number, not nan"),
+    (run.number(), "inf", "must be a finite number, not inf"),
+    (run.number(-1), "-inf", "must be a finite number, not -inf"),
+    (run.number(), "-1e-9", "must be at least 0, not -1e-9"),
+    (run.number(0, 1), "1.01", "must be at least 0 and at most 1, not 1.01"),
+    (run.number(0, above=True), "0", "must be above 0, not 0"),
 ])
 def test_numbers_outside_their_range(kind, given, message):
     with pytest.raises(argparse.ArgumentTypeError, match=f"^{message}$"):
@@ -59,13 +59,13 @@ def test_numbers_outside_their_range(kind, given, message):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--warmup 100", "--warmup: must be a finite number of at least 0 and at most 1, not 100"),
-    ("--lr 20", "--lr: must be a finite number of at least 0 and at most 1"),
-    ("--lora_alpha 0", "--lora_alpha: must be a finite number above 0"),
-    ("--max_steps 0", "--max_steps: must be a whole number of at least 1"),
-    ("--max_steps many", "--max_steps: invalid whole number value: 'many'"),
-    ("--weight_decay x", "--weight_decay: invalid finite number value: 'x'"),
-    ("--seed 1.5", "--seed: invalid whole number value: '1.5'"),
+    ("--warmup 100", "--warmup: must be at least 0 and at most 1, not 100"),
+    ("--lr 20", "--lr: must be at least 0 and at most 1"),
+    ("--lora_alpha 0", "--lora_alpha: must be above 0"),
+    ("--max_steps 0", "--max_steps: must be at least 1"),
+    ("--max_steps many", "--max_steps: must be a whole number, not many"),
+    ("--weight_decay x", "--weight_decay: must be a finite number, not x"),
+    ("--seed 1.5", "--seed: must be a whole number, not 1.5"),
     ("--dtype int8", "--dtype: invalid choice: 'int8'"),
     ("--frobnicate", "unrecognized arguments: --frobnicate"),
 ])
