@@ -1,220 +1,155 @@
-"""An inference server: OpenAI's HTTP interface, a batching engine written out, a page to talk to the model and watch training.
+"""A batching engine, and OpenAI's HTTP interface around it, with a page to talk to the model and to watch training.
 
-    python serve.py out/ppo                                     then open http://127.0.0.1:7070, or point a client at .../v1
+    python serve.py out/ppo                                    then open http://127.0.0.1:7070; clients use .../v1
+    python serve.py out/ppo --say "Write a story about an owl and a book."        one answer on the terminal
     python serve.py LLAMA_DIR --quant 4bit --api_key SECRET --http_host 0.0.0.0 --http_port 8080
-    python serve.py out/ppo --benchmark --concurrency 1,4,16    real requests over HTTP; a shape (mid) has random weights
-    python serve.py http://host:port --benchmark                the same against any other server with this interface
+    python serve.py out/ppo --benchmark --concurrency 1,4,16   real requests over HTTP; a shape (mid) has random weights
+    python serve.py http://host:port --benchmark               the same against any other server with this interface
     curl 127.0.0.1:7070/v1/chat/completions -H 'Content-Type: application/json' \\
          -d '{"messages": [{"role": "user", "content": "Write a story about a fox and a kite."}], "stream": true}'
 
-One thread, the engine, owns the model; each connection has a thread of its own that only waits for text. The engine repeats
-one step, and in every step each answer on its way takes what it needs: an answer being written one token, a prompt being read
-a chunk of itself. All tokens of a step go through the matrices together, so weights are read once a step, however many answers
-there are (Yu et al. 2022, "Orca": continuous batching). Only attention looks at each slot of the cache by itself:
+The engine repeats one step (Yu et al. 2022, "Orca": continuous batching). Answers begin and end at any step. A step is
+1. one forward call for one token of every answer that is being written, so the weights are read once for all of them;
+2. one forward call for a chunk of one prompt, so a long prompt delays the answers by no more than a chunk at a time.
+Call 1 takes rows of the cache as they lie, because the answers that are being written always have the first ones:
 
-    cache (one slot = one row, preallocated)                        this step computes
-    slot 0  [system prompt|question |answer so f                    1 token             } neighbours: one call of attention
-    slot 1  [system prompt|another question |ans                    1 token             }
-    slot 2  [system prompt|a long text, read up to here             64 tokens, a chunk    its own call
-    slot 3  [system prompt|old question|old answer                  nothing: it is free, its tokens stay for reuse
+    a row of the cache holds the keys and values of           in this step the model reads
+    row 0  [system prompt|question |answer so f               1 token  \\
+    row 1  [system prompt|another question |ans               1 token   } tokens of shape (3, 1)
+    row 2  [system prompt|a third question|answer so far      1 token  /
+    row 3  [system prompt|old question|old answer             nothing: the row is free, what it holds can be reused
+    row 4  [system prompt|a long text, read up to here        64 tokens, of shape (1, 64)
 
-A new prompt starts from the slot whose tokens begin as it does, free or busy, and copies what they share (the system prompt, the
-chat so far) instead of computing it: `common`. Which slot, with whom, and in which chunks changes an answer by no more than
-rounding, and its random numbers depend on its seed, choice and position alone (`uniform`): alone or in a full batch, the same text.
+When an answer ends, the last one that is being written is swapped into its row. A prompt that is complete is swapped
+into the row behind the answers. A new prompt copies the keys and values of its beginning from any row that holds them.
+An answer's random numbers depend on its seed, choice and position alone: it is the same alone and in a full batch.
 
-What differs from OpenAI: one model, which a request may name or leave out; `ignore_eos` writes on to max_tokens; usage counts EOS;
-several answers (n) at temperature 0 are equal; prompt and max_tokens that do not fit the context together are refused; fields that
-we do not know are refused unless null.
+What differs from OpenAI: one model, which a request may name or leave out; `ignore_eos` writes on to max_tokens; usage
+counts EOS; several answers (n) at temperature 0 are equal; prompt and max_tokens that do not fit the context together
+are refused; fields that we do not know are refused unless null.
 
-Letters: N tokens of a step, V vocabulary, B rows that get a new token.
+Letters: B rows of a call, T tokens in each, C width, V vocabulary; in the cache K key heads, S slots, D a head's size.
 """
 
+from __future__ import annotations
+
 import argparse
-import base64
 import hashlib
 import hmac
 import http.client
-import io
 import ipaddress
 import json
 import math
 import os
+import re
 import secrets
-import select
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections import Counter, deque
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import torch
 from torch import Tensor
 
 import lora
 import quantize
-from data import demo, run, text
-from data.text import TextStream, Tokenizer, check_tokenizer, read_template
-from data.weights import DTYPES, read_json, write_file
-from model import SHAPES, KVCache, Llama, random_model
-
-CHUNK = 64             # prompt tokens a step while others wait for theirs: as long as a decode step of 16 rows, twice the pause
-CHUNK_MOST = 512       # and while nobody does, or on a GPU, where a step of few tokens leaves most of it idle
-LINGER = 0.05          # of a step's time to wait for the next question of a client that has just got its answer
-MIN_REUSE = 8          # copying fewer tokens is not worth its calls
-CALL = 2**19           # bytes of the cache that are read in the time one call of attention costs: 25 us at 20 GB/s
-PAGE = (Path(__file__).parent / "data" / "page.html").read_text("utf-8")
-HEAD_BYTES, BODY_BYTES = 2**16, 2**20
-STREAM_PAUSE = 0.01    # seconds from one piece of a stream to the next: no screen shows more, and each costs time that the engine's Python waits for
-REQUEST_SECONDS = 30   # for a client to send its request, and to take a piece of the answer
-MAX_MESSAGES, MAX_CHOICES, MAX_STOPS, MAX_CONNECTIONS = 512, 32, 16, 1024
+from data import demo, run, text, weights
+from model import SHAPES, KVCache, Llama, keep_top_p, random_model
 
 
-class Refusal(Exception):
-    """An answer that is an error: HTTP status, one sentence, the parameter at fault, OpenAI's code for it."""
+# ---- what the engine works on ---------------------------------------------------------------------------------------
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict | None = None):
-        super().__init__(message)
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        self.status, self.headers = status, headers or {}
-        kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+class Served(NamedTuple):
+    """A model, what makes ids of text and of messages, the model's name, and how many tokens it may look at."""
+    model: Llama
+    tokenizer: text.Tokenizer
+    template: text.Template
+    name: str
+    context: int
+
+    @property
+    def stops(self) -> set[int]:
+        return self.model.stops(None) | {self.tokenizer.eos_id}
 
 
-# ---- text -----------------------------------------------------------------------------------------------------------
+class Request(NamedTuple):
+    """What a client asks for, in OpenAI's words. `prompts` are ids."""
+    prompts: list[list[int]]
+    chat: bool = False
+    n: int = 1
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None  # how many alternatives to report; None reports nothing
+    ignore_eos: bool = False
+    stream: bool = False
+    include_usage: bool = False
 
-def cut(text: str, stops: list[str]) -> tuple[int, bool]:
-    """(how many characters of text may be shown, whether a stop string ends it there). What might be the beginning of a stop
-    string is held back: "Obs" while "Observation" is one."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    if found:
-        return min(found), True
-    held = (k for stop in stops for k in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:k]))
-    return len(text) - max(held, default=0), False
+
+class Job:
+    """A request on its way. The engine puts events into its queue, or a Refusal, which ends it."""
+
+    def __init__(self, request: Request, served: Served):
+        self.request, self.served, self.events = request, served, SimpleQueue()
+        self.over = False                      # set by its thread when that is done, or by the engine when it failed
+        self.reused = 0                        # prompt tokens that were not computed
+        self.began = time.perf_counter()
+        prompts = [prompt for prompt in request.prompts for _ in range(request.n)]
+        self.answers = [Answer(self, index, prompt) for index, prompt in enumerate(prompts)]
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """The one random number in (0, 1] of a token: a hash, so that it depends on nothing else, neither neighbours nor machine."""
+    """The one random number in (0, 1] of a token. It is a hash, so it depends on neither neighbours nor machine."""
     digest = hashlib.blake2b(f"{seed} {choice} {position}".encode(), digest_size=8).digest()
     return (1 + (int.from_bytes(digest, "big") >> 11)) / 2**53
 
 
-def penalize(logits: Tensor, seen: Counter, presence: float, frequency: float) -> None:
+def penalize(logits: Tensor, made: list[int], presence: float, frequency: float) -> None:
     """OpenAI's formula, in place: logits (V) of each token already written lose presence + frequency * times."""
-    if seen:
-        ids = torch.tensor(list(seen), device=logits.device)
-        times = torch.tensor(list(seen.values()), device=logits.device, dtype=logits.dtype)
-        logits[ids] -= presence + frequency * times
+    if made and (presence or frequency):
+        seen = Counter(made)
+        logits[list(seen)] -= presence + frequency * logits.new_tensor(list(seen.values()))
 
 
 def draw(logits: Tensor, temperature: list[float], top_p: list[float], u: list[float]) -> Tensor:
-    """One id for each row of logits (B, V) -> (B,), by inverting the distribution at u: the first token where the cumulated
-    probability reaches u. Temperature 0 is argmax. top_p as in model.sample. A row with NaN or infinity in it gives -1."""
-    highest, token = logits.max(-1)
-    warm = [b for b, t in enumerate(temperature) if t > 0]
-    if warm:
-        column = logits.new_tensor([[max(temperature[b], 1e-6), top_p[b], u[b]] for b in warm])                  # (B', 3)
-        probs = (logits[warm] / column[:, :1]).softmax(-1)                                                      # (B', V)
-        narrow = [i for i, b in enumerate(warm) if top_p[b] < 1]
-        if narrow:
-            ordered, order = probs[narrow].sort(descending=True)
-            drop = ordered.cumsum(-1) - ordered >= column[narrow, 1:2]  # the likelier ones alone reach p
-            probs[narrow] = probs[narrow].masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), 0.0)
-        total = probs.cumsum(-1)
-        token[warm] = torch.searchsorted(total, column[:, 2:] * total[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
-    return torch.where(highest.isfinite(), token, -1)
+    """Draws one id for each row of logits (B, V) -> (B,), by inverting the distribution at u: the first token where the
+    cumulated probability reaches u. Temperature 0 is argmax. A row with NaN or infinity in it gives -1."""
+    token = logits.argmax(-1)                                                          # (B,)
+    if max(temperature) > 0:
+        heat, p, at = logits.new_tensor([temperature, top_p, u])[..., None]            # (B, 1) each
+        scaled = logits / heat.clamp(min=1e-6)                                         # (B, V)
+        if min(top_p) < 1:
+            scaled = keep_top_p(scaled, p)
+        total = scaled.softmax(-1).cumsum(-1)                                          # (B, V)
+        drawn = torch.searchsorted(total, at * total[:, -1:]).clamp(max=logits.shape[-1] - 1)
+        token = torch.where(heat > 0, drawn, token[:, None])[:, 0]
+    return torch.where(logits.amax(-1).isfinite(), token, -1)
 
 
 # ---- engine ---------------------------------------------------------------------------------------------------------
 
-class Sampling(NamedTuple):
-    """What a request asks for, the same for all its answers."""
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    presence: float = 0.0
-    frequency: float = 0.0
-    logprobs: int | None = None  # how many alternatives to report; None reports nothing
-    ignore_eos: bool = False
-
-
-class Event(NamedTuple):
-    """What the engine tells a request's thread: more text of one answer, its end, or an error."""
-    index: int
-    text: str = ""
-    logprobs: tuple = ()         # (where its text begins, id, logprob, ((id, logprob), ...)) of each token shown since the last event
-    finish: str | None = None
-    error: Refusal | None = None
-
-
-class Job:
-    """One request: its answers, and the queue in which their text arrives. `client` is its socket, looked at for having left."""
-
-    def __init__(self, prompts: list[list[int]], n: int, sampling: Sampling, tokenizer: Tokenizer, chat: bool = True, client: socket.socket | None = None):
-        self.events: SimpleQueue[Event] = SimpleQueue()
-        self.sampling, self.client, self.left = sampling, client, False
-        self.prompt_tokens, self.reused, self.began, self.first = sum(map(len, prompts)), 0, time.perf_counter(), None
-        self.answers = [Answer(self, p * n + i, i, prompt, tokenizer, chat) for p, prompt in enumerate(prompts) for i in range(n)]
-
-    @property
-    def completion_tokens(self) -> int:
-        return sum(len(answer.ids) - answer.prompt for answer in self.answers)
-
-    def usage(self) -> dict:
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens,
-                "total_tokens": self.prompt_tokens + self.completion_tokens, "prompt_tokens_details": {"cached_tokens": self.reused}}
-
-
-class Answer:
-    """One answer on its way: the ids of its prompt and of what was sampled, and the text that was not shown yet."""
-
-    def __init__(self, job: Job, index: int, choice: int, prompt: list[int], tokenizer: Tokenizer, chat: bool):
-        self.job, self.index, self.choice, self.ids, self.prompt = job, index, choice, list(prompt), len(prompt)
-        self.eos_id = -1 if job.sampling.ignore_eos else tokenizer.eos_id
-        # A completion goes on with its prompt's text, " there" after "Once"; a reply stands by itself.
-        self.stream = TextStream(tokenizer, [] if chat else prompt[-16:])
-        self.pending, self.shown, self.entries, self.seen = "", 0, [], Counter()
-        self.slot: int | None = None
-
-    def take(self, token: int, logprob: float = 0.0, top: tuple = ()) -> bool:
-        """Add a sampled id, send off what may be shown; True when the answer is over."""
-        sampling = self.job.sampling
-        self.ids.append(token)
-        made = len(self.ids) - self.prompt
-        ended = token == self.eos_id
-        over = ended or made == sampling.max_tokens
-        if not ended:
-            if sampling.logprobs is not None:
-                self.entries.append((self.shown + len(self.pending), token, logprob, top))
-            if sampling.presence or sampling.frequency:
-                self.seen[token] += 1
-            self.pending += self.stream.push(token)
-        if over:
-            self.pending += self.stream.rest()
-        show, stopped = cut(self.pending, sampling.stop)
-        if over and not stopped:
-            show = len(self.pending)
-        text, self.pending, self.shown = self.pending[:show], self.pending[show:], self.shown + show
-        count = len(self.entries) if over and not stopped else sum(entry[0] < self.shown for entry in self.entries)
-        entries, self.entries = tuple(self.entries[:count]), self.entries[count:]
-        finish = "stop" if stopped or ended else "length" if over else None
-        if text or entries or finish or made == 1:
-            self.job.events.put(Event(self.index, text, entries, finish))
-        return finish is not None
+CHUNK = 64             # prompt tokens a step on a CPU while answers are written: about as long as a step of 16 rows
+CHUNK_MOST = 512       # otherwise: fewer leave a GPU mostly idle
 
 
 def common(a: list[int], b: list[int]) -> int:
@@ -222,1142 +157,1033 @@ def common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def attention_calls(rows: list[tuple[int, int]], call: int) -> list[list[tuple[int, int]]]:
-    """Group rows (slot, tokens to look at), sorted by slot, into calls of attention. One call takes neighbours only, and looks
-    at as many slots for each as the longest needs; a call costs as much as looking at `call` slots."""
-    calls: list[list[tuple[int, int]]] = []
-    for slot, length in rows:
-        last = calls[-1] if calls else []
-        longest = max((n for _, n in last), default=0)
-        if last and last[-1][0] == slot - 1 and (len(last) + 1) * max(longest, length) <= len(last) * longest + length + call:
-            last.append((slot, length))
-        else:
-            calls.append([(slot, length)])
-    return calls
+class Engine:
+    """Owns the model. Any thread may `submit` a Job and wait for its events; the one that computes calls `run`."""
 
-
-def gone(clients: list[socket.socket]) -> set[socket.socket]:
-    """Those whose other side has closed: readable, and nothing to read. Never waits."""
-    open_ones = {fd: client for client in clients if (fd := client.fileno()) >= 0}  # asked once: its thread may close it meanwhile
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        for fd in open_ones:
-            poll.register(fd, select.POLLIN)
-        ready = [fd for fd, _ in poll.poll(0)]
-    else:  # Windows
-        ready = select.select(list(open_ones), [], [], 0)[0] if open_ones else []
-    closed = set(clients) - set(open_ones.values())
-    for client in map(open_ones.get, ready):
-        try:
-            if not client.recv(1, socket.MSG_PEEK):
-                closed.add(client)
-        except OSError:
-            closed.add(client)
-    return closed
-
-
-class Engine(threading.Thread):
-    """Owns the model. `submit` a Job from any thread, read its events; the thread ends after `stop`."""
-
-    def __init__(self, model: Llama, slots: int = 16, context: int | None = None, max_waiting: int = 256):
-        super().__init__(name="engine", daemon=True)
-        c = model.config
-        self.model, self.context, self.max_waiting = model, context or c.max_seq_len, max_waiting
-        self.cache = KVCache(c, slots, self.context, model.norm.weight.dtype, model.device)
-        self.call = CALL // (2 * c.n_kv_heads * c.head_dim * self.cache.kv[0].itemsize)  # slots of one layer in CALL bytes
-        self.held: list[list[int]] = [[] for _ in range(slots)]  # the ids whose keys and values lie in each slot
-        self.used = [0] * slots                                  # the step in which a slot was last given back
-        self.running: list[Answer] = []                          # those with a slot, in order of arrival
-        self.waiting: deque[Answer] = deque()
-        self.changed = threading.Condition()                     # guards waiting, draining, stopped
-        self.draining = self.stopped = False
+    def __init__(self, served: Served, rows: int = 16, max_waiting: int = 256):
+        model = served.model
+        self.served, self.model, self.max_waiting = served, model, max_waiting
+        self.cache = KVCache(model.config, rows, served.context, model.norm.weight.dtype, model.device)
+        self.held: list[list[int]] = [[] for _ in range(rows)]   # the ids whose keys and values lie in each row
+        self.freed = [0] * rows                                  # the step in which each row became free
+        self.running: list[Answer] = []                          # running[i] is being written in row i
+        self.reading: list[Answer] = []                          # at most one, whose prompt is being read ...
+        self.row = 0                                             # ... in this row
+        self.waiting: SimpleQueue[Answer] = SimpleQueue()
+        self.end = math.inf                                      # when to stop at the latest
         self.counters = Counter()
-        self.seconds_each = 1.0                                  # a running mean, for Retry-After
-
-    # -- called by other threads
 
     def submit(self, job: Job) -> None:
-        """Put a job's answers into the queue. Refusal 503 while shutting down, 429 when the queue is full."""
-        with self.changed:
-            if self.draining:
-                raise Refusal(503, "the server is shutting down", headers={"Retry-After": "30"})
-            if len(self.waiting) >= self.max_waiting:
-                self.counters["refused"] += 1
-                wait = math.ceil(len(self.waiting) / len(self.held) * self.seconds_each)
-                raise Refusal(429, f"{len(self.waiting)} answers are waiting already: try again later", code="queue_full",
-                              headers={"Retry-After": str(min(max(wait, 1), 60))})
-            self.waiting.extend(job.answers)
-            self.counters["requests"] += 1
-            self.changed.notify()
+        """Puts a job's answers into the queue. Refusal 503 while shutting down, 429 when the queue is full."""
+        count = self.waiting.qsize()
+        if self.end < math.inf:
+            raise Refusal(503, "the server is shutting down")
+        if count >= self.max_waiting:
+            self.counters["refused"] += 1
+            raise Refusal(429, f"{count} answers are waiting already: try again later", code="queue_full")
+        self.counters["requests"] += 1
+        for answer in job.answers:
+            self.waiting.put(answer)
 
-    def stop(self, seconds: float) -> bool:
-        """Refuse new work, finish what there is for so long, then end; whether all was finished."""
-        deadline = time.monotonic() + seconds
-        with self.changed:
-            self.draining = True
-            finished = self.changed.wait_for(lambda: not self.waiting and not self.running, deadline - time.monotonic())
-            self.stopped = True
-            self.changed.notify_all()
-        self.join()
-        return finished
+    def stop(self, seconds: float) -> None:
+        """Refuses new work from now on, and lets `run` finish what there is for so long."""
+        self.end = time.monotonic() + seconds
 
-    # -- called by the engine's thread
-
-    def run(self) -> None:
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.running or self.stopped)
-                if self.stopped:
-                    break
+    def run(self) -> bool:
+        """Steps until `stop` was called and nothing is left, or its time is over. Returns whether nothing was left."""
+        while self.end == math.inf or self.busy() and time.monotonic() < self.end:
             try:
-                self.drop_left()
-                work, done, began = self.plan(), self.counters["answers"], time.perf_counter()
-                if work:
-                    self.step(work)
-                done = self.counters["answers"] - done
-                if done and self.running:  # whoever got an answer often asks again at once, and would just miss the next step
-                    with self.changed:
-                        self.changed.wait_for(lambda: len(self.waiting) >= done, LINGER * (time.perf_counter() - began))
-            except Exception as error:  # a fault of ours or no memory: those on the way get an answer, later ones a new start
+                self.step()
+            except Exception as error:  # a fault of ours, or no memory: it ends the requests that this step was about
                 traceback.print_exc()
-                self.fail([*self.running, *list(self.waiting)[:1]], Refusal(500, f"the engine failed ({type(error).__name__}): see the server's log"))
-            with self.changed:
-                self.changed.notify_all()
-        self.fail([*self.running, *self.waiting], Refusal(503, "the server was shut down before the answer was complete"))
+                self.held = [[] for _ in self.held]  # a row may be half written
+                why = f"the engine failed ({type(error).__name__}): see the server's log"
+                self.fail(self.running + self.reading, Refusal(500, why))
+        rest = self.running + self.reading
+        while self.waiting.qsize():
+            rest.append(self.waiting.get())
+        self.fail(rest, Refusal(503, "the server was shut down before the answer was complete"))
+        return not rest
 
-    def drop_left(self) -> None:
-        """Free the slots, and places in the queue, of clients that are not there any more."""
-        with self.changed:
-            jobs = {answer.job for answer in [*self.running, *self.waiting]}
-        closed = gone([job.client for job in jobs if job.client is not None])
-        left = {job for job in jobs if job.left or job.client in closed}
-        if left:
-            self.counters["left"] += len(left)
-            with self.changed:
-                self.waiting = deque(answer for answer in self.waiting if answer.job not in left)
-            for answer in [answer for answer in self.running if answer.job in left]:
-                self.release(answer)
-            for job in left:
-                job.events.put(Event(0, error=Refusal(499, "the client has left")))
-
-    def plan(self) -> list[tuple[Answer, int]]:
-        """Who computes how many tokens in this step. First come, first served; every answer being written gets its token."""
-        work = [(answer, 1) for answer in self.running if len(answer.ids) == len(self.held[answer.slot]) + 1]
-        alone = len(self.running) + len(self.waiting) == 1
-        budget = CHUNK if self.model.device.type == "cpu" and not alone else CHUNK_MOST
-        reading = [answer for answer in self.running if len(answer.ids) > len(self.held[answer.slot]) + 1]
-        while budget:
-            if reading:
-                answer = reading.pop(0)
-            elif self.waiting and self.seat(self.waiting[0]):
-                with self.changed:
-                    answer = self.waiting.popleft()
-                self.running.append(answer)
-            else:
-                break
-            n = min(budget, len(answer.ids) - len(self.held[answer.slot]))
-            work.append((answer, n))
-            budget -= n
-        return work
-
-    def seat(self, answer: Answer) -> bool:
-        """Give the answer a slot that holds the beginning of its prompt. False if none is free, or if another prompt is being
-        read right now that shares more of its beginning: worth waiting for."""
-        busy = {other.slot for other in self.running}
-        free = [slot for slot in range(len(self.held)) if slot not in busy]
-        if not free:
-            return False
-        ids = answer.ids[:-1]  # the last token is always computed: its output is wanted
-        reuse, _, source = max((common(held, ids), slot not in busy, slot) for slot, held in enumerate(self.held))
-        if any(common(other.ids[:other.prompt], ids) >= reuse + MIN_REUSE for other in self.running):
-            return False
-        # In place if that slot is free and nothing is lost with it, as when a chat goes on; else in the slot that was free for longest.
-        slot = source if reuse and source in free and reuse == len(self.held[source]) else min(free, key=lambda s: (bool(self.held[s]), self.used[s]))
-        if slot != source:
-            reuse = reuse if reuse >= MIN_REUSE else 0
-            for kv in self.cache.kv if reuse else ():
-                kv[:, slot, :, :reuse] = kv[:, source, :, :reuse]
-        self.held[slot] = ids[:reuse]
-        answer.slot = slot
-        answer.job.reused += reuse if answer.choice == 0 else 0  # usage counts a prompt once, however many answers
-        self.counters["prefix_tokens"] += reuse
-        return True
+    def busy(self) -> bool:
+        return bool(self.running or self.reading or self.waiting.qsize())
 
     @torch.inference_mode()
-    def step(self, work: list[tuple[Answer, int]]) -> None:
-        """One forward pass for all, then one sampled token for each answer whose known ids are all in the cache."""
-        work = sorted((w for w in work if w[1] == 1), key=lambda w: w[0].slot) + [w for w in work if w[1] > 1]
-        starts = [len(self.held[answer.slot]) for answer, _ in work]
-        calls: list[list[int]] = []  # places in work: neighbouring rows of the cache with one token each, or a prompt's chunk alone
-        for i, (answer, n) in enumerate(work):
-            before = work[i - 1] if i else None
-            if before and n == before[1] == 1 and answer.slot == before[0].slot + 1:
-                calls[-1].append(i)
-            else:
-                calls.append([i])
-        x = []
-        for call in calls:
-            token = torch.tensor([work[i][0].ids[starts[i]:starts[i] + work[i][1]] for i in call], device=self.model.device)  # (B, T)
-            view = self.cache.rows(work[call[0]][0].slot, work[call[-1]][0].slot + 1)
-            x.append(self.model.hidden(token, cache=view, start=[starts[i] for i in call])[:, -1])                            # (B, C)
-        x = torch.cat(x)
-        ready, last = [], []
-        for at, ((answer, n), start) in enumerate(zip(work, starts)):
-            self.held[answer.slot] += answer.ids[start:start + n]
-            self.counters["prompt_tokens"] += n if start + n <= answer.prompt else 0
-            if start + n == len(answer.ids):
-                ready.append(answer)
-                last.append(at)
+    def step(self) -> None:
+        """The two forward calls of the picture above, once the rows of requests that are over are free."""
+        for answer in [answer for answer in self.running if answer.job.over]:
+            self.release(answer)
+        self.reading = [answer for answer in self.reading if not answer.job.over]
+        # 1. One token of every answer that is being written.
+        if self.running:
+            logits = self.forward(0, [answer.made[-1:] for answer in self.running])    # (B, V)
+            self.sample(self.running.copy(), logits)
+        # 2. One chunk of a prompt; behind its last chunk, the first token of its answer.
+        if self.reading or self.seat():
+            answer, done = self.reading[0], len(self.held[self.row])
+            size = CHUNK if self.running and self.model.device.type == "cpu" else CHUNK_MOST
+            chunk = answer.prompt[done:done + size]
+            logits = self.forward(self.row, [chunk])                                   # (1, V)
+            self.counters["prompt_tokens"] += len(chunk)
+            if done + len(chunk) == len(answer.prompt):
+                self.swap(self.row, len(self.running))
+                self.running.append(self.reading.pop())
+                self.sample([answer], logits)
+
+    def forward(self, first: int, ids: list[list[int]]) -> Tensor:
+        """Appends ids (B, T) to what B rows of the cache hold, from row `first` on -> the logits (B, V) behind them."""
+        last = first + len(ids)
+        held, tokens = self.held[first:last], torch.tensor(ids, device=self.model.device)                   # (B, T)
+        x = self.model.hidden(tokens, cache=self.cache.rows(first, last), start=list(map(len, held)))       # (B, T, C)
+        for row, new in zip(held, ids):
+            row += new
         self.counters["steps"] += 1
-        if ready:
-            self.sample(ready, self.model.output(x if len(last) == len(x) else x[last]).float())
+        return self.model.output(x[:, -1]).float()                                                          # (B, V)
+
+    def seat(self) -> bool:
+        """Gives the first answer that waits a free row, and this row what any row holds of the prompt's beginning.
+        Returns False if none waits or no row is free. An idle engine waits here for work."""
+        free = range(len(self.running), len(self.held))
+        if not free:
+            return False
+        try:
+            while (answer := self.waiting.get(timeout=0 if self.running else 0.1)).job.over:
+                pass  # its client has left, or another answer of its request has failed
+        except Empty:
+            return False
+        self.reading = [answer]
+        wanted = answer.prompt[:-1]  # the last token is always computed: its logits are needed
+        reuse, _, source = max((common(held, wanted), row in free, row) for row, held in enumerate(self.held))
+        if source in free and reuse == len(self.held[source]):  # a chat goes on in its row
+            self.row = source
+        else:                                                   # a copy replaces what was free for longest
+            self.row = min(free, key=lambda row: (bool(self.held[row]), self.freed[row]))
+            for kv in self.cache.kv:                                                   # (2, rows, K, S, D)
+                kv[:, self.row, :, :reuse] = kv[:, source, :, :reuse]
+        self.held[self.row] = wanted[:reuse]
+        answer.job.reused += reuse if answer.choice == 0 else 0  # usage counts a prompt once, however many answers
+        self.counters["prefix_tokens_reused"] += reuse
+        return True
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchanges two rows of the cache. When the answer in row 0 of three ends:
+
+            row 0  [prompt|an answer. EOS             row 0  [another prompt|its answer so f
+            row 1  [a prompt|text                     row 1  [a prompt|text
+            row 2  [another prompt|its answer so f    row 2  [prompt|an answer. EOS            free
+        """
+        longest = max(len(self.held[a]), len(self.held[b]))
+        for kv in self.cache.kv if a != b else []:                                     # (2, rows, K, S, D)
+            kv[:, [a, b], :, :longest] = kv[:, [b, a], :, :longest]
+        for rows in (self.held, self.freed):
+            rows[a], rows[b] = rows[b], rows[a]
 
     def sample(self, answers: list[Answer], logits: Tensor) -> None:
-        """One token for each answer from its row of logits (B, V); those that are over give their slot back."""
-        wanted = [answer.job.sampling for answer in answers]
-        logprobs, top = {}, {}
-        for b, s in enumerate(wanted):
-            if s.logprobs is not None:
-                logprobs[b] = logits[b].log_softmax(-1)  # the model's own, before temperature and penalties
-                top[b] = logprobs[b].topk(min(s.logprobs, logits.shape[-1]))
-            if s.presence or s.frequency:
-                penalize(logits[b], answers[b].seen, s.presence, s.frequency)
-        u = [uniform(s.seed, answer.choice, len(answer.ids)) if s.temperature else 0.0 for s, answer in zip(wanted, answers)]
-        ids = draw(logits, [s.temperature for s in wanted], [s.top_p for s in wanted], u).tolist()  # the one wait for a GPU
-        now = time.perf_counter()
-        for b, (answer, token) in enumerate(zip(answers, ids)):
-            if answer not in self.running:
-                continue  # its request has failed just now, by another answer
+        """Gives each answer one token from its row of logits (B, V)."""
+        requests = [answer.job.request for answer in answers]
+        biased = logits.clone()
+        for answer, request, row in zip(answers, requests, biased):
+            penalize(row, answer.made, request.presence_penalty, request.frequency_penalty)
+        u = [uniform(r.seed, a.choice, len(a.prompt) + len(a.made)) for a, r in zip(answers, requests)]
+        ids = draw(biased, [r.temperature for r in requests], [r.top_p for r in requests], u).tolist()
+        for answer, token, own in zip(answers, ids, logits):
+            if answer.job.over:
+                continue  # another answer of its request has failed just now
             if token < 0:
-                for kv in self.cache.kv:
-                    kv[:, answer.slot].zero_()  # a hidden NaN is not harmless to the slot's next user: 0 * NaN is NaN
-                self.held[answer.slot].clear()
-                self.fail([answer], Refusal(500, "the model gave non-finite logits: its weights or its dtype are broken (try --dtype fp32)", code="non_finite_logits"))
+                self.clear(answer)
                 continue
             self.counters["completion_tokens"] += 1
-            job = answer.job
-            if job.first is None:
-                job.first = now
-                self.counters["first_token_seconds"] += now - job.began
-                self.counters["first_tokens"] += 1
-            alternatives = tuple(zip(top[b].indices.tolist(), top[b].values.tolist())) if b in top else ()
-            if answer.take(token, logprobs[b][token].item() if b in logprobs else 0.0, alternatives):
-                self.seconds_each += 0.1 * (now - job.began - self.seconds_each)
+            if not answer.made:
+                self.counters["first_token_seconds_sum"] += time.perf_counter() - answer.job.began
+                self.counters["first_token_seconds_count"] += 1
+            answer.take(token, own)
+            if answer.finish:
                 self.counters["answers"] += 1
                 self.release(answer)
 
     def release(self, answer: Answer) -> None:
-        self.running.remove(answer)
-        self.used[answer.slot] = self.counters["steps"]
+        """Frees the row of a running answer: the last running one takes its place."""
+        row, last = self.running.index(answer), len(self.running) - 1
+        self.swap(row, last)
+        self.running[row] = self.running[last]
+        self.running.pop()
+        self.freed[last] = self.counters["steps"]
+
+    def clear(self, answer: Answer) -> None:
+        """Ends an answer whose logits are not finite, and clears its row: behind a mask, 0 * NaN would still be NaN."""
+        row = self.running.index(answer)
+        self.held[row] = []
+        for kv in self.cache.kv:
+            kv[:, row] = 0
+        why = "the model gave non-finite logits: its weights or its dtype are broken (try --dtype fp32)"
+        self.fail([answer], Refusal(500, why, code="non_finite_logits"))
 
     def fail(self, answers: list[Answer], refusal: Refusal) -> None:
-        """End these answers, and the others of the same requests, with an error."""
-        jobs = {answer.job for answer in answers}
-        self.counters["failed"] += len(jobs)
-        for answer in [answer for answer in self.running if answer.job in jobs]:
-            self.release(answer)
-        with self.changed:
-            self.waiting = deque(answer for answer in self.waiting if answer.job not in jobs)
-        for job in jobs:
-            job.events.put(Event(0, error=refusal))
+        """Ends the requests of these answers with an error. The next step frees their rows."""
+        for job in {answer.job for answer in answers}:
+            self.counters["failed"] += 1
+            job.over = True
+            job.events.put(refusal)
+
+    def state(self) -> dict:
+        used, status = len(self.running) + len(self.reading), "ok" if self.end == math.inf else "shutting down"
+        return {"status": status, "slots": len(self.held), "used": used, "waiting": self.waiting.qsize()}
 
 
-# ---- requests -------------------------------------------------------------------------------------------------------
+# ---- the text of an answer ------------------------------------------------------------------------------------------
 
+class Refusal(Exception):
+    """An answer that is an error: HTTP status, one sentence, the parameter at fault, OpenAI's code for it."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
+        super().__init__(message)
+        usual = "server_error" if status >= 500 else "invalid_request_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, usual)
+        self.status, self.headers = status, {"Retry-After": "5"} if status in (429, 503) else headers
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class Event(NamedTuple):
+    """What a request's thread waits for: more of an answer."""
+    index: int
+    text: str
+    tokens: list[tuple[int, dict]]  # where the text of each begins in the answer, and its report
+    finish: str | None              # how the answer ended, if it did
+
+
+class Answer:
+    """One answer: its prompt, the ids that were sampled, and their text."""
+
+    def __init__(self, job: Job, index: int, prompt: list[int]):
+        self.job, self.index, self.choice = job, index, index % job.request.n
+        self.prompt, self.made, self.text, self.finish = prompt, [], "", None
+        self.tokens: list[tuple[int, dict]] = []
+        self.shown = self.told = 0             # how many characters and tokens the client has got
+        self.stops = set() if job.request.ignore_eos else job.served.stops
+        # A completion goes on with its prompt's text, " there" after "Once"; a reply stands by itself.
+        self.stream = text.TextStream(job.served.tokenizer, [] if job.request.chat else prompt[-16:])
+
+    def take(self, token: int, logits: Tensor) -> None:
+        """Adds the token that was drawn from logits (V), and sends off the text that may be shown."""
+        request = self.job.request
+        self.made.append(token)
+        ended = token in self.stops
+        over = ended or len(self.made) == request.max_tokens
+        if not ended and request.logprobs is not None:
+            self.tokens.append((len(self.text), report(self.job.served.tokenizer, logits, token, request.logprobs)))
+        if not ended:
+            self.text += self.stream.push(token)
+        if over:
+            self.text += self.stream.rest()
+        end, stopped = cut(self.text, self.shown, request.stop, over)
+        new = [(start, row) for start, row in self.tokens[self.told:] if start < end or over and not stopped]
+        if over:
+            self.finish = "length"
+        if ended or stopped:
+            self.finish = "stop"
+        if end > self.shown or self.finish or len(self.made) == 1:
+            self.job.events.put(Event(self.index, self.text[self.shown:end], new, self.finish))
+            self.shown, self.told = end, self.told + len(new)
+
+
+def report(tokenizer: text.Tokenizer, logits: Tensor, token: int, count: int) -> dict:
+    """What OpenAI's `logprobs` says of a token and of the likeliest at its place, by the model's own logits (V)."""
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(count)
+    ids, values = [token, *best.indices.tolist()], [logprobs[token].item(), *best.values.tolist()]
+    row, *top = [{"token": raw.decode("utf-8", "backslashreplace"), "logprob": max(value, -9999.0), "bytes": list(raw)}
+                 for raw, value in zip(map(tokenizer.token_bytes, ids), values)]
+    return row | {"top_logprobs": top}
+
+
+def cut(said: str, start: int, stops: tuple[str, ...], over: bool) -> tuple[int, bool]:
+    """Returns how much of the text may be shown, of which `start` characters were, and whether a stop string ends it.
+    Until it is over, what might be the beginning of a stop string is held back: "Obs" while "Observation" is one."""
+    found = [at for stop in stops if (at := said.find(stop, start)) >= 0]
+    if found or over:
+        return min(found, default=len(said)), bool(found)
+    held = [k for stop in stops for k in range(1, len(stop)) if said.endswith(stop[:k], start)]
+    return len(said) - max(held, default=0), False
+
+
+# ---- requests: tables of fields -------------------------------------------------------------------------------------
+
+MAX_MESSAGES, MAX_CHOICES, MAX_STOPS = 512, 32, 16
+
+
+class Check(NamedTuple):
+    """What a value must be, in words and as a test."""
+    words: str
+    fits: Callable[[object], bool]
+
+
+def number(low: float, high: float, above: bool = False) -> Check:
+    first = "above" if above else "from"
+    return Check(f"a number {first} {low} to {high}",
+                 lambda x: type(x) in (int, float) and low <= x <= high and not (above and x == low))
+
+
+def whole(low: int, high: int) -> Check:
+    return Check(f"a whole number from {low} to {high}", lambda x: type(x) is int and low <= x <= high)  # True is none
+
+
+def each(value: object) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+ANYTHING = Check("given", lambda x: x is not None)
+TEXT = Check("text", lambda x: isinstance(x, str))
+YES_OR_NO = Check("true or false", lambda x: type(x) is bool)
+OBJECT = Check("a JSON object", lambda x: isinstance(x, dict))
+STOPS = Check(f"text or a list of at most {MAX_STOPS} texts of 1 to 1000 characters",
+              lambda x: len(each(x)) <= MAX_STOPS and all(isinstance(s, str) and 0 < len(s) <= 1000 for s in each(x)))
+MESSAGES = Check(f'a list of 1 to {MAX_MESSAGES} {{"role", "content"}}',
+                 lambda x: isinstance(x, list) and 0 < len(x) <= MAX_MESSAGES)
+ROLE = Check("system, user or assistant", lambda x: x in ("system", "developer", "user", "assistant"))
+CONTENT = Check("text or a list of parts", lambda x: isinstance(x, str | list) and x != [])
+PART = Check('{"type": "text", "text": ...}: this model reads text alone',
+             lambda x: isinstance(x, dict) and x.get("type") == "text" and isinstance(x.get("text"), str))
+
+SHARED = {
+    "model": ANYTHING,
+    "n": whole(1, MAX_CHOICES),
+    "max_tokens": whole(1, 2**31),
+    "temperature": number(0, 2),
+    "top_p": number(0, 1, above=True),
+    "seed": whole(-2**63, 2**64),
+    "stop": STOPS,
+    "presence_penalty": number(-2, 2),
+    "frequency_penalty": number(-2, 2),
+    "ignore_eos": YES_OR_NO,
+    "stream": YES_OR_NO,
+    "stream_options": OBJECT,
+    "user": TEXT,
+}
+COMPLETION = SHARED | {"prompt": ANYTHING, "logprobs": whole(0, 5)}
+CHAT = SHARED | {"messages": MESSAGES, "logprobs": YES_OR_NO, "top_logprobs": whole(0, 20),
+                 "max_completion_tokens": whole(1, 2**31)}
+MESSAGE = {"role": ROLE, "content": CONTENT, "name": ANYTHING}
+OPTIONS = {"include_usage": YES_OR_NO, "include_obfuscation": YES_OR_NO}
+REQUIRED = {"prompt", "messages", "role", "content"}
 # Fields of OpenAI's that mean something we do not do, and the values with which they ask for nothing.
-NEUTRAL = {"logit_bias": [{}], "best_of": [1], "echo": [False], "suffix": [""], "response_format": [{"type": "text"}], "tools": [[]],
-           "functions": [[]], "tool_choice": ["none", "auto"], "function_call": ["none", "auto"], "parallel_tool_calls": [True, False],
-           "store": [False], "metadata": [{}], "modalities": [["text"]], "service_tier": ["auto", "default"]}
-KNOWN = {"model", "stream", "stream_options", "n", "stop", "max_tokens", "temperature", "top_p", "seed", "presence_penalty",
-         "frequency_penalty", "logprobs", "user", "ignore_eos"}
+NEUTRAL = {
+    "logit_bias": [{}], "best_of": [1], "echo": [False], "suffix": [""], "tools": [[]], "functions": [[]],
+    "tool_choice": ["none", "auto"], "function_call": ["none", "auto"], "parallel_tool_calls": [True, False],
+    "response_format": [{"type": "text"}], "modalities": [["text"]], "store": [False], "metadata": [{}],
+    "service_tier": ["auto", "default"], "tool_calls": [[]],
+}
 
 
 def shown(value: object) -> str:
     """A value in an error message, short."""
-    try:
-        text = value if isinstance(value, str) else json.dumps(value)
-    except RecursionError:  # just not too deep to be read
-        return "nested too deeply"
-    return repr(text[:60] + "...") if len(text) > 60 else repr(value)
+    said = value if isinstance(value, str) else json.dumps(value)
+    return repr(said[:60] + "..." if len(said) > 60 else said)
 
 
-def number(body: dict, name: str, default, low: float, high: float, whole: bool = False, above: bool = False):
-    """body[name] if it is a number from low to high; null and missing are the default. Refusal 400 naming it otherwise."""
-    value = body.get(name)
-    if value is None:
-        return default
-    fits = type(value) is int if whole else type(value) in (int, float)  # True is an int too, but no number
-    if not fits or not low <= value <= high or above and value == low:
-        kind, first = "a whole number" if whole else "a number", f"above {low:g}" if above else f"from {low:g}"
-        raise Refusal(400, f"{name} is {shown(value)}, it must be {kind} {first} to {high:g}", name)
+def need(value: object, param: str, check: Check):
+    """Returns the value. The one place that refuses one."""
+    if not check.fits(value):
+        what = "missing" if value is None else shown(value)
+        raise Refusal(400, f"{param} is {what}, it must be {check.words}", param)
     return value
 
 
-def flag(body: dict, name: str) -> bool:
-    value = body.get(name)
-    if value not in (None, True, False) or type(value) in (int, float):
-        raise Refusal(400, f"{name} is {shown(value)}, it must be true or false", name)
-    return bool(value)
+def read(value: object, fields: dict[str, Check], at: str = "") -> dict:
+    """Returns the fields of an object that are given, each checked. Null is as good as missing."""
+    for name, x in need(value, at or "the body", OBJECT).items():
+        if name not in fields and x is not None and x not in NEUTRAL.get(name, []):
+            does = "asks for what this server does not do" if name in NEUTRAL else "is no field that this server knows"
+            raise Refusal(400, f"{at}{shown(name)} {does}: leave it out", at or name[:60])
+    return {name: need(value.get(name), f"{at}.{name}" if at else name, check) for name, check in fields.items()
+            if name in REQUIRED or value.get(name) is not None}
 
 
-def content_text(content: object, param: str) -> str:
-    """A message's content, text or a list of text parts."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise Refusal(400, f"{param} is {shown(content)}, it must be text or a list of parts", param)
-    for i, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise Refusal(400, f'{param}[{i}] is {shown(part)}, it must be {{"type": "text", "text": ...}}: this model reads text alone', f"{param}[{i}]")
-    return "".join(part["text"] for part in content)
+def read_messages(messages: list, served: Served) -> list[int]:
+    """OpenAI's messages -> the ids of the prompt that the template makes of them."""
+    turns = [read(message, MESSAGE, f"messages[{i}]") for i, message in enumerate(messages)]
+    for i, turn in enumerate(turns):
+        turn["role"] = turn["role"].replace("developer", "system")
+        if isinstance(turn["content"], list):
+            parts = [need(part, f"messages[{i}].content[{j}]", PART) for j, part in enumerate(turn["content"])]
+            turn["content"] = "".join(part["text"] for part in parts)
+    try:
+        return text.encode_prompt(turns, served.tokenizer, served.template)
+    except ValueError as error:
+        raise Refusal(400, f"messages: {error}", "messages") from None
 
 
-def read_messages(body: dict) -> list[dict]:
-    """OpenAI's messages -> data's. Refusal 400 for what a template cannot word."""
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not 1 <= len(messages) <= MAX_MESSAGES:
-        what = f"a list of {len(messages)}" if isinstance(messages, list) else "missing" if messages is None else shown(messages)
-        raise Refusal(400, f'messages is {what}, it must be a list of 1 to {MAX_MESSAGES} {{"role", "content"}}', "messages")
-    read = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise Refusal(400, f'messages[{i}] is {shown(message)}, it must be {{"role", "content"}}', f"messages[{i}]")
-        role = message.get("role")
-        if role not in ("system", "developer", "user", "assistant"):
-            raise Refusal(400, f"messages[{i}].role is {shown(role)}, it must be system, user or assistant", f"messages[{i}].role")
-        for key, value in message.items():
-            if key not in ("role", "content", "name") and value not in (None, []):
-                raise Refusal(400, f"messages[{i}] has {shown(key)}, which this server does not know", f"messages[{i}]")
-        read.append({"role": "system" if role == "developer" else role, "content": content_text(message.get("content"), f"messages[{i}].content")})
-    return read
-
-
-def read_prompts(body: dict, tokenizer: Tokenizer, model: Llama, context: int) -> list[list[int]]:
-    """The completions endpoint's prompt: text, ids, or a list of either."""
-    prompt = body.get("prompt")
+def read_prompts(prompt: object, served: Served) -> list[list[int]]:
+    """The prompt of a completion, text, ids or a list of either -> ids of each."""
     several = prompt if isinstance(prompt, list) and prompt and type(prompt[0]) is not int else [prompt]
-    if len(several) > MAX_CHOICES:
-        raise Refusal(400, f"prompt is a list of {len(several)}, at most {MAX_CHOICES} are taken at once", "prompt")
-    read = []
-    for one in several:
-        if isinstance(one, str):
-            check_characters(len(one), context, "prompt")
-            read.append(tokenizer.encode(one))
-        elif isinstance(one, list) and one and all(type(i) is int and 0 <= i < model.config.vocab_size for i in one):
-            read.append(one)
-        else:
-            what = "missing" if one is None else shown(one)
-            raise Refusal(400, f"prompt is {what}, it must be text, ids from 0 to {model.config.vocab_size - 1}, or a list of either", "prompt")
-    return read
+    last = served.model.config.vocab_size - 1
+    are_ids = lambda x: isinstance(x, list) and x and all(type(i) is int and 0 <= i <= last for i in x)
+    fits = len(several) <= MAX_CHOICES and all(isinstance(one, str) or are_ids(one) for one in several)
+    words = f"text, ids from 0 to {last}, or a list of at most {MAX_CHOICES} of either"
+    need(prompt, "prompt", Check(words, lambda _: fits))
+    return [served.tokenizer.encode(one) if isinstance(one, str) else one for one in several]
 
 
-def check_characters(characters: int, context: int, param: str) -> None:
-    """Refuse what is far too long before it is tokenized, which takes time by its length."""
-    if characters > 32 * context + 1024:
-        raise Refusal(400, f"the prompt has {characters} characters, the model's context is {context} tokens: shorten the prompt", param, "context_length_exceeded")
+def read_request(body: object, chat: bool, served: Served) -> Request:
+    """The JSON body of a request -> Request. Refusal with the parameter's name for whatever is not right with it."""
+    asked = read(body, CHAT if chat else COMPLETION)
+    if asked.get("model", served.name) != served.name:
+        why = f"model is {shown(asked['model'])}, this server has {served.name!r} alone"
+        raise Refusal(404, why, "model", "model_not_found")
+    prompts = [read_messages(asked["messages"], served)] if chat else read_prompts(asked["prompt"], served)
 
-
-def read_stops(body: dict) -> tuple[str, ...]:
-    stop = body.get("stop")
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or any(not isinstance(s, str) or not 0 < len(s) <= 1000 for s in stops):
-        raise Refusal(400, f"stop is {shown(stop)}, it must be text or a list of at most {MAX_STOPS} texts, none of them empty", "stop")
-    return tuple(stops)
-
-
-class Wish(NamedTuple):
-    """A request, read and checked."""
-    prompts: list[list[int]]
-    n: int
-    sampling: Sampling
-    stream: bool
-    include_usage: bool
-    chat: bool
-
-
-def read_request(body: object, chat: bool, model: Llama, tokenizer: Tokenizer, template: text.Template, context: int, name: str) -> Wish:
-    """The JSON body of a completion -> Wish. Refusal with the parameter's name for whatever is not right with it."""
-    if not isinstance(body, dict):
-        raise Refusal(400, f"the body is {shown(body)}, it must be a JSON object")
-    known = KNOWN | ({"messages", "max_completion_tokens", "top_logprobs"} if chat else {"prompt"})
-    for key, value in body.items():
-        if key not in known and value is not None and not (key in NEUTRAL and value in NEUTRAL[key]):
-            does = "asks for what this server does not do" if key in NEUTRAL else "is not a field that this server knows"
-            raise Refusal(400, f"{shown(key)} {does}: leave it out", key[:60])
-    if body.get("model") not in (None, name):
-        raise Refusal(404, f"model is {shown(body['model'])}, this server has {name!r} alone", "model", "model_not_found")
-    if not isinstance(body.get("user"), str | None):
-        raise Refusal(400, f"user is {shown(body['user'])}, it must be text", "user")
-    stream, options = flag(body, "stream"), body.get("stream_options")
-    if options is not None and (not isinstance(options, dict) or not set(options) <= {"include_usage", "include_obfuscation"}):
-        raise Refusal(400, f'stream_options is {shown(options)}, it must be {{"include_usage": true or false}}', "stream_options")
-    n = number(body, "n", 1, 1, MAX_CHOICES, whole=True)
+    # What depends on two fields.
+    n, count, longest = asked.get("n", 1), len(prompts), max(map(len, prompts))
+    if n * count > MAX_CHOICES:
+        raise Refusal(400, f"n is {n} for {count} prompts, at most {MAX_CHOICES} answers are given at once", "n")
+    room, longer = served.context - longest, "context_length_exceeded"
+    has = f"the prompt has {longest} tokens, the model's context is {served.context}"
+    if room < 1:
+        why = f"{has}, which leaves no room for an answer: shorten the prompt"
+        raise Refusal(400, why, "messages" if chat else "prompt", longer)
+    key = "max_completion_tokens" if "max_completion_tokens" in asked else "max_tokens"
+    most = asked.get(key, room if chat else min(16, room))
+    if most > room:
+        raise Refusal(400, f"{has}, and {key} is {most}: lower it to {room} or leave it out", key, longer)
+    top, logprobs = asked.get("top_logprobs", 0), asked.get("logprobs")
+    if top and not logprobs:
+        raise Refusal(400, "top_logprobs needs logprobs to be true", "top_logprobs")
     if chat:
-        messages = read_messages(body)
-        check_characters(sum(len(message["content"]) for message in messages), context, "messages")
-        try:
-            prompts = [text.encode_prompt(messages, tokenizer, template)]
-        except ValueError as error:
-            raise Refusal(400, f"messages: {error}", "messages") from None
-    else:
-        prompts = read_prompts(body, tokenizer, model, context)
-    if len(prompts) * n > MAX_CHOICES:
-        raise Refusal(400, f"n is {n} for {len(prompts)} prompts, at most {MAX_CHOICES} answers are given at once", "n")
-    longest = max(map(len, prompts))
-    if longest >= context:
-        raise Refusal(400, f"the prompt has {longest} tokens, the model's context is {context}, which leaves no room for an answer: shorten the prompt",
-                      "messages" if chat else "prompt", "context_length_exceeded")
-    key = "max_completion_tokens" if chat and body.get("max_completion_tokens") is not None else "max_tokens"
-    most = number(body, key, None, 1, 2**31, whole=True)
-    if most is not None and longest + most > context:
-        raise Refusal(400, f"the prompt has {longest} tokens and {key} is {most}, together more than the model's context of {context}: lower {key} to {context - longest} or leave it out",
-                      key, "context_length_exceeded")
-    if most is None:  # OpenAI's defaults: 16 for a completion, what fits for a chat
-        most = context - longest if chat else min(16, context - longest)
-    if chat:
-        alternatives = number(body, "top_logprobs", 0, 0, 20, whole=True)
-        logprobs = alternatives if flag(body, "logprobs") else None
-        if body.get("top_logprobs") is not None and logprobs is None:
-            raise Refusal(400, "top_logprobs needs logprobs to be true", "top_logprobs")
-    else:
-        logprobs = number(body, "logprobs", None, 0, 5, whole=True)
-    sampling = Sampling(most, float(number(body, "temperature", 1.0, 0, 2)), float(number(body, "top_p", 1.0, 0, 1, above=True)),
-                        number(body, "seed", secrets.randbits(62), -2**63, 2**64, whole=True), read_stops(body),
-                        float(number(body, "presence_penalty", 0.0, -2, 2)), float(number(body, "frequency_penalty", 0.0, -2, 2)), logprobs, flag(body, "ignore_eos"))
-    return Wish(prompts, n, sampling, stream, stream and isinstance(options, dict) and flag(options, "include_usage"), chat)
+        logprobs = top if logprobs else None
+    options = read(asked.get("stream_options", {}), OPTIONS, "stream_options")
+    asked |= {"prompts": prompts, "chat": chat, "max_tokens": most, "logprobs": logprobs,
+              "stop": tuple(each(asked.get("stop", []))), "seed": asked.get("seed", secrets.randbits(62)),
+              "include_usage": asked.get("stream", False) and options.get("include_usage", False)}
+    return Request(**{name: asked[name] for name in Request._fields if name in asked})
 
 
-# ---- answers --------------------------------------------------------------------------------------------------------
+# ---- OpenAI's forms -------------------------------------------------------------------------------------------------
 
 class Form:
-    """Words events as OpenAI's JSON: a chat's or a completion's, whole or as chunks of a stream."""
+    """Words a job as OpenAI's JSON: a chat's or a completion's, whole or as chunks of a stream."""
 
-    def __init__(self, wish: Wish, name: str, tokenizer: Tokenizer):
-        self.wish, self.tokenizer = wish, tokenizer
-        kind = ("chat.completion.chunk" if wish.stream else "chat.completion") if wish.chat else "text_completion"
-        self.head = {"id": f"{'chatcmpl' if wish.chat else 'cmpl'}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": name}
+    def __init__(self, job: Job):
+        self.job, self.request = job, job.request
+        prefix, kind = ("chatcmpl", "chat.completion") if job.request.chat else ("cmpl", "text_completion")
+        if job.request.chat and job.request.stream:
+            kind = "chat.completion.chunk"
+        self.head = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()),
+                     "model": job.served.name}
+
+    def usage(self) -> dict:
+        prompt = sum(map(len, self.request.prompts))
+        made = sum(len(answer.made) for answer in self.job.answers)
+        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+                "prompt_tokens_details": {"cached_tokens": self.job.reused}}
 
     def chunk(self, event: Event, first: bool) -> dict:
-        choice = {"index": event.index, "logprobs": self.logprobs(event), "finish_reason": event.finish}
-        if self.wish.chat:
-            choice["delta"] = ({"role": "assistant"} if first else {}) | ({"content": event.text} if event.text or first else {})
-        else:
-            choice["text"] = event.text
-        return self.head | {"choices": [choice]} | ({"usage": None} if self.wish.include_usage else {})
+        delta = {"role": "assistant", "content": ""} if first else {}
+        if event.text:
+            delta["content"] = event.text
+        usage = {"usage": None} if self.request.include_usage else {}
+        return {**self.head, "choices": [self.choice(event, delta=delta)], **usage}
 
-    def whole(self, events: list[Event], usage: dict) -> dict:
+    def whole(self) -> dict:
         choices = []
-        for index in range(len(self.wish.prompts) * self.wish.n):
-            own = [event for event in events if event.index == index]
-            joined = Event(index, "".join(event.text for event in own), sum((event.logprobs for event in own), ()), own[-1].finish)
-            choice = {"index": index, "logprobs": self.logprobs(joined), "finish_reason": joined.finish}
-            choices.append(choice | ({"message": {"role": "assistant", "content": joined.text, "refusal": None}} if self.wish.chat else {"text": joined.text}))
-        return self.head | {"choices": choices, "usage": usage}
+        for answer in self.job.answers:
+            event = Event(answer.index, answer.text[:answer.shown], answer.tokens[:answer.told], answer.finish)
+            message = {"role": "assistant", "content": event.text, "refusal": None}
+            choices.append(self.choice(event, message=message))
+        return {**self.head, "choices": choices, "usage": self.usage()}
 
-    def logprobs(self, event: Event) -> dict | None:
-        if self.wish.sampling.logprobs is None:
+    def choice(self, event: Event, **said: dict) -> dict:
+        said = said if self.request.chat else {"text": event.text}
+        return {"index": event.index, **said, "logprobs": self.logprobs(event.tokens), "finish_reason": event.finish}
+
+    def logprobs(self, tokens: list[tuple[int, dict]]) -> dict | None:
+        rows = [row for _, row in tokens]
+        if self.request.logprobs is None:
             return None
-        if self.wish.chat:
-            rows = [self.entry(token, logprob) | {"top_logprobs": [self.entry(*other) for other in top]} for _, token, logprob, top in event.logprobs]
+        if self.request.chat:
             return {"content": rows, "refusal": None}
-        return {"tokens": [self.entry(token, logprob)["token"] for _, token, logprob, _ in event.logprobs], "token_logprobs": [logprob for *_, logprob, _ in event.logprobs],
-                "top_logprobs": [{self.entry(*other)["token"]: other[1] for other in top} for *_, top in event.logprobs], "text_offset": [start for start, *_ in event.logprobs]}
-
-    def entry(self, token: int, logprob: float) -> dict:
-        raw = self.tokenizer.token_bytes(token)
-        return {"token": raw.decode("utf-8", "backslashreplace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+        tops = [{other["token"]: other["logprob"] for other in row["top_logprobs"]} for row in rows]
+        return {"tokens": [row["token"] for row in rows], "token_logprobs": [row["logprob"] for row in rows],
+                "top_logprobs": tops, "text_offset": [start for start, _ in tokens]}
 
 
 def to_json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")  # half an emoji in a request cannot be said in UTF-8
+    said = json.dumps(value, ensure_ascii=False)
+    for separator in "\x85\u2028\u2029":  # some clients take these for the end of a line
+        said = said.replace(separator, f"\\u{ord(separator):04x}")
+    return said.encode("utf-8", "replace")  # half an emoji in a request cannot be said in UTF-8
+
+
+# ---- metrics and curves ---------------------------------------------------------------------------------------------
+
+METRICS = {
+    "slots": "rows of the cache",
+    "slots_used": "rows with an answer on its way",
+    "waiting": "answers waiting for a row",
+    "steps_total": "forward passes",
+    "requests_total": "requests accepted",
+    "answers_total": "answers completed",
+    "refused_total": "requests refused by a full queue",
+    "left_total": "requests whose client left",
+    "failed_total": "requests that failed",
+    "prompt_tokens_total": "prompt tokens computed",
+    "prefix_tokens_reused_total": "prompt tokens taken from the cache",
+    "completion_tokens_total": "tokens sampled",
+    "first_token_seconds_sum": "time to first token, summed",
+    "first_token_seconds_count": "first tokens",
+}
 
 
 def prometheus(engine: Engine) -> str:
-    """The counters as Prometheus reads them."""
-    c = engine.counters
-    rows = [("octet_slots", "gauge", "slots of the cache", len(engine.held)), ("octet_slots_used", "gauge", "slots with an answer on its way", len(engine.running)),
-            ("octet_waiting", "gauge", "answers waiting for a slot", len(engine.waiting)),
-            ("octet_steps_total", "counter", "forward passes", c["steps"]), ("octet_requests_total", "counter", "requests accepted", c["requests"]),
-            ("octet_answers_total", "counter", "answers completed", c["answers"]), ("octet_refused_total", "counter", "requests refused by a full queue", c["refused"]),
-            ("octet_left_total", "counter", "requests whose client left", c["left"]), ("octet_failed_total", "counter", "requests that failed", c["failed"]),
-            ("octet_prompt_tokens_total", "counter", "prompt tokens computed", c["prompt_tokens"]), ("octet_prefix_tokens_reused_total", "counter", "prompt tokens taken from the cache", c["prefix_tokens"]),
-            ("octet_completion_tokens_total", "counter", "tokens sampled", c["completion_tokens"]),
-            ("octet_first_token_seconds_sum", "counter", "time to first token, summed", c["first_token_seconds"]), ("octet_first_token_seconds_count", "counter", "first tokens", c["first_tokens"])]
-    return "".join(f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, text, value in rows)
+    """The engine's state and counters as Prometheus reads them."""
+    state, lines = engine.state(), []
+    for name, words in METRICS.items():
+        key = name.removeprefix("slots_").removesuffix("_total")
+        kind, value = ("gauge", state[key]) if key in state else ("counter", engine.counters[key])
+        lines.append(f"# HELP octet_{name} {words}\n# TYPE octet_{name} {kind}\noctet_{name} {value}\n")
+    return "".join(lines)
 
 
-# ---- curves ---------------------------------------------------------------------------------------------------------
+def numbers(line: str) -> dict[str, float]:
+    """The finite numbers of a JSON object. None if it is no such object: the last line of a run at work may be half."""
+    with suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict):
+            return {name: x for name, x in row.items() if type(x) in (int, float) and math.isfinite(x)}
+    return {}
+
 
 def read_curves(folder: Path, points: int = 400) -> list[dict]:
-    """Of every run under the folder: name, curves {metric: [[step, value], ...]} thinned to about so many points, gold score
-    before and after. Files are named by the folder alone, never by a request."""
+    """Of every run under the folder: its name, curves {metric: [[step, value], ...]} thinned to about so many points,
+    gold score before and after. Files are named by the folder alone, never by a request."""
     runs = []
     for file in sorted(folder.glob("*/metrics.jsonl")):
         if not file.resolve().is_relative_to(folder.resolve()):
             continue
-        rows = []
-        for line in file.read_text("utf-8", "replace").splitlines()[-100_000:]:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # the last line of a run at work may be half a line
-            if isinstance(row, dict) and type(row.get("step")) in (int, float):
-                rows.append(row)
+        rows = [row for row in map(numbers, file.read_text("utf-8", "replace").splitlines()) if "step" in row]
         thin = rows[::-max(1, len(rows) // points)][::-1]  # counted from the end: the newest is always there
-        keys = sorted({key for row in thin for key, value in row.items() if type(value) in (int, float) and key != "step"})
-        curves = {key: [[row["step"], row[key]] for row in thin if type(row.get(key)) in (int, float) and math.isfinite(row[key])] for key in keys}
-        summary = {}
-        if (file.parent / "summary.json").is_file():
-            try:
-                summary = read_json(file.parent / "summary.json")
-            except (ValueError, OSError):
-                pass  # a run that is being written
-        gold = {key: summary[key] for key in ("gold_before", "gold_after", "gold") if type(summary.get(key)) in (int, float)}
-        runs.append({"name": file.parent.name, "curves": curves, "changed": file.stat().st_mtime} | gold)
+        names = sorted(set().union(*thin) - {"step"})
+        curves = {name: [[row["step"], row[name]] for row in thin if name in row] for name in names}
+        summary = file.with_name("summary.json")
+        figures = numbers(summary.read_text("utf-8")) if summary.is_file() else {}
+        gold = {name: figures[name] for name in ("gold_before", "gold_after", "gold") if name in figures}
+        runs.append({"name": file.parent.name, "curves": curves, "changed": file.stat().st_mtime, **gold})
     return runs
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
 
-class Reader(io.RawIOBase):
-    """A socket that is read with a bound on bytes and on time, both for a whole request: a byte now and then is no way around."""
-
-    def __init__(self, connection: socket.socket):
-        self.connection, self.bytes, self.deadline = connection, 0, 0.0
-
-    def allow(self, amount: int, seconds: float) -> None:
-        self.bytes, self.deadline = amount, time.monotonic() + seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        if self.bytes <= 0:
-            raise Refusal(431, f"the head of the request is longer than {HEAD_BYTES} bytes")
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self.connection.settimeout(left)
-        count = self.connection.recv_into(buffer)
-        self.bytes -= count
-        return count
-
-
-def host_allowed(host: str | None, names: set[str]) -> bool:
-    """Whether a Host header names this server by an address or a name of its own. A page elsewhere can have its own name lead
-    to 127.0.0.1 (DNS rebinding), but then the browser sends that name."""
-    name = (host or "").rpartition("]")[0].removeprefix("[") if (host or "").startswith("[") else (host or "").partition(":")[0]
-    try:
-        ipaddress.ip_address(name)
-        return True
-    except ValueError:
-        return name.lower() in names
-
-
-def page_policy(page: str) -> str:
-    """What the page's browser may do: run this one script and style, talk to this server, nothing else."""
-    own = {tag: base64.b64encode(hashlib.sha256(page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()).digest()).decode() for tag in ("script", "style")}
-    return (f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'sha256-{own['style']}'; script-src 'sha256-{own['script']}'; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+BODY_BYTES, MAX_CONNECTIONS = 2**20, 1024
+STREAM_PAUSE = 0.01    # seconds between two looks for more of a stream: each look takes the engine's Python time
+FORMS = {"/v1/completions": False, "/v1/chat/completions": True}  # path, is it a chat
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection. Every path ends in one answer: text, JSON, a stream, or an error in OpenAI's form."""
-    protocol_version, server_version, sys_version = "HTTP/1.1", "octet", ""
-    wbufsize, disable_nagle_algorithm, timeout = 2**16, True, REQUEST_SECONDS
-
-    def setup(self) -> None:
-        super().setup()
-        self.reader = Reader(self.connection)
-        self.rfile = io.BufferedReader(self.reader, 8192)
+    """One connection. Every request ends in one answer: text, JSON, a stream, or an error in OpenAI's form."""
+    protocol_version, server_version, sys_version, disable_nagle_algorithm = "HTTP/1.1", "octet", "", True
+    timeout = 30           # seconds for a client to send its request, and to take a piece of the answer
 
     def handle_one_request(self) -> None:
-        self.close_connection, self.sent, self.unread, self.command, self.path = True, None, 0, "", ""
-        self.headers, self.request_version, self.requestline, self.began = {}, "HTTP/1.1", "", time.perf_counter()
+        """Shuts the reading half of a connection whose request takes too long: a byte now and then extends nothing."""
+        self.sent = False
+        self.timer = threading.Timer(self.timeout, self.connection.shutdown, [socket.SHUT_RD])
+        self.timer.daemon = True
+        self.timer.start()
         try:
-            self.reader.allow(HEAD_BYTES, self.server.request_seconds)
-            self.raw_requestline = self.rfile.readline(HEAD_BYTES + 1)
-            if not self.raw_requestline:
-                return
-            self.began = time.perf_counter()
-            if not self.parse_request():  # it has answered, through send_error
-                return
-            if self.request_version == "HTTP/0.9":
-                return self.send_error(400, "HTTP/0.9")
-            try:
-                self.answer()
-            except Refusal as refusal:
-                self.refuse(refusal)
-        except Refusal as refusal:  # out of the reader, in the middle of the head
-            self.unread = BODY_BYTES  # or whatever else may come
+            super().handle_one_request()
+        except OSError:  # the client has left
+            self.close_connection = True
+        finally:
+            self.timer.cancel()
+
+    def respond(self) -> None:
+        try:
+            self.answer()
+        except Refusal as refusal:
             self.refuse(refusal)
-        except (TimeoutError, OSError):
-            self.close_connection = True  # the client is slow or has left
+        except RecursionError:
+            self.refuse(Refusal(400, "the body is nested too deeply"))
+        except OSError:
+            raise
         except Exception:
             traceback.print_exc()
             self.refuse(Refusal(500, "the server failed: see its log"))
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Called by the standard library for what it cannot parse."""
-        self.close_connection = True
-        self.request_version = "HTTP/1.1"
-        self.refuse(Refusal(int(code), f"the request cannot be read ({message or HTTPStatus(code).phrase})"))
-
-    def handle_expect_100(self) -> bool:
-        """curl asks before it sends a longer body, and waits."""
-        super().handle_expect_100()
-        self.wfile.flush()
-        return True
-
-    def refuse(self, refusal: Refusal) -> None:
-        if self.sent is not None:  # in the middle of an answer
-            self.close_connection = True
-            return
-        if self.unread:  # what was not read would be taken for the next request; closing with it unread loses our answer on its way
-            self.close_connection = True
-        self.send(refusal.status, to_json(refusal.body), headers=refusal.headers)
-        if self.unread:
-            self.discard()
-
-    def discard(self) -> None:
-        """Read off the rest of a body that is refused, within bounds, so that the client gets to read the answer."""
-        try:
-            self.connection.shutdown(socket.SHUT_WR)
-            self.reader.allow(64 * BODY_BYTES, 5.0)
-            while self.unread > 0 and (part := self.rfile.read(min(self.unread, 2**16))):
-                self.unread -= len(part)
-        except (OSError, Refusal):
-            pass
-
-    def send(self, status: int, content: bytes, kind: str = "application/json", headers: dict | None = None) -> None:
-        self.connection.settimeout(self.server.request_seconds)
-        self.begin(status, kind, {"Content-Length": str(len(content)), **(headers or {})})
-        if self.command != "HEAD" and status != 304:
-            self.wfile.write(content)
-        self.wfile.flush()
-
-    def begin(self, status: int, kind: str, headers: dict) -> None:
-        self.sent = status
-        self.send_response_only(status)
-        origin = self.server.cors
-        cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"} if origin else {}
-        close = {"Connection": "close"} if self.close_connection else {}
-        for name, value in {"Content-Type": kind, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", **cors, **close, **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.log(status)
-
-    def log(self, status: int) -> None:
-        if self.server.verbose:  # ascii() escapes whatever a request may have put there
-            print(f"{self.client_address[0]} {ascii(self.command)[1:-1][:20]} {ascii(self.path)[1:-1][:200]} {status} {1e3 * (time.perf_counter() - self.began):.0f} ms", file=sys.stderr, flush=True)
-
-    # -- what is asked for
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = respond
 
     def answer(self) -> None:
-        length = self.body_length()
-        self.unread = length
-        self.check_host()
-        path = self.path.partition("?")[0].rstrip("/") or "/"
-        if self.command == "OPTIONS" and self.server.cors:
-            return self.send(204, b"", headers={"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Allow-Headers": "Authorization, Content-Type", "Access-Control-Max-Age": "600"})
-        get = {"/": self.get_page, "/health": self.get_health, "/metrics": self.get_metrics, "/runs": self.get_runs, "/v1/models": self.get_models}
-        get |= {f"/v1/models/{self.server.name}": self.get_model}
-        post = {"/v1/completions": False, "/v1/chat/completions": True}
-        if path not in get and path not in post:
-            raise Refusal(404, f"{shown(path)} is not here: there are {', '.join(list(get)[:5])}, {' and '.join(post)}")
-        allowed = ("GET", "HEAD") if path in get else ("POST",)
-        if self.command not in allowed:
-            raise Refusal(405, f"{path} answers {' and '.join(allowed)}, not {shown(self.command)}", headers={"Allow": ", ".join(allowed)})
+        server, content = self.server, self.read_body()  # first of all, since the next request begins behind the body
+        self.timer.cancel()
+        self.check_origin()
+        if self.command == "OPTIONS" and server.args.cors:
+            asked = self.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
+            asked = " ".join(asked.split())  # a header may be folded over several lines
+            return self.send(204, b"", **{"Access-Control-Allow-Methods": "GET, POST",
+                                          "Access-Control-Allow-Headers": asked})
+        path = unquote(self.path.partition("?")[0]).rstrip("/") or "/"
+        if path not in server.pages | FORMS:
+            raise Refusal(404, f"{shown(path)} is not here: there are {', '.join(server.pages | FORMS)}")
+        methods = "POST" if path in FORMS else "GET, HEAD"
+        if self.command not in methods:
+            raise Refusal(405, f"{path} answers {methods}, not {shown(self.command)}", Allow=methods)
         if path not in ("/", "/health"):
             self.check_key()
-        if path in get:
-            if length:
-                raise Refusal(400, f"{self.command} takes no body")
-            return get[path]()
-        if self.headers.get_content_type() != "application/json":  # what a form or a script elsewhere can send without asking is not
-            raise Refusal(415, "Content-Type must be application/json")
-        self.complete(self.read_body(length), post[path])
+        if path in server.pages:
+            kind, page = server.pages[path]()
+            down = path == "/health" and server.engine.end < math.inf
+            return self.send(503 if down else 200, page, kind)
+        # A page elsewhere can send other types without asking.
+        if self.headers.get_content_type() != "application/json" or "Content-Encoding" in self.headers:
+            raise Refusal(415, "Content-Type must be application/json, without a Content-Encoding")
+        self.complete(content, FORMS[path])
 
-    def body_length(self) -> int:
-        if self.headers.get("Transfer-Encoding"):
-            self.close_connection = True
-            raise Refusal(411, "Transfer-Encoding is not taken: send Content-Length")
+    def read_body(self) -> bytes:
         lengths = set(self.headers.get_all("Content-Length", []))
-        if not lengths:
-            if self.command == "POST":
-                self.close_connection = True
-                raise Refusal(411, "Content-Length is missing")
-            return 0
-        text = lengths.pop()
-        if lengths or not text.isascii() or not text.isdigit() or len(text) > 18:
-            self.close_connection = True
+        if "Transfer-Encoding" in self.headers or self.command == "POST" and not lengths:
+            raise Refusal(411, "the length of the body must be given, as Content-Length")
+        length = ",".join(lengths) or "0"
+        if not re.fullmatch("[0-9]{1,18}", length):
             raise Refusal(400, "Content-Length must be one whole number")
-        self.unread = int(text)
-        if self.unread > BODY_BYTES:
-            raise Refusal(413, f"the body has {text} bytes, at most {BODY_BYTES} are taken")
-        return int(text)
+        if int(length) > BODY_BYTES:
+            raise Refusal(413, f"the body has {length} bytes, at most {BODY_BYTES} are taken")
+        return self.rfile.read(int(length))
 
-    def check_host(self) -> None:
-        hosts = self.headers.get_all("Host", [])
+    def check_origin(self) -> None:
+        """Refuses pages of other sites. One can have its own name lead to 127.0.0.1 (DNS rebinding), but then the
+        browser sends this name as Host."""
+        hosts, origin = self.headers.get_all("Host", []), self.headers.get("Origin")
         if self.request_version == "HTTP/1.0" and not hosts:
             return  # no browser
         if len(hosts) != 1 or not host_allowed(hosts[0], self.server.names):
-            raise Refusal(403, f"Host {shown(hosts[0] if hosts else None)} is not a name of this server: --allow_host NAME adds one")
-        origin = self.headers.get("Origin")
-        if origin is not None and origin != self.server.cors and origin.partition("://")[2] != hosts[0]:
+            raise Refusal(403, f"Host {shown(hosts)} is not a name of this server: --allow_host NAME adds one")
+        if origin not in (None, self.server.args.cors, f"http://{hosts[0]}", f"https://{hosts[0]}"):
             raise Refusal(403, f"a page of {shown(origin)} may not use this server: --cors ORIGIN would allow one")
 
     def check_key(self) -> None:
-        if self.server.api_key is None:
-            return
+        wanted = self.server.args.api_key
         scheme, _, key = self.headers.get("Authorization", "").partition(" ")
-        same = hmac.compare_digest(key.strip().encode("utf-8", "surrogateescape"), self.server.api_key.encode())  # in constant time
-        if scheme.lower() != "bearer" or not same:
-            raise Refusal(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        same = hmac.compare_digest(f"{scheme.lower()} {key}".encode(), f"bearer {wanted}".encode())  # in constant time
+        if wanted and not same:
+            why = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
+            raise Refusal(401, why, code="invalid_api_key", **{"WWW-Authenticate": "Bearer"})
 
-    def read_body(self, length: int) -> object:
-        self.reader.allow(length + 1, max(1.0, self.reader.deadline - time.monotonic()))
-        raw = self.rfile.read(length)
-        self.unread = 0
-        if len(raw) < length:
-            raise ConnectionError("the client closed in the middle of its body")
-
-        def refuse(constant: str):
-            raise ValueError(f"{constant} is not JSON")
-        try:
-            return json.loads(raw.decode("utf-8"), parse_constant=refuse)
-        except (ValueError, RecursionError) as error:
-            reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).partition("\n")[0][:200]
-            raise Refusal(400, f"the body is not JSON ({reason})") from None
-
-    def get_page(self) -> None:
-        self.send(200, PAGE.encode(), "text/html; charset=utf-8", {"Content-Security-Policy": page_policy(PAGE), "Referrer-Policy": "no-referrer"})
-
-    def get_health(self) -> None:
-        engine = self.server.engine
-        ok = engine.is_alive() and not engine.draining
-        self.send(200 if ok else 503, to_json({"status": "ok" if ok else "shutting down", "slots": len(engine.held), "used": len(engine.running), "waiting": len(engine.waiting)}))
-
-    def get_metrics(self) -> None:
-        self.send(200, prometheus(self.server.engine).encode(), "text/plain; version=0.0.4; charset=utf-8")
-
-    def get_runs(self) -> None:
-        body = to_json({"runs": read_curves(self.server.runs) if self.server.runs.is_dir() else []})
-        tag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
-        same = self.headers.get("If-None-Match") == tag
-        self.send(304 if same else 200, b"" if same else body, headers={"ETag": tag, "Cache-Control": "no-cache"})
-
-    def model_card(self) -> dict:
-        return {"id": self.server.name, "object": "model", "created": self.server.created, "owned_by": "octet", "max_model_len": self.server.engine.context}
-
-    def get_models(self) -> None:
-        self.send(200, to_json({"object": "list", "data": [self.model_card()]}))
-
-    def get_model(self) -> None:
-        self.send(200, to_json(self.model_card()))
-
-    def complete(self, body: object, chat: bool) -> None:
+    def complete(self, content: bytes, chat: bool) -> None:
+        """Answers a request by the engine."""
         server = self.server
-        wish = read_request(body, chat, server.engine.model, server.tokenizer, server.template, server.engine.context, server.name)
-        job = Job(wish.prompts, wish.n, wish.sampling, server.tokenizer, chat, self.connection)
-        server.engine.submit(job)
-        server.open_jobs.add(job)
         try:
-            (self.stream if wish.stream else self.whole)(job, Form(wish, server.name, server.tokenizer))
+            body = json.loads(content.decode("utf-8"))
+        except ValueError as error:
+            raise Refusal(400, f"the body is not JSON ({error})") from None
+        job = Job(read_request(body, chat, server.served), server.served)
+        form = Form(job)
+        # A client that wants no further request may close its sending half right after this one.
+        self.patient = self.close_connection or self.gone()
+        server.engine.submit(job)
+        server.jobs.add(job)
+        try:
+            if job.request.stream:
+                self.stream(job, form)
+            else:
+                list(self.events(job))
+                self.send(200, to_json(form.whole()))
+        except OSError:
+            server.engine.counters["left"] += 1
+            raise
         finally:
-            job.left = True  # frees its slots if an error has brought us here
-            server.open_jobs.discard(job)
+            job.over = True
+            server.jobs.discard(job)
 
-    def whole(self, job: Job, form: Form) -> None:
-        events, open_answers = [], len(job.answers)
-        while open_answers:
-            event = job.events.get()
-            if event.error:
-                raise event.error
-            events.append(event)
-            open_answers -= event.finish is not None
-        self.send(200, to_json(form.whole(events, job.usage())))
+    def events(self, job: Job) -> Iterator[Event]:
+        """What the engine says until all answers have ended. Raises the Refusal that ends the job early."""
+        unfinished = len(job.answers)
+        while unfinished:
+            if not self.patient and self.gone():
+                raise ConnectionError("the client has left")
+            with suppress(Empty):
+                event = job.events.get(timeout=0.1)
+                if isinstance(event, Refusal):
+                    raise event
+                unfinished -= event.finish is not None
+                yield event
+
+    def gone(self) -> bool:
+        """Whether the client has closed: there is something to read, and it is the end."""
+        self.connection.settimeout(0)  # looks, and does not wait
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        finally:
+            self.connection.settimeout(self.timeout)
 
     def stream(self, job: Job, form: Form) -> None:
-        open_answers, begun = len(job.answers), set()
-        while open_answers:
-            event, chunks = job.events.get(), []
-            while event is not None:  # what has come meanwhile goes off together
-                if event.error and self.sent is None:
-                    raise event.error
-                chunks.append(event.error.body if event.error else form.chunk(event, event.index not in begun))
-                begun.add(event.index)
-                open_answers = 0 if event.error else open_answers - (event.finish is not None)
-                try:
-                    event = job.events.get_nowait() if open_answers else None
-                except Empty:
-                    event = None
-            if not open_answers:
-                if form.wish.include_usage and "error" not in chunks[-1]:
-                    chunks.append(form.head | {"choices": [], "usage": job.usage()})
-                chunks.append("[DONE]")
-            self.send_events(chunks)
-            if open_answers:
-                time.sleep(STREAM_PAUSE)
-        self.send_part(b"")
-
-    def send_events(self, chunks: list) -> None:
-        if self.sent is None:
-            self.connection.settimeout(self.server.request_seconds)
-            chunked = self.request_version != "HTTP/1.0"
-            self.close_connection = self.close_connection or not chunked
-            self.begin(200, "text/event-stream; charset=utf-8", {"Transfer-Encoding": "chunked"} if chunked else {})
-        self.send_part(b"".join(b"data: " + (chunk.encode() if isinstance(chunk, str) else to_json(chunk)) + b"\n\n" for chunk in chunks))
-
-    def send_part(self, content: bytes) -> None:
-        chunked = self.request_version != "HTTP/1.0"
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(content), content) if chunked else content)
-        self.wfile.flush()
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads, request_queue_size = True, 1024
-
-    def __init__(self, address: tuple[str, int], engine: Engine, tokenizer: Tokenizer, template: text.Template, name: str, runs: Path = Path("out"),
-                 api_key: str | None = None, cors: str | None = None, allow_hosts: tuple[str, ...] = (), verbose: bool = False, request_seconds: float = REQUEST_SECONDS):
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.engine, self.tokenizer, self.template, self.name, self.runs = engine, tokenizer, template, name, runs
-        self.api_key, self.cors, self.verbose, self.request_seconds, self.created = api_key, cors, verbose, request_seconds, int(time.time())
-        self.names = {"localhost", address[0].lower(), socket.gethostname().lower(), *(host.lower() for host in allow_hosts)}
-        self.places, self.open_jobs = threading.Semaphore(MAX_CONNECTIONS), set()
-        super().__init__(address, Handler)
-
-    def server_bind(self) -> None:  # the standard library's asks a name server for our name, which can take seconds
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
-
-    def process_request(self, request, client_address) -> None:
-        if self.places.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request, client_address) -> None:
+        """Server-sent events up to [DONE]. The stream ends with its connection: its length is not known before."""
+        self.close_connection, begun = True, set()
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.places.release()
+            for event in self.events(job):
+                self.send_chunk(form.chunk(event, event.index not in begun))
+                begun.add(event.index)
+                if job.events.empty():
+                    time.sleep(STREAM_PAUSE)
+            if job.request.include_usage:
+                self.send_chunk({**form.head, "choices": [], "usage": form.usage()})
+        except Refusal as refusal:
+            if not self.sent:
+                raise
+            self.send_chunk(refusal.body)
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def send_chunk(self, chunk: dict) -> None:
+        if not self.sent:
+            self.begin(200, "text/event-stream; charset=utf-8")
+        self.wfile.write(b"data: %b\n\n" % to_json(chunk))
+
+    def send(self, status: int, content: bytes, kind: str = "application/json", **headers: str) -> None:
+        self.begin(status, kind, **{"Content-Length": str(len(content)), **headers})
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def begin(self, status: int, kind: str, **headers: str) -> None:
+        self.sent = True
+        self.send_response(status)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        for name, value in {"Content-Type": kind, **self.server.headers, **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answers with an error and closes the connection, after reading what the client still sends: closing with
+        unread bytes resets a connection, and the client may not get to read the answer."""
+        self.close_connection, self.request_version = True, "HTTP/1.1"
+        if not self.sent:  # else it is in the middle of an answer
+            self.send(refusal.status, to_json(refusal.body), **refusal.headers)
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.rfile.read1():
+                pass
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Called by the standard library for what it cannot parse."""
+        self.refuse(Refusal(int(code), f"the request cannot be read ({message})"))
+
+    def log_message(self, format: str, *values: object) -> None:
+        if self.server.verbose:
+            super().log_message(format, *values)
+
+
+def host_allowed(host: str, names: set[str]) -> bool:
+    """Whether a Host header names this server by an address or by a name of its own."""
+    with suppress(ValueError):
+        name = urlsplit(f"//{host}").hostname or ""
+        return name in names or bool(ipaddress.ip_address(name))
+    return False
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """Listens, and gives each connection a thread that waits for the engine."""
+    daemon_threads, allow_reuse_address, request_queue_size = True, True, 1024
+
+    def __init__(self, engine: Engine, args: argparse.Namespace, port: int, verbose: bool = False):
+        self.engine, self.served, self.args, self.verbose = engine, engine.served, args, verbose
+        self.jobs: set[Job] = set()  # those that are not answered yet
+        self.names = {"localhost", args.http_host.lower(), socket.gethostname().lower(), *args.allow_host}
+        self.headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+        if args.cors:
+            self.headers |= {"Access-Control-Allow-Origin": args.cors, "Access-Control-Expose-Headers": "Retry-After"}
+        self.pages = pages(engine, args.runs)
+        host = args.http_host
+        if ":" in host:
+            self.address_family, host = socket.AF_INET6, f"[{host}]"
+        try:
+            super().__init__((args.http_host, port), Handler)
+        except OSError as error:
+            why = f"cannot listen on {host}:{port} ({error.strerror or error})"
+            raise OSError(f"{why}: choose another --http_host or --http_port") from None
+        self.url = f"http://{host}:{self.server_address[1]}"
+
+    def process_request(self, request: socket.socket, client_address: tuple) -> None:
+        if threading.active_count() < MAX_CONNECTIONS:
+            return super().process_request(request, client_address)
+        self.shutdown_request(request)
+
+    def start(self) -> Server:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
 
     def finish(self, seconds: float) -> None:
-        """Let go of the address once all answers are on their way, or after so long."""
+        """Lets go of the address once all answers are on their way, or after so long."""
         deadline = time.monotonic() + seconds
-        while self.open_jobs and time.monotonic() < deadline:
+        while self.jobs and time.monotonic() < deadline:
             time.sleep(0.01)
         self.shutdown()
         self.server_close()
 
-    def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # a client that has left is no error
-            traceback.print_exc()
 
-
-# ---- opening --------------------------------------------------------------------------------------------------------
-
-
-def open_model(directory: Path, quant: str | None, dtype: torch.dtype | None, device: str) -> Llama:
-    """A plain or quantized directory, or an adapter, which is merged into a plain base and stays beside a quantized one."""
-    base = lora.base_path(directory) if lora.is_adapter(directory) else directory
-    config = base / "config.json"
-    if quantized := quant is not None or config.is_file() and bool(read_json(config).get("quantization_config")):
-        model = quantize.open_model(base, dtype, device, quant=quant)
-    else:
-        model = Llama.from_pretrained(base, dtype, device)
-    if base != directory:
-        lora.load_adapter(model, directory)
-        if not quantized:
-            lora.fold(model)
-    return model.eval()
+def pages(engine: Engine, runs: Path) -> dict[str, Callable[[], tuple[str, bytes]]]:
+    """What GET answers: path -> type of content, content."""
+    page = (Path(__file__).parent / "data" / "page.html").read_bytes()
+    card = {"id": engine.served.name, "object": "model", "created": int(time.time()), "owned_by": "octet",
+            "max_model_len": engine.served.context}
+    as_json = lambda value: ("application/json", to_json(value))
+    return {
+        "/": lambda: ("text/html; charset=utf-8", page),
+        "/health": lambda: as_json(engine.state()),
+        "/metrics": lambda: ("text/plain; version=0.0.4; charset=utf-8", prometheus(engine).encode()),
+        "/runs": lambda: as_json({"runs": read_curves(runs)}),
+        "/v1/models": lambda: as_json({"object": "list", "data": [card]}),
+        f"/v1/models/{engine.served.name}": lambda: as_json(card),
+    }
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
-class Folded(Tokenizer):
+HEADER = """\
+through  clients  requests first token    p95 tokens/s each  slowest      in all
+                                ms p50     ms           p50      5 %"""
+ROW = ("{through:<8}{concurrency:>8}{requests:>10}{first_token_ms_p50:>12.0f}{first_token_ms_p95:>7.0f}"
+       "{tokens_per_second_each_p50:>14.1f}{tokens_per_second_each_slowest_5_percent:>9.1f}{tokens_per_second:>12.1f}")
+
+
+class Folded(text.Tokenizer):
     """A stand-in for a model of random weights: every id has the text of some piece of a smaller vocabulary."""
 
     def token_bytes(self, i: int) -> bytes:
         return super().token_bytes(3 + i % (self.vocab_size - 3))
 
 
-def random_prompts(count: int, tokens: int, vocab: int, seed: int) -> list[list[int]]:
-    """Prompts that share nothing with one another nor with those of another seed, so that none is found in the cache."""
-    return torch.randint(3, vocab, (count, tokens), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def ask(url: str, prompt: list[int], new: int, key: str | None) -> dict:
-    """One streamed request over HTTP: seconds to its first token and to its last, and the number of tokens by its usage."""
-    host = url.partition("://")[2].rstrip("/")
-    body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
-    connection = http.client.HTTPConnection(host, timeout=600)
-    began = time.perf_counter()
-    connection.request("POST", "/v1/completions", to_json(body), {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})})
+def ask(url: str, key: str | None, new: int, prompt: list[int]) -> dict:
+    """One streamed request over HTTP: seconds to its first token and to its last, and its tokens by its usage."""
+    body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True,
+            "stream_options": {"include_usage": True}}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=600)
+    began, times, usage, line = time.perf_counter(), [], None, b""
+    connection.request("POST", "/v1/completions", to_json(body), headers)
     response = connection.getresponse()
-    if response.status != 200:
-        raise ValueError(f"{url} answers {response.status}: {response.read(500).decode('utf-8', 'replace')}")
-    first = last = usage = None
     for line in response:
         if line.startswith(b"data: {"):
-            last = time.perf_counter()
-            first = first or last
-            usage = json.loads(line[6:]).get("usage") or usage
-    connection.close()
-    if usage is None:
-        raise ValueError(f"{url} sent no usage at the end of its stream")
-    return {"first": first - began, "last": last - began, "tokens": usage["completion_tokens"]}
+            times.append(time.perf_counter() - began)
+            usage = json.loads(line[6:]).get("usage")
+    if not usage:
+        raise ValueError(f"{url} answers {response.status} and no usage: {line.decode('utf-8', 'replace')[:500]}")
+    return {"first": times[0], "last": times[-1], "tokens": usage["completion_tokens"]}
 
 
-def quantile(values: list[float], share: float) -> float:
-    """The value that this share of them does not exceed."""
-    return sorted(values)[min(len(values) - 1, math.ceil(share * len(values)) - 1)]
+def ask_engine(engine: Engine, new: int, prompt: list[int]) -> dict:
+    """`ask` without HTTP."""
+    job, times = Job(Request([prompt], max_tokens=new, temperature=0.0, ignore_eos=True), engine.served), []
+    engine.submit(job)
+    while not job.over and not job.answers[0].finish:
+        job.events.get()
+        times.append(time.perf_counter() - job.began)
+    return {"first": times[0], "last": times[-1], "tokens": new}
 
 
 def measure(one: Callable[[list[int]], dict], prompts: list[list[int]], concurrency: int) -> dict:
-    """Let so many clients ask, each its next question when it has its answer (a closed loop). Only new tokens are counted;
+    """Lets so many clients ask, each its next question when it has its answer (a closed loop). Only new tokens count;
     a request's tokens/s are those after its first token, the total's over the whole time."""
-    left, done = deque(prompts), []
-
-    def client() -> None:
-        with suppress(IndexError):
-            while True:
-                done.append(one(left.popleft()))
-    threads = [threading.Thread(target=client) for _ in range(concurrency)]
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(concurrency) as clients:
+        done = list(clients.map(one, prompts))
     seconds = time.perf_counter() - began
-    if len(done) < len(prompts):
-        raise ValueError(f"{len(prompts) - len(done)} of {len(prompts)} requests failed: see above")
-    first, each = [row["first"] for row in done], [(row["tokens"] - 1) / max(row["last"] - row["first"], 1e-9) for row in done]
-    return {"concurrency": concurrency, "requests": len(done), "prompt_tokens": len(prompts[0]), "new_tokens": done[0]["tokens"],
-            "first_token_ms_p50": 1e3 * quantile(first, 0.5), "first_token_ms_p95": 1e3 * quantile(first, 0.95),
-            "tokens_per_second_each_p50": quantile(each, 0.5), "tokens_per_second_each_slowest_5_percent": quantile(each, 0.05),
-            "tokens_per_second": sum(row["tokens"] for row in done) / seconds, "seconds": seconds}
+    first = sorted(1e3 * row["first"] for row in done)
+    rate = sorted((row["tokens"] - 1) / max(row["last"] - row["first"], 1e-9) for row in done)
+    at = lambda share: math.ceil(share * len(done)) - 1  # the value that this share of them does not exceed
+    return {"concurrency": concurrency, "requests": len(done), "seconds": seconds,
+            "prompt_tokens": len(prompts[0]), "new_tokens": done[0]["tokens"],
+            "first_token_ms_p50": first[at(0.5)], "first_token_ms_p95": first[at(0.95)],
+            "tokens_per_second_each_p50": rate[at(0.5)], "tokens_per_second_each_slowest_5_percent": rate[at(0.05)],
+            "tokens_per_second": sum(row["tokens"] for row in done) / seconds}
 
 
-def ask_engine(engine: Engine, tokenizer: Tokenizer, new: int, prompt: list[int]) -> dict:
-    """`ask` without HTTP."""
-    job = Job([prompt], 1, Sampling(new, temperature=0.0, ignore_eos=True), tokenizer, chat=False)
-    began = time.perf_counter()
-    engine.submit(job)
-    while not (event := job.events.get()).finish:
-        if event.error:
-            raise event.error
-    return {"first": job.first - began, "last": time.perf_counter() - began, "tokens": job.completion_tokens}
+def random_prompts(args: argparse.Namespace, clients: int, vocab: int, seed: int) -> list[list[int]]:
+    """Prompts that share nothing with one another nor with those of another seed: none is found in the cache."""
+    shape = (clients * args.rounds, args.prompt_tokens)
+    return torch.randint(3, vocab, shape, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def print_row(row: dict, name: str) -> None:
-    print(f"{name:<8}{row['concurrency']:>8}{row['requests']:>10}{row['first_token_ms_p50']:>12.0f}{row['first_token_ms_p95']:>7.0f}{row['tokens_per_second_each_p50']:>14.1f}"
-          f"{row['tokens_per_second_each_slowest_5_percent']:>9.1f}{row['tokens_per_second']:>12.1f}", flush=True)
-
-
-def benchmark_url(url: str, args: argparse.Namespace, vocab: int) -> list[dict]:
-    """The client's side, for this server or any other."""
-    print(f"prompts of {args.prompt_tokens} random tokens, {args.new_tokens} new ones, greedy, EOS ignored\n"
-          f"{'through':<8}{'clients':>8}{'requests':>10}{'first token':>12}{'p95':>7}{'tokens/s each':>14}{'slowest':>9}{'in all':>12}\n"
-          f"{'':<26}{'ms p50':>12}{'ms':>7}{'p50':>14}{'5 %':>9}", flush=True)
+def measure_url(args: argparse.Namespace) -> dict:
+    """The client's side of the benchmark, for this server or any other."""
+    print(f"prompts of {args.prompt_tokens} random tokens, {args.new_tokens} new ones, greedy, EOS ignored\n{HEADER}")
+    one = partial(ask, args.directory, args.api_key, args.new_tokens)
+    one(random_prompts(args, 1, args.vocab, 0)[0])  # warms up
     rows = []
-    for concurrency in args.concurrency:
-        if not rows:
-            ask(url, random_prompts(1, args.prompt_tokens, vocab, 1)[0], 4, args.api_key)  # warms up
-        prompts = random_prompts(concurrency * args.rounds, args.prompt_tokens, vocab, 2 + len(rows))
-        rows.append(measure(lambda prompt: ask(url, prompt, args.new_tokens, args.api_key), prompts, concurrency))
-        print_row(rows[-1], "HTTP")
-    return rows
+    for clients in args.concurrency:
+        rows.append(measure(one, random_prompts(args, clients, args.vocab, 1 + len(rows)), clients))
+        print(ROW.format(through="HTTP", **rows[-1]), flush=True)
+    return {"url": args.directory, "rows": rows}
+
+
+def measure_server(server: Server) -> dict:
+    """Clients in a process of their own, whose Python does not hold up ours; then the same load without HTTP."""
+    args, model, most = server.args, server.served.model, max(server.args.concurrency)
+    passed = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "rounds", "json", "api_key")}
+    passed |= {"concurrency": ",".join(map(str, args.concurrency)), "vocab": model.config.vocab_size}
+    flags = [f"--{name}={value}" for name, value in passed.items() if value is not None]
+    if subprocess.run([sys.executable, __file__, server.url, "--benchmark", *flags]).returncode:
+        raise ValueError("the clients of the benchmark failed: see above")
+    rows = weights.read_json(args.json)["rows"]
+    one = partial(ask_engine, server.engine, args.new_tokens)
+    alone = measure(one, random_prompts(args, most, model.config.vocab_size, 99), most)
+    print(ROW.format(through="engine", **alone), flush=True)
+    through = next(row["tokens_per_second"] for row in rows if row["concurrency"] == most)
+    cost, gain = 1 - through / alone["tokens_per_second"], through / rows[0]["tokens_per_second"]
+    peak = run.peak_memory_bytes(model.device)
+    print(f"{most} clients get {gain:.2f} times the tokens of {args.concurrency[0]}; HTTP costs {cost:.0%}; "
+          f"peak memory {peak / 1e9:.2f} GB; wrote {args.json}")
+    return {"rows": rows, "engine": alone, "http_cost": cost, "peak_memory_bytes": peak,
+            "prefix_tokens_reused": server.engine.counters["prefix_tokens_reused"]}
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+def matching(pattern: str, words: str) -> Callable[[str], str]:
+    """The type of a flag whose value must match a pattern."""
+    def parse(said: str) -> str:
+        if not re.fullmatch(pattern, said):
+            raise argparse.ArgumentTypeError(f"{said!r} is no {words}")
+        return said
+    return parse
+
+
+def counts(said: str) -> list[int]:
+    """--concurrency's type."""
+    return [run.whole(1)(part) for part in said.split(",")]
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = run.Parser("Serve a model over OpenAI's HTTP interface, with a page to talk to it and to watch training; or measure how fast that is.")
-    parser.add_argument("directory", nargs="?", default="out/ppo", help=f"weights directory: Hugging Face or Meta layout, quantized, or a LoRA adapter; with --benchmark also a shape with random weights ({' '.join(SHAPES)}), or the URL of a server")
+    parser = run.Parser("Serve a model over OpenAI's HTTP interface, with a page to talk to it and to watch training; "
+                        "or measure how fast that is.")
+    flag = parser.add_argument
+    flag("directory", nargs="?", default="out/ppo",
+         help="weights directory: Hugging Face or Meta layout, quantized, or a LoRA adapter; with --benchmark also a "
+              f"shape with random weights ({' '.join(SHAPES)}), or the URL of a server")
+    flag("--say", metavar="TEXT", help="answer this once on the terminal, through the template, and end")
     # model
-    parser.add_argument("--quant", choices=["8bit", "4bit"], help="quantize a plain directory at load by rounding to nearest (the head to 8 bits); on a quantized one it must agree")
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: bf16 on CUDA, fp32 elsewhere")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda where there is one, else cpu")
-    parser.add_argument("--template", choices=sorted(text.TEMPLATES), help="prompt template of chats (the one that the directory names, else plain)")
+    flag("--quant", choices=["8bit", "4bit"],
+         help="quantize a plain directory at load by rounding to nearest (the head to 8 bits); on a quantized one it "
+              "must agree")
+    flag("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: bf16 on CUDA, fp32 elsewhere")
+    flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda if there is one")
+    flag("--template", choices=sorted(text.TEMPLATES), help="prompt template (the directory's own, or plain)")
     # engine
-    parser.add_argument("--max_batch", type=int, default=16, help="answers at once: slots of the cache")
-    parser.add_argument("--max_len", type=int, help="tokens that a slot has room for, prompt and answer (the model's context)")
-    parser.add_argument("--max_waiting", type=int, default=256, help="answers that may wait for a slot; further requests get 429")
+    flag("--max_batch", type=run.whole(1), default=16, help="answers at once: rows of the cache")
+    flag("--max_len", type=run.whole(2), help="tokens that a row has room for, prompt and answer (the model's context)")
+    flag("--max_waiting", type=run.whole(0, 2**20), default=256,
+         help="answers that may wait for a row; further requests get 429")
     # HTTP
-    parser.add_argument("--http_host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--http_port", type=int, default=7070, help="0 takes a free one")
-    parser.add_argument("--api_key", help="ask clients for this key")
-    parser.add_argument("--cors", metavar="ORIGIN", help="let pages of this origin use the server, such as https://example.org")
-    parser.add_argument("--allow_host", nargs="+", default=[], metavar="NAME", help="further names of this server, as a proxy in front of it sends them in Host")
-    parser.add_argument("--runs", type=Path, default=Path("out"), help="folder of the runs whose curves the page shows")
+    flag("--http_host", default="127.0.0.1", help="address to listen on")
+    flag("--http_port", type=run.whole(0, 65535), default=7070, help="0 takes a free one")
+    flag("--api_key", type=matching("[!-~]+", "key in printable ASCII without spaces"), help="ask clients for this key")
+    flag("--cors", type=matching("https?://[!-.0-~]+", "origin such as https://example.org"), metavar="ORIGIN",
+         help="let pages of this origin use the server")
+    flag("--allow_host", nargs="+", default=[], metavar="NAME",
+         help="further names of this server, as a proxy in front of it sends them in Host")
+    flag("--runs", type=Path, default=Path("out"), help="folder of the runs whose curves the page shows")
     # measuring
-    parser.add_argument("--benchmark", action="store_true", help="measure instead of serving: clients that ask over HTTP, each its next question when it has its answer")
-    parser.add_argument("--concurrency", default="1,4,16", help="numbers of clients, one line of the table each")
-    parser.add_argument("--prompt_tokens", type=int, default=32, help="length of the benchmark's prompts")
-    parser.add_argument("--new_tokens", type=int, default=64, help="length of its answers")
-    parser.add_argument("--rounds", type=int, default=3, help="questions of each client")
-    parser.add_argument("--json", type=Path, default=Path("out/benchmark.json"), help="file for its figures")
-    parser.add_argument("--vocab", type=int, default=1000, help="the benchmark of a URL draws its prompts from ids below this")
-    args = parser.parse_args(argv)
-    try:
-        args.concurrency = [int(part) for part in args.concurrency.split(",")]
-    except ValueError:
-        raise ValueError(f"--concurrency {args.concurrency} is no list of numbers such as 1,4,16") from None
-    for name, value in [(name, getattr(args, name)) for name in ("max_batch", "prompt_tokens", "new_tokens", "rounds")] + [("concurrency", min(args.concurrency))]:
-        if value < 1:
-            raise ValueError(f"--{name} is {value}, it must be at least 1")
-    for name, most in (("max_waiting", 2**20), ("http_port", 65535)):
-        if not 0 <= getattr(args, name) <= most:
-            raise ValueError(f"--{name} is {getattr(args, name)}, it must be from 0 to {most}")
-    if args.api_key is not None and not (args.api_key and args.api_key.isascii() and args.api_key.isprintable() and " " not in args.api_key):
-        raise ValueError("--api_key must be printable ASCII without spaces: it travels in a header")
-    if args.cors is not None and not (args.cors.isascii() and args.cors.startswith(("http://", "https://")) and args.cors.count("/") == 2):
-        raise ValueError(f"--cors {args.cors!r} is no origin such as https://example.org")
-    return args
+    flag("--benchmark", action="store_true",
+         help="measure instead of serving: clients that ask over HTTP, each its next question when it has its answer")
+    flag("--concurrency", type=counts, default="1,4,16", help="numbers of clients, one line of the table each")
+    flag("--prompt_tokens", type=run.whole(1), default=32, help="length of the benchmark's prompts")
+    flag("--new_tokens", type=run.whole(1), default=64, help="length of its answers")
+    flag("--rounds", type=run.whole(1), default=3, help="questions of each client")
+    flag("--json", type=Path, default=Path("out/benchmark.json"), help="file for its figures")
+    flag("--vocab", type=run.whole(4), default=1000, help="the benchmark of a URL draws its prompts from ids below it")
+    return parser.parse_args(argv)
 
 
-def open_everything(args: argparse.Namespace) -> tuple[Llama, Tokenizer, text.Template, str]:
-    """Model, tokenizer, template and the name to serve it by."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    dtype = DTYPES[("bf16" if device == "cuda" else "fp32") if args.dtype == "auto" else args.dtype]
-    directory = Path(args.directory)
+def open_served(args: argparse.Namespace) -> Served:
+    """Opens what the flags name."""
+    device, directory = run.choose_device(args.device), Path(args.directory)
+    dtype = run.choose_dtype(args.dtype, device)
     if args.benchmark and args.directory in SHAPES and not directory.exists():
-        model = random_model(SHAPES[args.directory], dtype, device).eval()
+        model, tokenizer, template = random_model(SHAPES[args.directory], dtype, device), Folded(demo.FOLDER), "plain"
         if args.quant:
             quantize.round_model(model, args.quant, device)
-        return model, Folded(demo.FOLDER), text.TEMPLATES["plain"], args.directory
-    if args.directory == "out/ppo" and not any((directory / name).exists() for name in ("config.json", lora.CONFIG)):
-        raise FileNotFoundError("out/ppo has no finished model: run `python ppo.py` first, which makes it, or name a weights directory")
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} does not exist: name a weights directory")
-    own = lora.home(directory)
-    tokenizer = Tokenizer(own)
-    named = args.template or read_template(own)
-    if named not in text.TEMPLATES:
-        what = f"the prompt template {named}, which is not known here" if named else "no prompt template"
-        print(f"note: {own} names {what}: chats are worded by the plain one; --template chooses another")
-        named = "plain"
-    model = open_model(directory, args.quant, dtype, device)
-    check_tokenizer(tokenizer, model.config.vocab_size)
-    return model, tokenizer, text.TEMPLATES[named], directory.resolve().name
+    else:
+        if args.directory == "out/ppo":
+            run.finished(directory, "ppo", "DIRECTORY")
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{directory} does not exist: name a weights directory")
+        home = lora.home(directory)
+        tokenizer, template = text.Tokenizer(home), args.template or text.read_template(home)
+        if template not in text.TEMPLATES:
+            what = f"the prompt template {template}, which is not known here" if template else "no prompt template"
+            print(f"note: {home} names {what}: chats are worded by the plain one; --template chooses another")
+            template = "plain"
+        model = quantize.open_model(directory, dtype, device, quant=args.quant)
+        text.check_tokenizer(tokenizer, model.config.vocab_size)
+    context = args.max_len or model.config.max_seq_len
+    if context > model.config.max_seq_len:
+        raise ValueError(f"--max_len {context} is more than the model's context of {model.config.max_seq_len}")
+    return Served(model.eval(), tokenizer, text.TEMPLATES[template], directory.resolve().name, context)
 
 
-def apart(call: Callable, *arguments):
-    """call(*arguments) in a thread that ends with it. For all that computes before the engine does: each thread that computes gets
-    OpenMP workers of its own, and where those of all threads together outnumber the cores, GNU's OpenMP puts workers to sleep
-    between any two operations. Waking them for each made a step of 8 rows of a 1.1 G model take 155 ms, instead of 123."""
-    future = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        thread.join()
-    except KeyboardInterrupt:
-        os._exit(130)  # while the thread computes: PyTorch aborts, with a message, in threads that Python ends on its way out
-    return future.result()
+def say(served: Served, said: str) -> dict:
+    """Answers once, on the terminal."""
+    prompt = text.encode_prompt([{"role": "user", "content": said}], served.tokenizer, served.template)
+    steps = served.model.generate_steps([prompt], served.context, eos_id=list(served.stops))
+    for piece in served.tokenizer.stream(token for _, (token,) in steps):
+        print(piece, end="", flush=True)
+    print()
+    return {}
 
 
-def start_engine(args: argparse.Namespace) -> tuple[Engine, Tokenizer, text.Template, str]:
-    model, tokenizer, template, name = open_everything(args)
-    return make_engine(model, args), tokenizer, template, name
+def serve(server: Server) -> dict:
+    """Runs the engine until SIGTERM or Ctrl-C, then finishes what runs; a second signal ends the process at once."""
+    engine, served, args = server.engine, server.served, server.args
+
+    def on_signal(number: int, frame: object) -> None:
+        if engine.end < math.inf:
+            os._exit(128 + number)
+        engine.stop(30.0)
+        print("finishing what runs, at most 30 s; once more to leave at once", flush=True)
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    if not ipaddress.ip_address(server.server_address[0]).is_loopback and args.api_key is None:
+        print(f"warning: {args.http_host} can be reached from other machines, and without --api_key anybody may use it")
+    size = sum(kv.nbytes for kv in engine.cache.kv) / 1e9
+    print(f"{served.name}: {served.model.norm.weight.dtype} on {served.model.device}, {args.max_batch} slots x "
+          f"{served.context} tokens, cache {size:.2f} GB\npage   {server.url}/\nclient {server.url}/v1", flush=True)
+    finished = engine.run()
+    server.finish(2.0)
+    print("finished" if finished else "left: some answers were cut short", flush=True)
+    return dict(engine.counters)
 
 
-def make_engine(model: Llama, args: argparse.Namespace) -> Engine:
-    context = model.config.max_seq_len
-    if args.max_len is not None and not 2 <= args.max_len <= context:
-        raise ValueError(f"--max_len {args.max_len} must be from 2 to the model's context of {context}")
-    try:
-        engine = Engine(model, args.max_batch, args.max_len, args.max_waiting)
-    except RuntimeError as error:  # no memory
-        raise ValueError(f"the cache of {args.max_batch} slots with {args.max_len or context} tokens does not fit into memory: lower --max_batch or --max_len ({str(error).partition(chr(10))[0][:100]})") from None
-    engine.start()
-    return engine
-
-
-def make_server(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, template: text.Template, name: str, port: int, verbose: bool) -> Server:
-    try:
-        server = Server((args.http_host, port), engine, tokenizer, template, name, args.runs, args.api_key, args.cors, tuple(args.allow_host), verbose)
-    except OSError as error:
-        raise OSError(f"cannot listen on {args.http_host}:{port} ({error.strerror or error}): choose another --http_host or --http_port") from None
-    threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
-    return server
-
-
-def wait_for_signal() -> None:
-    """Until SIGTERM or Ctrl-C; a second one ends the process at once."""
-    stop = threading.Event()
-
-    def handle(signum, frame) -> None:
-        if stop.is_set():
-            os._exit(128 + signum)
-        stop.set()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, handle)
-    stop.wait()
-
-
-def benchmark(args: argparse.Namespace) -> dict:
-    """Start a server, measure it from another process (whose Python does not hold up ours), then the engine without HTTP."""
-    run.keep_freed_memory()
-    engine, tokenizer, template, name = apart(start_engine, args)
-    model = engine.model
-    server = make_server(args, engine, tokenizer, template, name, 0, False)
-    summary = {"model": name, "dtype": str(model.norm.weight.dtype).removeprefix("torch."), "quant": args.quant, "device": str(model.device), "threads": torch.get_num_threads(),
-               "torch": torch.__version__, "slots": args.max_batch, "context": engine.context}
+def benchmark(server: Server) -> dict:
+    """Runs the engine until the clients, which another thread starts, have measured it."""
+    args, model = server.args, server.served.model
+    summary = {"model": server.served.name, "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
+               "quant": args.quant, "device": str(model.device), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, "slots": args.max_batch, "context": server.served.context}
     print(" | ".join(f"{key} {value}" for key, value in summary.items() if value is not None), flush=True)
-    host = f"[{args.http_host}]" if ":" in args.http_host else args.http_host
-    passed = {"--concurrency": ",".join(map(str, args.concurrency)), "--prompt_tokens": args.prompt_tokens, "--new_tokens": args.new_tokens, "--rounds": args.rounds,
-              "--json": args.json, "--vocab": model.config.vocab_size} | ({"--api_key": args.api_key} if args.api_key else {})
-    command = [sys.executable, __file__, f"http://{host}:{server.server_port}", "--benchmark", *(str(part) for pair in passed.items() for part in pair)]
-    if subprocess.run(command).returncode:
-        raise ValueError("the clients of the benchmark failed: see above")
-    rows = json.loads(args.json.read_text())["rows"]
-    most = max(args.concurrency)
-    alone = measure(lambda prompt: ask_engine(engine, tokenizer, args.new_tokens, prompt), random_prompts(most * args.rounds, args.prompt_tokens, model.config.vocab_size, 0), most)
-    print_row(alone, "engine")
-    through = next(row for row in rows if row["concurrency"] == most)
-    summary |= {"rows": rows, "engine": alone, "http_cost": 1 - through["tokens_per_second"] / alone["tokens_per_second"], "prefix_tokens_reused": engine.counters["prefix_tokens"], "peak_memory_bytes": run.peak_memory_bytes(model.device)}
-    engine.stop(1.0)
-    server.finish(1.0)
-    print(f"{most} clients get {through['tokens_per_second'] / rows[0]['tokens_per_second']:.2f} times the tokens of {rows[0]['concurrency']}; HTTP costs {100 * summary['http_cost']:.0f} %; "
-          f"peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB; wrote {args.json}")
-    return summary
+    with ThreadPoolExecutor(1) as driver:
+        figures = driver.submit(measure_server, server)
+        figures.add_done_callback(lambda _: server.engine.stop(0.0))
+        server.engine.run()
+    server.finish(2.0)
+    return summary | figures.result()
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
+    run.keep_freed_memory()
     url = args.benchmark and args.directory.startswith("http://")
-    if not url:  # else it is `benchmark` that has started this process
+    if args.say is None and not url:  # else `measure_server` has started this process
         told = vars(args) | {"api_key": args.api_key and "(given)"}
         print("flags: " + " ".join(f"{key}={value}" for key, value in sorted(told.items())), flush=True)
-    if args.benchmark:
-        summary = {"url": args.directory, "rows": benchmark_url(args.directory, args, args.vocab)} if url else benchmark(args)
-        write_file(args.json, json.dumps(summary, indent=1).encode())
-        return summary
-    run.keep_freed_memory()
-    engine, tokenizer, template, name = apart(start_engine, args)
-    model = engine.model
-    server = make_server(args, engine, tokenizer, template, name, args.http_port, True)
-    if not ipaddress.ip_address(server.server_address[0]).is_loopback and args.api_key is None:
-        print(f"warning: {args.http_host} can be reached from other machines, and without --api_key anybody may use it", flush=True)
-    cache = sum(kv.nbytes for kv in engine.cache.kv)
-    print(f"{name}: {engine.model.norm.weight.dtype} on {model.device}, {args.max_batch} slots x {engine.context} tokens, cache {cache / 1e9:.2f} GB\n"
-          f"page   http://{args.http_host}:{server.server_port}/\nclient http://{args.http_host}:{server.server_port}/v1", flush=True)
-    wait_for_signal()
-    print("finishing what runs, at most 30 s; once more to leave at once", flush=True)
-    finished = engine.stop(30.0)
-    server.finish(2.0)
-    print("finished" if finished else "left: some answers were cut short", flush=True)
-    return dict(engine.counters)
+    if url:
+        summary = measure_url(args)
+    else:
+        served = open_served(args)
+        with quantize.packed(served.model):
+            if args.say is not None:
+                return say(served, args.say)
+            engine = Engine(served, args.max_batch, args.max_waiting)
+            if not args.benchmark:
+                return serve(Server(engine, args, args.http_port, verbose=True).start())
+            summary = benchmark(Server(engine, args, 0).start())
+    weights.write_json(args.json, summary)
+    return summary
 
 
 if __name__ == "__main__":

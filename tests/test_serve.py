@@ -1,10 +1,8 @@
-"""serve.py: the engine against Llama.generate and the model's own logits, the API over real connections, the page in a real browser.
-
-Names such as V04 are cases of the developers' list of faults that users of this field met."""
+"""serve.py: the engine against Llama.generate and the model's own logits, the API over real connections, the page in a
+real browser."""
 
 import ast
 import base64
-import hashlib
 import http.client
 import itertools
 import json
@@ -28,20 +26,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.text import Tokenizer
-import data.records
-import data.run
-import data.text
 import lora
+import quantize
 import serve
-from data import demo
-from model import Llama, LlamaConfig, sample
-from serve import Answer, Engine, Job, Refusal, Sampling, Server, attention_calls, common, cut, draw, uniform
+from data import demo, text
+from model import Llama, LlamaConfig, keep_top_p
+from serve import Answer, Engine, Job, Refusal, Request, Served, Server, common, cut, draw, uniform
 
 REAL = Path(__file__).parents[2] / "shared" / "real" / "stories260K"
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=44, vocab_size=1280, max_seq_len=256)
-TOKENIZER = Tokenizer(demo.FOLDER)
-ALPACA = data.text.TEMPLATES["alpaca"]
+TOKENIZER = text.Tokenizer(demo.FOLDER)
+ALPACA = text.TEMPLATES["alpaca"]
 
 
 def tiny(dtype: torch.dtype = torch.float32, **sizes) -> Llama:
@@ -54,35 +49,31 @@ def tiny(dtype: torch.dtype = torch.float32, **sizes) -> Llama:
 
 
 MODEL = tiny()
+SERVED = Served(MODEL, TOKENIZER, ALPACA, "tiny", 256)
+
+
+def engine_of(model: Llama = MODEL, rows: int = 4, max_waiting: int = 256) -> Engine:
+    return Engine(SERVED._replace(model=model), rows, max_waiting)
 
 
 def ids(n: int, seed: int = 0) -> list[int]:
     return [1, *torch.randint(3, 1280, (n - 1,), generator=torch.Generator().manual_seed(1000 * n + seed)).tolist()]
 
 
-def job(prompt: list[int], n: int = 1, client: socket.socket | None = None, chat: bool = False, **sampling) -> Job:
-    return Job([prompt], n, Sampling(**{"max_tokens": 12, "temperature": 0.0} | sampling), TOKENIZER, chat, client)
-
-
-def turn(engine: Engine) -> list[tuple[Answer, int]]:
-    """One step of an engine whose thread was not started: what the thread does, at the test's own pace."""
-    engine.drop_left()
-    work = engine.plan()
-    if work:
-        engine.step(work)
-    return work
+def job(prompt: list[int], **wishes) -> Job:
+    return Job(Request([prompt], **{"max_tokens": 12, "temperature": 0.0} | wishes), SERVED)
 
 
 def finish(engine: Engine, *jobs: Job) -> list[list[int]]:
-    """Run until these jobs are done; the new ids of their answers."""
+    """Runs until these jobs are done; the new ids of their answers. The engine has no thread: this one steps."""
     for one in jobs:
         engine.submit(one)
-    while engine.running or engine.waiting:
-        turn(engine)
-    return [answer.ids[answer.prompt:] for one in jobs for answer in one.answers]
+    while engine.running or engine.reading or engine.waiting.qsize():
+        engine.step()
+    return [answer.made for one in jobs for answer in one.answers]
 
 
-def events(one: Job) -> list[serve.Event]:
+def events(one: Job) -> list[serve.Event | Refusal]:
     found = []
     while True:
         try:
@@ -91,17 +82,18 @@ def events(one: Job) -> list[serve.Event]:
             return found
 
 
-def text(one: Job, index: int = 0) -> str:
+def said(one: Job, index: int = 0) -> str:
     return "".join(event.text for event in events(one) if event.index == index)
 
 
-def scripted(answer: list[int], prompt: int, vocab: int = 1280) -> Llama:
+def scripted(answer: list[int | None], prompt: int, vocab: int = 1280) -> Llama:
     """A model that gives answer[i] after prompt + i tokens, whatever was said; an id of None has NaN logits."""
     model = tiny()
 
     def hidden(tokens, cache, start):
         position = torch.tensor(start)[:, None] + torch.arange(tokens.shape[1])
-        wanted = [answer[p - prompt + 1] if 0 <= p - prompt + 1 < len(answer) else 2 for p in position.flatten().tolist()]
+        places = [p - prompt + 1 for p in position.flatten().tolist()]
+        wanted = [answer[i] if 0 <= i < len(answer) else 2 for i in places]
         x = F.one_hot(torch.tensor([w or 0 for w in wanted]), vocab).float() * 1e4
         x[[i for i, w in enumerate(wanted) if w is None]] = math.nan
         return x.view(*tokens.shape, vocab)
@@ -109,101 +101,145 @@ def scripted(answer: list[int], prompt: int, vocab: int = 1280) -> Llama:
     return model
 
 
-def pieces_of(said: str) -> list[int]:
-    return TOKENIZER.encode(said, bos=False)
+def pieces_of(words: str) -> list[int]:
+    return TOKENIZER.encode(words, bos=False)
 
 
-def raw_bytes(said: str) -> list[int]:
+def raw_bytes(words: str) -> list[int]:
     """The same text byte by byte, as the tokenizer falls back to it."""
-    return [TOKENIZER.sp.piece_to_id(f"<0x{byte:02X}>") for byte in said.encode()]
+    return [TOKENIZER.sp.piece_to_id(f"<0x{byte:02X}>") for byte in words.encode()]
 
 
-# ---- engine: equalities ---------------------------------------------------------------------------------------------
+# ---- formulas: sampling, stop strings -------------------------------------------------------------------------------
 
-def test_alone_is_in_a_full_batch_is_generate(monkeypatch):
-    """Greedy in fp32, exactly: requests that come and go at any step, read in chunks, in slots used before, give the ids of
-    Llama.generate, which knows neither slots nor chunks."""
-    monkeypatch.setattr(serve, "CHUNK", 7)
-    prompts = [ids(n, n) for n in (3, 40, 9, 22, 31, 2, 60, 17, 5, 12)]
-    expected = MODEL.generate(prompts, 12, temperature=0)
-    engine, jobs = Engine(MODEL, slots=4), [job(prompt) for prompt in prompts]
-    for one in jobs:  # a new one joins at every second step
-        engine.submit(one)
-        turn(engine), turn(engine)
-    assert max(len(engine.running) for _ in [turn(engine)]) <= 4
-    finish(engine)
-    assert [answer.ids[answer.prompt:] for one in jobs for answer in one.answers] == expected
-    assert [finish(Engine(MODEL, slots=4), job(prompt))[0] for prompt in prompts] == expected
-    assert engine.counters["prompt_tokens"] + engine.counters["prefix_tokens"] == sum(map(len, prompts))
-
-
-@pytest.mark.skipif(not REAL.exists(), reason=f"needs the real weights in {REAL}")
-def test_real_model_writes_its_reference_story():
-    model, tokenizer = Llama.from_pretrained(REAL / "hf").eval(), Tokenizer(REAL / "hf")
-    one = Job([tokenizer.encode("Once upon a time")], 1, Sampling(150, temperature=0.0), tokenizer, chat=False)
-    finish(Engine(model, 4), one)
-    story = (REAL / "greedy.txt").read_text()
-    assert len(story) > 300 and story.lstrip().startswith(("Once upon a time" + text(one))[:300])
-
-
-def test_bf16_and_fused_weights_agree_with_generate():
-    for model in (tiny(torch.bfloat16), tiny(), tiny(n_kv_heads=4), tiny(tie_embeddings=True)):
-        prompts = [ids(n) for n in (5, 30, 11)]
-        assert finish(Engine(model, 3), *map(job, prompts)) == model.generate(prompts, 12, temperature=0)
-
-
-def test_sampling_depends_on_seed_choice_and_position_alone():
-    wish = dict(temperature=1.0, max_tokens=20)
-    alone = finish(Engine(MODEL, 4), job(ids(9), n=3, seed=5, **wish))
-    company = Engine(MODEL, 5)
-    for n in (4, 30, 6):
-        company.submit(job(ids(n), temperature=0.7, max_tokens=40, seed=9))
-    turn(company), turn(company)
-    assert finish(company, job(ids(9), n=3, seed=5, **wish)) == alone
-    assert len({tuple(answer) for answer in alone}) == 3                                   # V13
-    assert finish(Engine(MODEL, 4), job(ids(9), n=3, seed=6, **wish)) != alone
-    assert len({tuple(answer) for answer in finish(Engine(MODEL, 4), job(ids(9), n=3))}) == 1  # and equal at temperature 0
-
-
+@pytest.mark.lesson
 def test_uniform_is_uniform():
     u = sorted(uniform(3, choice, position) for choice in range(20) for position in range(500))
     assert 0 < u[0] and u[-1] <= 1
-    assert max(abs(value - (i + 0.5) / len(u)) for i, value in enumerate(u)) < 0.02        # Kolmogorov-Smirnov at 10,000: p = 0.0007
+    # Kolmogorov-Smirnov at 10,000: p = 0.0007
+    assert max(abs(value - (i + 0.5) / len(u)) for i, value in enumerate(u)) < 0.02
     assert uniform(1, 23, 4) != uniform(12, 3, 4)
 
 
+@pytest.mark.lesson
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (1.7, 0.8), (1.0, 0.3), (1.0, 1e-9)])
 def test_draw_follows_the_distribution(temperature, top_p):
-    """A fine grid of u gives each token its probability among those that top_p keeps; model.sample draws none of the others."""
+    """A fine grid of u gives each token its probability among those that top_p keeps."""
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1)) * 2
     n = 20000
     u = [(i + 0.5) / n for i in range(n)]
-    share = torch.bincount(draw(logits.expand(n, -1).clone(), [temperature] * n, [top_p] * n, u), minlength=50) / n
+    drawn = draw(logits.expand(n, -1).clone(), [temperature] * n, [top_p] * n, u)
+    share = torch.bincount(drawn, minlength=50) / n
     probs = (logits[0].double() / temperature).softmax(-1)
     kept, reached = torch.zeros(50, dtype=torch.bool), 0.0
     for token in probs.argsort(descending=True).tolist():  # the smallest set of likeliest tokens that reaches p
         kept[token] = reached < top_p
         reached += probs[token].item()
     assert (share - torch.where(kept, probs, 0.0) / probs[kept].sum()).abs().max() < 2 / n
-    others = torch.bincount(sample(logits.expand(n, -1), temperature, 0, top_p, torch.Generator().manual_seed(0)), minlength=50) > 0
-    assert not (others & ~kept).any() and not (share > 0)[~kept].any()
+    assert not (share > 0)[~kept].any() and ((keep_top_p(logits / temperature, top_p)[0] > -math.inf) == kept).all()
 
 
+@pytest.mark.lesson
 def test_draw_treats_rows_by_themselves():
     logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(2))
     logits[3, 7] = math.nan
     together = draw(logits, [0.0, 1.0, 0.6, 1.0], [1.0, 0.5, 1.0, 1.0], [0.0, 0.4, 0.9, 0.5]).tolist()
-    apart = [draw(logits[b:b + 1], [t], [p], [u]).item() for b, (t, p, u) in enumerate([(0.0, 1.0, 0.0), (1.0, 0.5, 0.4), (0.6, 1.0, 0.9)])]
+    rows = [(0.0, 1.0, 0.0), (1.0, 0.5, 0.4), (0.6, 1.0, 0.9)]
+    apart = [draw(logits[b:b + 1], [t], [p], [u]).item() for b, (t, p, u) in enumerate(rows)]
     assert together == [*apart, -1] and together[0] == logits[0].argmax()
-    assert draw(torch.zeros(1, 5), [1.0], [1.0], [1.0]).item() == 4 and draw(torch.zeros(1, 5), [1.0], [1.0], [1e-17]).item() == 0
+    assert draw(torch.zeros(1, 5), [1.0], [1.0], [1.0]).item() == 4
+    assert draw(torch.zeros(1, 5), [1.0], [1.0], [1e-17]).item() == 0
 
 
+@pytest.mark.lesson
 def test_penalties_are_openais_formula():
     logits = torch.zeros(5)
-    serve.penalize(logits, Counter({2: 3, 4: 1}), 0.5, 0.25)
+    serve.penalize(logits, [2, 4, 2, 2], 0.5, 0.25)
     assert logits.tolist() == [0, 0, -1.25, 0, -0.75]
+
+
+@pytest.mark.lesson
+def test_stop_strings_are_never_shown_and_nothing_is_lost():
+    """On random texts in random pieces; the text up to the stop string is str.partition's."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        stop, words = ("".join(rng.choice("ab") for _ in range(rng.randint(*size))) for size in ((1, 5), (0, 14)))
+        shown, stopped, at = 0, False, 0
+        while at < len(words) and not stopped:
+            at = min(at + rng.randint(1, 4), len(words))
+            end, stopped = cut(words[:at], shown, (stop,), over=at == len(words))
+            assert shown <= end and (words.partition(stop)[0] if stop in words else words).startswith(words[:end])
+            shown = end
+        assert stopped == (stop in words) and words[:shown] == words.partition(stop)[0]
+    assert cut("one Obs", 0, ("Observation", "zzz"), over=False) == (4, False)
+    assert cut("one Obs", 0, ("Observation", "zzz"), over=True) == (7, False)
+    assert cut("x STOP y END", 0, ("END", "STOP"), over=False) == (2, True)
+
+
+@pytest.mark.lesson
+def test_common_beginnings():
+    assert common([1, 2, 3], [1, 2, 4]) == 2 and common([], [1]) == 0 and common([1, 2], [1, 2, 3]) == 2
+
+
+# ---- engine: equalities ---------------------------------------------------------------------------------------------
+
+def test_alone_is_in_a_full_batch_is_generate(monkeypatch):
+    """Greedy in fp32, exactly: requests that come and go at any step, read in chunks, in rows used before, give the ids
+    of Llama.generate, which knows neither rows nor chunks."""
+    monkeypatch.setattr(serve, "CHUNK", 7)
+    prompts = [ids(n, n) for n in (3, 40, 9, 22, 31, 2, 60, 17, 5, 12)]
+    expected = MODEL.generate(prompts, 12, temperature=0)
+    engine, jobs, most = engine_of(), [job(prompt) for prompt in prompts], 0
+    for one in jobs:  # a new one joins at every second step
+        engine.submit(one)
+        engine.step()
+        engine.step()
+        most = max(most, len(engine.running) + len(engine.reading))
+    assert most <= 4
+    finish(engine)
+    assert [answer.made for one in jobs for answer in one.answers] == expected
+    assert [finish(engine_of(), job(prompt))[0] for prompt in prompts] == expected
+    assert engine.counters["prompt_tokens"] + engine.counters["prefix_tokens_reused"] == sum(map(len, prompts))
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"needs the real weights in {REAL}")
+def test_real_model_writes_its_reference_story():
+    model, tokenizer = Llama.from_pretrained(REAL / "hf").eval(), text.Tokenizer(REAL / "hf")
+    served = Served(model, tokenizer, ALPACA, "stories", model.config.max_seq_len)
+    one = Job(Request([tokenizer.encode("Once upon a time")], max_tokens=150, temperature=0.0), served)
+    with quantize.packed(model):
+        finish(Engine(served, 4), one)
+    story = (REAL / "greedy.txt").read_text()
+    assert len(story) > 300 and story.lstrip().startswith(("Once upon a time" + said(one))[:300])
+
+
+@pytest.mark.parametrize("sizes", [dict(dtype=torch.bfloat16), dict(n_kv_heads=4), dict(tie_embeddings=True)], ids=str)
+def test_other_models_agree_with_generate(sizes):
+    model, prompts = tiny(**sizes), [ids(n) for n in (5, 30, 11)]
+    expected = model.generate(prompts, 12, temperature=0)
+    assert finish(engine_of(model, 3), *map(job, prompts)) == expected
+    with quantize.packed(model):
+        assert finish(engine_of(model, 3), *map(job, prompts)) == expected
+
+
+def test_sampling_depends_on_seed_choice_and_position_alone():
+    wish = dict(temperature=1.0, max_tokens=20)
+    alone = finish(engine_of(), job(ids(9), n=3, seed=5, **wish))
+    company = engine_of(rows=5)
+    for n in (4, 30, 6):
+        company.submit(job(ids(n), temperature=0.7, top_p=0.9, max_tokens=40, seed=9))
+    company.step()
+    company.step()
+    assert finish(company, job(ids(9), n=3, seed=5, **wish)) == alone
+    assert len({tuple(answer) for answer in alone}) == 3  # the answers to one request differ
+    assert finish(engine_of(), job(ids(9), n=3, seed=6, **wish)) != alone
+    assert len({tuple(answer) for answer in finish(engine_of(), job(ids(9), n=3))}) == 1  # at temperature 0 they do not
+
+
+def test_penalties_in_the_engine_are_those_of_a_plain_loop():
     prompt, presence, frequency = ids(6), 0.7, 1.1
-    got = finish(Engine(MODEL, 1), job(prompt, presence=presence, frequency=frequency, max_tokens=25, ignore_eos=True))[0]
+    wish = dict(presence_penalty=presence, frequency_penalty=frequency, max_tokens=25, ignore_eos=True)
+    got = finish(engine_of(rows=1), job(prompt, **wish))[0]
     made: list[int] = []
     for _ in range(25):
         with torch.no_grad():
@@ -211,209 +247,250 @@ def test_penalties_are_openais_formula():
         for token, times in Counter(made).items():
             logits[token] -= presence + frequency * times
         made.append(logits.argmax().item())
-    assert got == made != finish(Engine(MODEL, 1), job(prompt, max_tokens=25, ignore_eos=True))[0]
+    assert got == made != finish(engine_of(rows=1), job(prompt, max_tokens=25, ignore_eos=True))[0]
 
 
 def test_logprobs_are_the_models_own():
     """Before temperature and penalties, one for each token that is shown."""
     prompt = ids(8)
-    one = job(prompt, temperature=0.8, seed=4, presence=1.0, logprobs=3, ignore_eos=True)
-    made = finish(Engine(MODEL, 2), one)[0]
+    one = job(prompt, temperature=0.8, seed=4, presence_penalty=1.0, logprobs=3, ignore_eos=True)
+    made = finish(engine_of(rows=2), one)[0]
     with torch.no_grad():
         expected = MODEL(torch.tensor([prompt + made]))[0, len(prompt) - 1:-1].log_softmax(-1)
-    rows = [row for event in events(one) for row in event.logprobs]
-    assert [token for _, token, _, _ in rows] == made
-    for (_, token, logprob, top), reference in zip(rows, expected):
-        assert logprob == pytest.approx(reference[token].item(), abs=1e-4)
-        assert [i for i, _ in top] == reference.topk(3).indices.tolist()
+    rows = [row for event in events(one) for _, row in event.tokens]
+    assert [bytes(row["bytes"]) for row in rows] == [TOKENIZER.token_bytes(token) for token in made]
+    for row, token, reference in zip(rows, made, expected):
+        assert row["logprob"] == pytest.approx(reference[token].item(), abs=1e-4)
+        best = [bytes(other["bytes"]) for other in row["top_logprobs"]]
+        assert best == [TOKENIZER.token_bytes(i) for i in reference.topk(3).indices.tolist()]
 
 
-# ---- engine: slots, chunks, prefixes --------------------------------------------------------------------------------
+def test_all_ids_that_end_a_text_end_an_answer():
+    """A config may name several, and another one than the tokenizer's."""
+    model = scripted([*pieces_of("fox")[:1], 7, *pieces_of("kite")], 4)
+    model.config.eos_id = (7, 9)
+    one = Job(Request([ids(4)], max_tokens=12, temperature=0.0), SERVED._replace(model=model))
+    finish(engine_of(model), one)
+    assert one.answers[0].made[-1] == 7 and one.answers[0].finish == "stop"
+    assert SERVED._replace(model=model).stops == {7, 9, TOKENIZER.eos_id}
+
+
+# ---- engine: rows, chunks, prefixes ---------------------------------------------------------------------------------
 
 def test_a_long_prompt_does_not_stall_the_others(monkeypatch):
     monkeypatch.setattr(serve, "CHUNK", 8)
-    engine, short, long = Engine(MODEL, 2), job(ids(4), max_tokens=60, ignore_eos=True), job(ids(100))
+    engine, short, long = engine_of(rows=2), job(ids(4), max_tokens=60, ignore_eos=True), job(ids(100))
     engine.submit(short)
-    turn(engine)
+    engine.step()
     engine.submit(long)
-    for step in range(13):  # 100 tokens, 8 a step: every step gives the short one its token
-        before = short.completion_tokens
-        work = turn(engine)
-        assert short.completion_tokens == before + 1 and sum(n for _, n in work) <= 9
-    assert long.completion_tokens == 1
-    alone = Engine(MODEL, 2)
+    for _ in range(13):  # 100 tokens, 8 a step: every step gives the short one its token
+        before, read = len(short.answers[0].made), engine.counters["prompt_tokens"]
+        engine.step()
+        assert len(short.answers[0].made) == before + 1 and engine.counters["prompt_tokens"] - read <= 8
+    assert len(long.answers[0].made) == 1
+    alone = engine_of(rows=2)
     alone.submit(job(ids(100)))
-    assert [n for _, n in turn(alone)] == [100]  # with nobody to wait, at once
+    alone.step()
+    assert alone.counters["prompt_tokens"] == 100  # with nobody to wait, at once
 
 
 def test_a_shared_beginning_is_computed_once():
     system = ids(60)
     first, second = system + ids(5, 1)[1:], system + ids(7, 2)[1:]
-    engine = Engine(MODEL, 3)
+    engine = engine_of(rows=3)
     answers = finish(engine, job(first))
     assert engine.counters["prompt_tokens"] == 64
     both = job(second), job(first, max_tokens=40, ignore_eos=True)
     answers += finish(engine, *both)
-    assert engine.counters["prompt_tokens"] == 64 + 6 + 1 and engine.counters["prefix_tokens"] == 60 + 63
+    assert engine.counters["prompt_tokens"] == 64 + 6 + 1 and engine.counters["prefix_tokens_reused"] == 60 + 63
     assert [one.reused for one in both] == [60, 63]
     assert answers[0] == answers[2][:len(answers[0])] and answers[1] == MODEL.generate([second], 12, temperature=0)[0]
     # the chat so far: the answer's own keys and values are there too
     longer = first + answers[2][:30] + ids(4, 3)[1:]
-    fresh = finish(Engine(MODEL, 3), job(longer))
-    assert finish(engine, job(longer)) == fresh and engine.counters["prefix_tokens"] == 60 + 63 + len(first) + 30
+    fresh = finish(engine_of(rows=3), job(longer))
+    assert finish(engine, job(longer)) == fresh
+    assert engine.counters["prefix_tokens_reused"] == 60 + 63 + len(first) + 30
 
 
 def test_several_choices_and_simultaneous_requests_compute_their_prompt_once():
-    engine = Engine(MODEL, 4)
+    engine = engine_of()
     finish(engine, job(ids(50), n=4, temperature=1.0), job(ids(50)[:48] + [5, 6, 7]))
     assert engine.counters["prompt_tokens"] == 50 + 3 + 3
 
 
-def test_slots_queue_and_counters():
-    engine = Engine(MODEL, slots=2, max_waiting=3)
+def test_rows_hold_what_they_say():
+    """After any course of answers that begin, end and swap, the keys and values of each row are those of the ids that
+    it is said to hold, free or not, and the running answers have the first rows."""
+    rng, engine, jobs = random.Random(0), engine_of(rows=4), []
+    for step in range(60):
+        if rng.random() < 0.4:
+            jobs.append(job(ids(rng.randint(2, 40), step), max_tokens=rng.randint(1, 12)))
+            engine.submit(jobs[-1])
+        if jobs and rng.random() < 0.05:
+            rng.choice(jobs).over = True
+        if jobs:
+            engine.step()
+        for answer, held in zip(engine.running, engine.held):
+            assert held == answer.prompt + answer.made[:-1]
+    for row, held in enumerate(engine.held):
+        alone = serve.KVCache(MODEL.config, 1, 256, torch.float32, "cpu")
+        with torch.no_grad():
+            MODEL.hidden(torch.tensor([held]), cache=alone)
+        for kv, expected in zip(engine.cache.kv, alone.kv):
+            assert torch.allclose(kv[:, row, :, :len(held)], expected[:, 0, :, :len(held)], atol=1e-4)
+
+
+def test_queue_and_counters():
+    def told() -> dict:
+        return dict(re.findall(r"^octet_(\w+) (\S+)$", serve.prometheus(engine), re.MULTILINE))
+    engine = engine_of(rows=2, max_waiting=3)
     for _ in range(2):
         engine.submit(job(ids(4), max_tokens=5, ignore_eos=True))
-        turn(engine)
+        engine.step()
     for _ in range(3):
         engine.submit(job(ids(4), max_tokens=5, ignore_eos=True))
     with pytest.raises(Refusal, match="3 answers are waiting") as refused:
         engine.submit(job(ids(4)))
     assert refused.value.status == 429 and 1 <= int(refused.value.headers["Retry-After"]) <= 60
-    told = dict(re.findall(r"^(\w+) (\S+)$", serve.prometheus(engine), re.MULTILINE))
-    assert [told[f"octet_{name}"] for name in ("slots", "slots_used", "waiting", "refused_total")] == ["2", "2", "3", "1"]
+    assert [told()[name] for name in ("slots", "slots_used", "waiting", "refused_total")] == ["2", "2", "3", "1"]
     finish(engine)
-    told = dict(re.findall(r"^(\w+) (\S+)$", serve.prometheus(engine), re.MULTILINE))
-    assert [told[f"octet_{name}"] for name in ("slots_used", "waiting", "answers_total", "completion_tokens_total")] == ["0", "0", "5", "25"]
+    names = ("slots_used", "waiting", "answers_total", "completion_tokens_total", "first_token_seconds_count")
+    assert [told()[name] for name in names] == ["0", "0", "5", "25", "5"]
 
 
-def test_a_client_that_leaves_frees_its_slot_within_one_step():
-    """V06, and V07: one that leaves while it waits is never started."""
-    engine, pairs = Engine(MODEL, slots=1), [socket.socketpair() for _ in range(3)]
-    a, b, c = (job(ids(5, i), client=here, max_tokens=200, ignore_eos=True) for i, (_, here) in enumerate(pairs))
+def test_a_request_that_is_over_frees_its_row_within_one_step():
+    """Its client has left; one that leaves while it waits is never started."""
+    engine = engine_of(rows=1)
+    a, b, c = (job(ids(5, i), max_tokens=200, ignore_eos=True) for i in range(3))
     for one in (a, b, c):
         engine.submit(one)
     for _ in range(3):
-        turn(engine)
-    assert a.completion_tokens == 3 and b.completion_tokens == 0
-    pairs[1][0].close()
-    pairs[0][0].close()
-    turn(engine)
-    assert (a.completion_tokens, b.completion_tokens, c.completion_tokens) == (3, 0, 1)
-    assert events(b)[-1].error.status == 499 and engine.counters["left"] == 2
-    pairs[2][0].send(b"more")  # a client that says something has not left
-    turn(engine)
-    assert c.completion_tokens == 2
-
-
-def test_calls_of_attention():
-    assert attention_calls([(0, 10), (1, 12), (3, 10)], 100) == [[(0, 10), (1, 12)], [(3, 10)]]
-    assert attention_calls([(0, 10), (1, 1000), (2, 10)], 100) == [[(0, 10)], [(1, 1000)], [(2, 10)]]
-    assert attention_calls([(0, 10), (1, 1000), (2, 10)], 2000) == [[(0, 10), (1, 1000), (2, 10)]]
-    assert common([1, 2, 3], [1, 2, 4]) == 2 and common([], [1]) == 0 and common([1, 2], [1, 2, 3]) == 2
+        engine.step()
+    assert len(a.answers[0].made) == 3 and not b.answers[0].made
+    a.over = b.over = True
+    engine.step()
+    assert [len(one.answers[0].made) for one in (a, b, c)] == [3, 0, 1]
 
 
 def test_non_finite_logits_fail_one_request():
-    """V21. The slot's next user is not poisoned: hidden behind the mask a NaN is 0 * NaN."""
-    said = pieces_of("Once there was a fox.")
-    engine = Engine(scripted([*said[:2], None], 4), 2)
-    broken = job(ids(4))
+    """The row's next user is not poisoned: behind the mask a NaN is 0 * NaN."""
+    words = pieces_of("Once there was a fox.")
+    engine, broken = engine_of(scripted([*words[:2], None], 4), 2), job(ids(4))
     finish(engine, broken)
-    error = events(broken)[-1].error
+    error = events(broken)[-1]
     assert error.status == 500 and "non-finite" in str(error)
-    engine, both, other = Engine(scripted([*said[:2], None], 4), 3), job(ids(4), n=2, max_tokens=3), job(ids(3), max_tokens=2)
+    engine = engine_of(scripted([*words[:2], None], 4), 3)
+    both, other = job(ids(4), n=2, max_tokens=3), job(ids(3), max_tokens=2)
     finish(engine, both, other)
-    assert [event.error.status for event in events(both) if event.error] == [500] and events(other)[-1].finish == "stop" and engine.counters["failed"] == 1
-    engine = Engine(MODEL, 2)
+    assert [event.status for event in events(both) if isinstance(event, Refusal)] == [500]
+    assert events(other)[-1].finish == "stop" and engine.counters["failed"] == 1
+    engine = engine_of(rows=2)
     good = MODEL.generate([ids(60), ids(5)], 12, temperature=0)
-    engine.cache.kv[0][0, :, 20:] = math.nan
+    engine.cache.kv[0][:, 0, :, 20:] = math.nan
     with MODEL.output.register_forward_hook(lambda module, x, y: y * math.nan):
         finish(engine, job(ids(30)))
     long, short = job(ids(60)), job(ids(5))
     assert finish(engine, long, short) == good and engine.counters["failed"] == 1 and not engine.running
 
 
+def start(engine: Engine) -> threading.Thread:
+    thread = threading.Thread(target=engine.run, daemon=True)
+    thread.start()
+    return thread
+
+
 def test_a_step_that_fails_ends_its_requests_and_no_others(capsys):
-    engine = Engine(MODEL, 2)
-    engine.start()
-    for part in ("step", "seat"):
+    engine = engine_of(rows=2)
+    thread = start(engine)
+    for part in ("forward", "swap", "sample"):
         sound = getattr(engine, part)
         setattr(engine, part, lambda *_: 1 / 0)
         one = job(ids(4))
         engine.submit(one)
-        assert one.events.get(timeout=10).error.status == 500
+        assert one.events.get(timeout=10).status == 500
         setattr(engine, part, sound)
     one = job(ids(4))
     engine.submit(one)
-    while not (event := one.events.get(timeout=10)).finish:
-        assert event.error is None
-    assert engine.stop(5.0) and "ZeroDivisionError" in capsys.readouterr().err
+    while not one.events.get(timeout=10).finish:
+        pass
+    engine.stop(5.0)
+    thread.join(10)
+    assert not thread.is_alive() and "ZeroDivisionError" in capsys.readouterr().err
 
 
-# ---- text -----------------------------------------------------------------------------------------------------------
+def test_what_does_not_finish_in_time_is_told_so():
+    engine, gate, finished = engine_of(rows=1), threading.Semaphore(1), []
+    one, waits = job(ids(4), max_tokens=200, ignore_eos=True), job(ids(5))
+    step = engine.step
+    engine.step = lambda: (gate.acquire(timeout=15), step())
+    engine.submit(one)
+    engine.submit(waits)
+    thread = threading.Thread(target=lambda: finished.append(engine.run()))
+    thread.start()
+    engine.stop(0.0)
+    gate.release(1000)
+    thread.join()
+    assert finished == [False] and len(one.answers[0].made) < 5
+    assert events(one)[-1].status == 503 == events(waits)[-1].status
 
-def test_stop_strings_are_never_shown_and_nothing_is_lost():
-    """V04, on random texts in random pieces; the text up to the stop string is str.partition's."""
-    rng = random.Random(0)
-    for _ in range(2000):
-        stop, said = ("".join(rng.choice("ab") for _ in range(rng.randint(*size))) for size in ((1, 5), (0, 14)))
-        shown, pending, stopped, at = "", "", False, 0
-        while at < len(said) and not stopped:
-            piece = said[at:at + rng.randint(1, 4)]
-            at += len(piece)
-            pending += piece
-            show, stopped = cut(pending, [stop])
-            shown, pending = shown + pending[:show], pending[show:]
-            assert (said.partition(stop)[0] if stop in said else said).startswith(shown)
-        assert stopped == (stop in said) and shown + ("" if stopped else pending) == said.partition(stop)[0]
-    assert cut("one Obs", ["Observation", "zzz"]) == (4, False) and cut("x STOP y END", ["END", "STOP"]) == (2, True)
 
+# ---- the text of an answer ------------------------------------------------------------------------------------------
 
 def test_stop_string_across_tokens():
-    said = pieces_of("The fox found a heavy kite. The end of it.")
-    engine, one = Engine(scripted(said, 4), 1), job(ids(4), stop=("kite. The e",), max_tokens=50, chat=True)
+    words = pieces_of("The fox found a heavy kite. The end of it.")
+    engine, one = engine_of(scripted(words, 4), 1), job(ids(4), stop=("kite. The e",), max_tokens=50, chat=True)
     finish(engine, one)
     got = events(one)
-    assert "".join(event.text for event in got) == "The fox found a heavy " and [event.finish for event in got if event.finish] == ["stop"]
+    assert "".join(event.text for event in got) == "The fox found a heavy "
+    assert [event.finish for event in got if event.finish] == ["stop"]
     assert not any("kite" in event.text for event in got) and len(got) > 3
 
 
-@pytest.mark.parametrize("said", ["🦊", "é", "狐狸和风筝", "a🦊🪁b", "naïve 狐 🦊!"])
-def test_characters_are_never_cut(said):
-    """V01: bytes of one character come in several tokens."""
-    engine, one = Engine(scripted(raw_bytes(said), 4), 1), job(ids(4), max_tokens=50, chat=True)
+@pytest.mark.parametrize("words", ["🦊", "é", "狐狸和风筝", "a🦊🪁b", "naïve 狐 🦊!"])
+def test_characters_are_never_cut(words):
+    """Bytes of one character come in several tokens."""
+    engine, one = engine_of(scripted(raw_bytes(words), 4), 1), job(ids(4), max_tokens=50, chat=True)
     finish(engine, one)
     got = events(one)
-    assert "".join(event.text for event in got) == said and not any("�" in event.text for event in got)
-    assert [event.text for event in got if event.text] == list(said)  # each as soon as it is complete
-    engine, one = Engine(scripted(raw_bytes(said), 4), 1), job(ids(4), max_tokens=1, chat=True)
+    assert "".join(event.text for event in got) == words and not any("�" in event.text for event in got)
+    assert [event.text for event in got if event.text] == list(words)  # each as soon as it is complete
+    engine, one = engine_of(scripted(raw_bytes(words), 4), 1), job(ids(4), max_tokens=1, chat=True)
     finish(engine, one)
-    assert text(one) == (said[0] if ord(said[0]) < 128 else "�")  # cut by length, what there is is shown
+    assert said(one) == (words[0] if ord(words[0]) < 128 else "�")  # cut by length, what there is is shown
+
+
+def test_a_character_that_is_cut_is_one_replacement_character():
+    engine, one = engine_of(scripted(raw_bytes("狐🦊"), 4), 1), job(ids(4), max_tokens=6, chat=True)
+    finish(engine, one)
+    assert said(one) == "狐�"
 
 
 def test_a_completion_goes_on_with_its_prompts_text():
     prompt = TOKENIZER.encode("There was once")
-    said = TOKENIZER.encode("There was once a kind fox near the village.")[len(prompt):]
+    words = TOKENIZER.encode("There was once a kind fox near the village.")[len(prompt):]
     for chat, expected in ((False, " a kind fox near the village."), (True, "a kind fox near the village.")):
-        engine, one = Engine(scripted(said, len(prompt)), 1), job(prompt, max_tokens=50, chat=chat)
+        engine, one = engine_of(scripted(words, len(prompt)), 1), job(prompt, max_tokens=50, chat=chat)
         finish(engine, one)
-        assert text(one) == expected
+        assert said(one) == expected
 
 
 def test_logprobs_of_text_that_a_stop_string_cuts_off_are_dropped():
-    said = pieces_of("The fox found a kite.")
-    engine, one = Engine(scripted(said, 4), 1), job(ids(4), stop=(" found",), max_tokens=50, logprobs=0, chat=True)
+    words = pieces_of("The fox found a kite.")
+    wish = dict(stop=(" found",), max_tokens=50, logprobs=0, chat=True)
+    engine, one = engine_of(scripted(words, 4), 1), job(ids(4), **wish)
     finish(engine, one)
-    tokens = [row[1] for event in events(one) for row in event.logprobs]
-    assert b"".join(TOKENIZER.token_bytes(token) for token in tokens) == b" The fox"
-    assert TOKENIZER.token_bytes(raw_bytes("é")[0]) == b"\xc3" and TOKENIZER.token_bytes(2) == TOKENIZER.token_bytes(99999) == b""
+    rows = [row for event in events(one) for _, row in event.tokens]
+    assert b"".join(bytes(row["bytes"]) for row in rows) == b" The fox"
+    whole = serve.Form(one).whole()["choices"][0]
+    assert whole["message"]["content"] == "The fox" and whole["logprobs"]["content"] == rows
 
 
 # ---- over HTTP ------------------------------------------------------------------------------------------------------
 
-def serving(model: Llama = MODEL, slots: int = 4, max_waiting: int = 64, listen: bool = True, **options) -> Server:
-    engine = Engine(model, slots, max_waiting=max_waiting)
-    engine.start()
-    server = Server(("127.0.0.1", 0), engine, TOKENIZER, ALPACA, "tiny", **options)
+def serving(model: Llama = MODEL, *flags: str, rows: int = 4, max_waiting: int = 64, listen: bool = True,
+            verbose: bool = False) -> Server:
+    server = Server(engine_of(model, rows, max_waiting), serve.parse(list(flags)), 0, verbose)
+    start(server.engine)
     return accept(server) if listen else server
 
 
@@ -429,20 +506,26 @@ def close(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = serving(runs=tmp_path_factory.mktemp("out"))
+    server = serving(MODEL, "--runs", str(tmp_path_factory.mktemp("out")))
     yield server
     close(server)
 
 
 def connect(server: Server) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    return http.client.HTTPConnection(*server.server_address, timeout=20)
+
+
+def post(client: http.client.HTTPConnection, path: str, body: object) -> None:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    client.request("POST", path, raw, {"Content-Type": "application/json"})
 
 
 def ask(server: Server, path: str, body: object = None, headers: dict | None = None) -> tuple[int, dict | str, dict]:
     """(status, JSON or text, headers) of one request; a body makes it a POST."""
     connection = connect(server)
     raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    connection.request("GET" if body is None else "POST", path, raw, {"Content-Type": "application/json"} | (headers or {}))
+    kind = {"Content-Type": "application/json"}
+    connection.request("GET" if body is None else "POST", path, raw, kind | (headers or {}))
     response = connection.getresponse()
     content = response.read().decode()
     connection.close()
@@ -465,23 +548,43 @@ def until(condition, seconds: float = 20.0) -> None:
         time.sleep(0.005)
 
 
+class Paced:
+    """The engine's forward calls, so many at a time."""
+
+    def __init__(self, engine: Engine, calls: int):
+        self.forward, self.gate = engine.forward, threading.Semaphore(calls)
+        engine.forward = self
+
+    def __call__(self, *arguments) -> torch.Tensor:
+        self.gate.acquire(timeout=15)
+        return self.forward(*arguments)
+
+    def go_on(self) -> None:
+        self.gate.release(100_000)
+
+
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "Write a story about a fox and a kite."}], "max_tokens": 9}
 
 
 def test_chat_is_the_templates_prompt_and_the_models_answer(server):
-    prompt = data.text.encode_prompt(HELLO["messages"], TOKENIZER, ALPACA)
+    prompt = text.encode_prompt(HELLO["messages"], TOKENIZER, ALPACA)
     expected = MODEL.generate([prompt], 9, temperature=0)[0]
     status, body, _ = ask(server, CHAT, HELLO | {"temperature": 0})
     assert status == 200 and body["object"] == "chat.completion" and body["model"] == "tiny"
-    assert body["choices"] == [{"index": 0, "logprobs": None, "finish_reason": "length",
-                                "message": {"role": "assistant", "content": TOKENIZER.decode(expected), "refusal": None}}]
+    message = {"role": "assistant", "content": TOKENIZER.decode(expected), "refusal": None}
+    assert body["choices"] == [{"index": 0, "logprobs": None, "finish_reason": "length", "message": message}]
     used = body["usage"]
-    assert (used["prompt_tokens"], used["completion_tokens"], used["total_tokens"]) == (len(prompt), 9, len(prompt) + 9)
-    parts = [{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]}, *HELLO["messages"]]
+    counts = (used["prompt_tokens"], used["completion_tokens"], used["total_tokens"])
+    assert counts == (len(prompt), 9, len(prompt) + 9)
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]
+    messages = [{"role": "developer", "content": parts}, *HELLO["messages"]]
     worded = [{"role": "system", "content": "Be kind."}, *HELLO["messages"]]
-    status, body, _ = ask(server, CHAT, {"messages": parts, "max_completion_tokens": 3, "temperature": 0, "stop": None, "n": None, "tools": [], "weird": None})
-    assert status == 200 and body["usage"]["prompt_tokens"] == len(data.text.encode_prompt(worded, TOKENIZER, ALPACA)) and body["usage"]["completion_tokens"] == 3
+    neutral = {"stop": None, "n": None, "tools": [], "weird": None, "logprobs": False, "top_logprobs": 0}
+    wish = {"messages": messages, "max_completion_tokens": 3, "temperature": 0} | neutral
+    status, body, _ = ask(server, CHAT, wish)
+    assert status == 200 and body["usage"]["prompt_tokens"] == len(text.encode_prompt(worded, TOKENIZER, ALPACA))
+    assert body["usage"]["completion_tokens"] == 3
 
 
 def test_completions_take_text_ids_and_lists(server):
@@ -490,47 +593,82 @@ def test_completions_take_text_ids_and_lists(server):
         assert status == 200 and body["object"] == "text_completion" and body["usage"]["completion_tokens"] == 16
         made = MODEL.generate([TOKENIZER.encode("Once")], 16, temperature=0)[0]
         assert "Once" + body["choices"][0]["text"] == TOKENIZER.decode(TOKENIZER.encode("Once") + made)
-    status, body, _ = ask(server, COMPLETE, {"prompt": ["Once", "Two"], "n": 2, "seed": 3, "max_tokens": 5, "logprobs": 2})
-    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3] and len({choice["text"] for choice in body["choices"]}) == 4
+    wish = {"prompt": ["Once", "Two"], "n": 2, "seed": 3, "max_tokens": 5}
+    status, body, _ = ask(server, COMPLETE, wish | {"logprobs": 2})
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert len({choice["text"] for choice in body["choices"]}) == 4
     for choice in body["choices"]:
         shown = choice["logprobs"]
-        assert len(shown["tokens"]) == len(shown["token_logprobs"]) == len(shown["top_logprobs"]) == len(shown["text_offset"]) == 5 and all(len(top) == 2 for top in shown["top_logprobs"])
-        whole = list(itertools.takewhile(lambda row: "\\x" not in row[1], zip(shown["text_offset"], shown["tokens"])))  # bytes of no character have no place in the text
+        assert {len(shown[key]) for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")} == {5}
+        assert all(len(top) == 2 for top in shown["top_logprobs"])
+        # bytes of no character have no place in the text
+        places = itertools.takewhile(lambda row: "\\x" not in row[1], zip(shown["text_offset"], shown["tokens"]))
+        whole = list(places)
         assert whole and all(choice["text"][at:].startswith(token) for at, token in whole)
-    again = ask(server, COMPLETE, {"prompt": ["Once", "Two"], "n": 2, "seed": 3, "max_tokens": 5})[1]["choices"]
+    again = ask(server, COMPLETE, wish)[1]["choices"]
     assert [choice["text"] for choice in again] == [choice["text"] for choice in body["choices"]]
 
 
-@pytest.mark.parametrize("path, extra", [(CHAT, HELLO), (CHAT, HELLO | {"n": 3, "logprobs": True, "top_logprobs": 2}), (COMPLETE, {"prompt": "Once", "max_tokens": 9, "logprobs": 1})])
+@pytest.mark.parametrize("path, extra", [
+    (CHAT, HELLO),
+    (CHAT, HELLO | {"n": 3, "logprobs": True, "top_logprobs": 2}),
+    (COMPLETE, {"prompt": "Once", "max_tokens": 9, "logprobs": 1}),
+])
 def test_streamed_is_not_streamed(server, path, extra):
-    """V22 too: the form of the chunks."""
+    """And the form of the chunks."""
     wish = extra | {"seed": 7, "temperature": 0.9, "stop": ["zz"]}
     _, whole, _ = ask(server, path, wish)
     *chunks, last = stream(server, path, wish | {"stream_options": {"include_usage": True}})
     assert last["choices"] == [] and all(chunk["usage"] is None for chunk in chunks)
-    assert 0 <= last["usage"]["prompt_tokens_details"]["cached_tokens"] < last["usage"]["prompt_tokens"]  # once, not for each of n
-    assert {k: v for k, v in last["usage"].items() if "details" not in k} == {k: v for k, v in whole["usage"].items() if "details" not in k}
+    details, used = last["usage"].pop("prompt_tokens_details"), whole["usage"]
+    assert 0 <= details["cached_tokens"] < last["usage"]["prompt_tokens"]  # once, not for each of n
+    assert last["usage"] == {key: value for key, value in used.items() if "details" not in key}
     assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in [*chunks, last]}) == 1
     for choice in whole["choices"]:
         own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
-        assert [part["finish_reason"] for part in own if part["finish_reason"]] == [choice["finish_reason"]] and own[-1]["finish_reason"]
-        if path == CHAT:
-            assert own[0]["delta"]["role"] == "assistant" and not any("role" in part["delta"] for part in own[1:])
-            assert "".join(part["delta"].get("content", "") for part in own) == choice["message"]["content"]
-            if "logprobs" in extra:
-                streamed, told = sum((part["logprobs"]["content"] for part in own), []), choice["logprobs"]["content"]
-                assert [row["bytes"] for row in streamed] == [row["bytes"] for row in told] != []
-                assert [row["logprob"] for row in streamed] == pytest.approx([row["logprob"] for row in told], abs=1e-4)
-        else:
+        assert [part["finish_reason"] for part in own if part["finish_reason"]] == [choice["finish_reason"]]
+        assert own[-1]["finish_reason"]
+        if path == COMPLETE:
             assert "".join(part["text"] for part in own) == choice["text"]
-            assert sum((part["logprobs"]["text_offset"] for part in own), []) == choice["logprobs"]["text_offset"]
+            offsets = sum((part["logprobs"]["text_offset"] for part in own), [])
+            assert offsets == choice["logprobs"]["text_offset"]
+            continue
+        assert own[0]["delta"]["role"] == "assistant" and not any("role" in part["delta"] for part in own[1:])
+        assert "".join(part["delta"].get("content", "") for part in own) == choice["message"]["content"]
+        if "logprobs" in extra:
+            streamed = sum((part["logprobs"]["content"] for part in own), [])
+            told = choice["logprobs"]["content"]
+            assert [row["bytes"] for row in streamed] == [row["bytes"] for row in told] != []
+            assert [row["logprob"] for row in streamed] == pytest.approx([row["logprob"] for row in told], abs=1e-4)
     assert "usage" not in stream(server, path, wish)[-1]
 
 
+def test_streams_are_read_line_by_line():
+    """Some clients take U+2028, U+2029 and U+0085 for the end of a line."""
+    words = "a\u2028b\u2029c\x85d"
+    server = serving(scripted(raw_bytes(words), 4))
+    _, content, _ = ask(server, COMPLETE, {"prompt": ids(4), "stream": True, "temperature": 0, "max_tokens": 20})
+    chunks = [json.loads(line[6:]) for line in content.splitlines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == words
+    close(server)
+
+
+def test_logprobs_of_impossible_tokens_are_json():
+    """A model that gives -inf: JSON knows no infinity."""
+    model = scripted(raw_bytes("ab"), 4)
+    model.output = torch.nn.Threshold(0.5, -math.inf)
+    server = serving(model)
+    wish = {"prompt": ids(4), "logprobs": 2, "temperature": 0, "max_tokens": 2}
+    status, body, _ = ask(server, COMPLETE, wish)
+    assert status == 200 and sorted(body["choices"][0]["logprobs"]["top_logprobs"][0].values()) == [-9999.0, 0.0]
+    close(server)
+
+
 def test_clients_at_once_get_their_own_answers(server):
-    """V15: 8 clients, five rounds."""
+    """8 clients, five rounds."""
     questions = [f"Tell me the secret of client {i}: {'xyz'[i % 3] * i}" for i in range(8)]
-    bodies = [{"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 15} for question in questions]
+    bodies = [{"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 15}
+              for question in questions]
     alone = [ask(server, CHAT, body)[1]["choices"][0]["message"]["content"] for body in bodies]
     answers = [[None] * 5 for _ in bodies]
 
@@ -545,56 +683,573 @@ def test_clients_at_once_get_their_own_answers(server):
     assert answers == [[answer] * 5 for answer in alone] and len(set(alone)) == 8
 
 
-BAD = [
-    (CHAT, {"temperature": "0.7"}, "temperature"), (CHAT, {"temperature": 10}, "temperature"), (CHAT, {"temperature": -1}, "temperature"),
-    (CHAT, {"temperature": True}, "temperature"), (CHAT, {"top_p": 0}, "top_p"), (CHAT, {"top_p": 1.5}, "top_p"), (CHAT, {"n": 0}, "n"), (CHAT, {"n": 33}, "n"),
-    (CHAT, {"n": 1.0}, "n"), (CHAT, {"max_tokens": 0}, "max_tokens"), (CHAT, {"max_tokens": -1}, "max_tokens"), (CHAT, {"max_tokens": "5"}, "max_tokens"),
-    (CHAT, {"max_completion_tokens": 1000}, "max_completion_tokens"), (CHAT, {"seed": 1.5}, "seed"), (CHAT, {"stop": ""}, "stop"), (CHAT, {"stop": [1]}, "stop"),
-    (CHAT, {"stop": ["a"] * 17}, "stop"), (CHAT, {"presence_penalty": 2.1}, "presence_penalty"), (CHAT, {"stream": 1}, "stream"), (CHAT, {"stream": "yes"}, "stream"),
-    (CHAT, {"stream_options": []}, "stream_options"), (CHAT, {"logprobs": 3}, "logprobs"), (CHAT, {"top_logprobs": 2}, "top_logprobs"), (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools"), (CHAT, {"temprature": 1}, "temprature"), (CHAT, {"prompt": "Hi"}, "prompt"), (CHAT, {"user": 5}, "user"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"), (CHAT, {"messages": None}, "messages"), (CHAT, {"messages": []}, "messages"),
-    (CHAT, {"messages": [{"role": "user", "content": "Hi"}] * 513}, "messages"), (CHAT, {"messages": ["Hi"]}, "messages[0]"), (CHAT, {"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].role"),
-    (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"), (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
-    (CHAT, {"messages": [{"role": "user", "content": " "}]}, "messages"), (CHAT, {"messages": [{"role": "assistant", "content": "Hi"}]}, "messages"),
-    (CHAT, {"messages": [{"role": "user", "content": "Hi"}, {"role": "user", "content": "Ho"}]}, "messages"),
-    (CHAT, {"messages": [{"role": "user", "content": "fox " * 300}], "max_tokens": None}, "messages"), (CHAT, {"messages": [{"role": "user", "content": "fox " * 30000}]}, "messages"),
-    (CHAT, {"model": "gpt-4"}, "model"), (CHAT, {"model": 5}, "model"),
-    (COMPLETE, {}, "prompt"), (COMPLETE, {"prompt": []}, "prompt"), (COMPLETE, {"prompt": [1280]}, "prompt"), (COMPLETE, {"prompt": [-1]}, "prompt"), (COMPLETE, {"prompt": [True]}, "prompt"),
-    (COMPLETE, {"prompt": [[]]}, "prompt"), (COMPLETE, {"prompt": ["a", 1]}, "prompt"), (COMPLETE, {"prompt": ["a"] * 33}, "prompt"), (COMPLETE, {"prompt": ["a"] * 20, "n": 2}, "n"),
-    (COMPLETE, {"prompt": "a", "logprobs": 6}, "logprobs"), (COMPLETE, {"prompt": "a", "echo": True}, "echo"), (COMPLETE, {"prompt": "a", "best_of": 3}, "best_of"), (COMPLETE, {"prompt": "a", "messages": []}, "messages"),
-]
-
-
-def test_bad_values_are_refused_by_name(server):
-    """V12: status 400 (404 for a model that is not here), OpenAI's form, the parameter's name; streamed or not."""
-    for path, change, param in BAD:
-        for extra in ({}, {"stream": True}) if "stream" not in change else ({},):
-            status, body, _ = ask(server, path, (HELLO if path == CHAT else {"max_tokens": 5}) | extra | change)
-            assert status == (404 if param == "model" else 400), (change, body)
-            assert set(body["error"]) == {"message", "type", "param", "code"} and body["error"]["param"] == param and body["error"]["type"] == "invalid_request_error", (change, body)
-    assert not server.engine.running and not server.engine.waiting
-
-
 def test_prompt_and_max_tokens_share_the_context(server):
-    """V08, V09: what does not fit is refused, the same on both endpoints, streamed or not, with the three numbers; what just
-    fits works, and the default never asks for too much."""
+    """What does not fit is refused, the same on both endpoints, streamed or not, with the three numbers; what just fits
+    works, and the default never asks for too much."""
     prompt = ids(200)
     for extra in ({}, {"stream": True}):
         status, body, _ = ask(server, COMPLETE, {"prompt": prompt, "max_tokens": 57} | extra)
-        assert status == 400 and all(number in body["error"]["message"] for number in ("200", "57", "256")) and body["error"]["code"] == "context_length_exceeded"
-    assert ask(server, COMPLETE, {"prompt": prompt, "max_tokens": 56, "ignore_eos": True})[1]["usage"]["total_tokens"] == 256
+        assert status == 400 and all(number in body["error"]["message"] for number in ("200", "57", "256"))
+        assert body["error"]["code"] == "context_length_exceeded"
+    whole = ask(server, COMPLETE, {"prompt": prompt, "max_tokens": 56, "ignore_eos": True})[1]
+    assert whole["usage"]["total_tokens"] == 256
     assert ask(server, COMPLETE, {"prompt": ids(250), "ignore_eos": True})[1]["usage"]["completion_tokens"] == 6
     long = [{"role": "user", "content": "fox " * 90}]
-    room = 256 - len(data.text.encode_prompt(long, TOKENIZER, ALPACA))
+    room = 256 - len(text.encode_prompt(long, TOKENIZER, ALPACA))
     assert ask(server, CHAT, {"messages": long, "max_tokens": room + 1})[0] == 400
     assert ask(server, CHAT, {"messages": long, "ignore_eos": True})[1]["usage"]["completion_tokens"] == room
 
 
-@pytest.mark.parametrize("raw", [b"{:", b"", b"null", b"[]", b"5", b'"x"', b"[" * 2**20, b'{"a":' * 10000, b"\xff\xfe", '{"messages": 1}'.encode("utf-16"), b'{"temperature": NaN}',
-                                 b'{"seed": 1' + b"0" * 5000 + b"}", b'{"prompt": "\\ud83d"}'], ids=repr)
+def test_models_and_metrics(server):
+    status, body, _ = ask(server, "/v1/models")
+    assert status == 200 and body["data"][0]["id"] == "tiny" and ask(server, "/v1/models/tiny")[1] == body["data"][0]
+    assert ask(server, "/v1/models/other")[0] == 404 and ask(server, "/v1/models/t%69ny")[0] == 200
+    status, told, headers = ask(server, "/metrics")
+    assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    for line in told.splitlines():
+        assert re.fullmatch(r"# (HELP|TYPE) octet_\w+ .+|octet_\w+ \d+(\.\d+)?(e-?\d+)?", line), line
+    assert "# TYPE octet_waiting gauge" in told and "# TYPE octet_steps_total counter" in told
+    status, health, _ = ask(server, "/health")
+    assert status == 200 and set(health) == {"status", "slots", "used", "waiting"}
+    head = raw_request(server, b"HEAD /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert status_of(head) == 200 and head.endswith(b"\r\n\r\n")
+
+
+def test_200_connections_at_once():
+    """The listen queue is long enough: all connect before any is accepted, and all get an answer, or 429 with
+    Retry-After."""
+    server = serving(max_waiting=100, listen=False)
+    clients = [connect(server) for _ in range(200)]
+    for client in clients:
+        client.timeout = 2.0
+        client.connect()
+        client.sock.settimeout(20.0)
+    accept(server)
+    for client in clients:
+        post(client, COMPLETE, {"prompt": "Once", "max_tokens": 2})
+    answers = [client.getresponse() for client in clients]
+    assert set(Counter(answer.status for answer in answers)) <= {200, 429}
+    assert all(answer.getheader("Retry-After") for answer in answers if answer.status == 429)
+    for client in clients:
+        client.close()
+    until(lambda: not server.engine.running)
+    assert ask(server, CHAT, HELLO)[0] == 200
+    close(server)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_leaves_over_http(streamed):
+    """The step counter stops, the next request starts at once."""
+    server = serving(rows=1)
+    engine, body = server.engine, {"prompt": "Once", "max_tokens": 250, "ignore_eos": True, "temperature": 0}
+    pace = Paced(engine, 3)  # 3 steps, then the engine waits for the client to be gone
+    client = connect(server)
+    post(client, COMPLETE, body | {"stream": streamed})
+    if streamed:
+        response = client.getresponse()
+        assert response.readline().startswith(b"data: ")
+        response.close()
+    until(lambda: engine.counters["steps"] == 3)
+    client.close()
+    until(lambda: not server.jobs)
+    pace.go_on()
+    until(lambda: not engine.running)
+    assert engine.counters["steps"] <= 5 and engine.counters["left"] == 1
+    assert ask(server, CHAT, HELLO)[0] == 200
+    close(server)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_closes_its_sending_half_gets_its_answer(server, streamed):
+    """As `printf ... | nc -N` does: it has sent all it will."""
+    body = json.dumps({"prompt": "Once", "max_tokens": 30, "ignore_eos": True, "stream": streamed}).encode()
+    with socket.create_connection(server.server_address, timeout=20) as client:
+        client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        client.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    assert status_of(answer) == 200 and (answer.endswith(b"[DONE]\n\n") or b'"completion_tokens": 30' in answer)
+
+
+def test_an_error_in_the_middle_of_a_stream_is_an_event():
+    words = pieces_of("Once there was a fox.")
+    server = serving(scripted([*words[:3], None], 4))
+    pace, client = Paced(server.engine, 3), connect(server)
+    post(client, COMPLETE, {"prompt": ids(4), "stream": True, "temperature": 0})
+    response = client.getresponse()
+    assert response.status == 200 and response.readline().startswith(b"data: ")
+    pace.go_on()
+    *_, error, done, _ = response.read().decode().split("\n\n")
+    client.close()
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "non_finite_logits" and done == "data: [DONE]"
+    status, body, _ = ask(server, COMPLETE, {"prompt": ids(4), "temperature": 0})
+    assert status == 500 and body["error"]["code"] == "non_finite_logits"
+    assert ask(server, COMPLETE, {"prompt": ids(4), "temperature": 0, "max_tokens": 2})[0] == 200
+    close(server)
+
+
+def test_a_fault_of_ours_frees_the_row_and_closes_nothing_else(monkeypatch, capfd):
+    server = serving(rows=1)
+    monkeypatch.setattr(serve.Form, "chunk", lambda *_: 1 / 0)
+    wish = {"prompt": "Once", "max_tokens": 250, "ignore_eos": True, "stream": True}
+    status, body, _ = ask(server, COMPLETE, wish)
+    assert status == 500 and body["error"]["type"] == "server_error"
+    until(lambda: not server.engine.running)
+    assert server.engine.counters["completion_tokens"] < 250 and "ZeroDivisionError" in capfd.readouterr().err
+    assert ask(server, "/health")[0] == 200
+    close(server)
+
+
+def test_draining_refuses_new_work():
+    server = serving(rows=1)
+    engine, pace, got = server.engine, Paced(server.engine, 2), []
+    wish = {"prompt": "Once", "max_tokens": 20, "ignore_eos": True}
+    client = threading.Thread(target=lambda: got.append(ask(server, COMPLETE, wish)))
+    client.start()
+    until(lambda: engine.counters["steps"] == 2)
+    engine.stop(20.0)
+    status, body, headers = ask(server, CHAT, HELLO)
+    assert status == 503 and headers["Retry-After"] and ask(server, "/health")[0] == 503
+    pace.go_on()
+    client.join()
+    assert got[0][0] == 200
+    server.finish(5.0)
+
+
+# ---- curves and page ------------------------------------------------------------------------------------------------
+
+def write_run(folder: Path, name: str = "ppo", rows: int = 5) -> None:
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"step": i, "loss": 1 / i, "objective/scores": i / 2, "objective/kl": i / 10,
+                         "grad_norm": None, "note": "x"}) for i in range(1, rows + 1)]
+    (folder / name / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "lo')
+    summary = {"gold_before": 0.4, "gold_after": 0.9, "flags": {"api_key": "secret"}}
+    (folder / name / "summary.json").write_text(json.dumps(summary))
+
+
+def test_curves(tmp_path):
+    write_run(tmp_path)
+    run, = serve.read_curves(tmp_path)
+    assert run["name"] == "ppo" and run["gold_before"] == 0.4 and run["gold_after"] == 0.9 and "flags" not in run
+    assert set(run["curves"]) == {"loss", "objective/scores", "objective/kl"}
+    assert run["curves"]["loss"] == [[i, 1 / i] for i in range(1, 6)]
+    write_run(tmp_path, "long", 4000)
+    run = serve.read_curves(tmp_path)[0]
+    assert 300 < len(run["curves"]["loss"]) < 900 and run["curves"]["loss"][-1][0] == 4000
+    outside = tmp_path.parent / "outside.jsonl"
+    outside.write_text('{"step": 1, "loss": 2}\n')
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "metrics.jsonl").symlink_to(outside)
+    assert [run["name"] for run in serve.read_curves(tmp_path)] == ["long", "ppo"]
+
+
+def test_curves_over_http(server):
+    assert ask(server, "/runs")[1] == {"runs": []}
+    write_run(server.args.runs)
+    status, body, _ = ask(server, "/runs")
+    assert status == 200 and body["runs"][0]["name"] == "ppo"
+    shutil.rmtree(server.args.runs / "ppo")
+
+
+def test_the_page_is_one_file_and_never_makes_markup_of_text(server):
+    """Nothing in it turns text into markup or fetches anything from elsewhere."""
+    status, page, _ = ask(server, "/")
+    markup = (r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|createContextualFragment|srcdoc"
+              r"|eval\(|new Function")
+    assert status == 200 and not re.search(markup, page)
+    assert not re.search(r"""(src|href)=["']?(https?:)?//|@import|url\(""", page)
+    addresses = set(re.findall(r"https?://[^\"'` ]+", page))
+    assert addresses == {"http://www.w3.org/2000/svg"}  # a name, which nobody fetches
+    body = re.sub(r"<script>.*</script>|<style>.*</style>", "", page, flags=re.DOTALL)
+    assert not re.search(r"<[^>]*\son\w+=", body)  # no handler in an attribute
+    assert all(len(line) <= 120 for line in page.splitlines())
+
+
+class Browser:
+    """A headless Chromium and one page of it, driven over its DevTools protocol: JSON over a websocket (RFC 6455)."""
+
+    def __init__(self, binary: str, folder: Path, url: str):
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+                 "--remote-debugging-port=0", f"--user-data-dir={folder}"]
+        self.process = subprocess.Popen([binary, *flags, "about:blank"], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
+        port_file = folder / "DevToolsActivePort"
+        until(lambda: port_file.exists() and port_file.read_text().count("\n"), 60)
+        port = int(port_file.read_text().split()[0])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("PUT", "/json/new?" + url)
+        target = json.loads(connection.getresponse().read())
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        path = target["webSocketDebuggerUrl"].partition(str(port))[2]
+        key = base64.b64encode(os.urandom(16)).decode()
+        head = [f"GET {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Upgrade: websocket", "Connection: Upgrade",
+                "Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {key}", "", ""]
+        self.socket.sendall("\r\n".join(head).encode())
+        self.file, self.count = self.socket.makefile("rb"), 0
+        while self.file.readline().strip():
+            pass
+
+    def call(self, method: str, **params) -> dict:
+        self.count += 1
+        payload = json.dumps({"id": self.count, "method": method, "params": params}).encode()
+        mask = os.urandom(4)
+        size = len(payload)
+        length = bytes([0x80 | size]) if size < 126 else struct.pack("!BH", 0x80 | 126, size)
+        masked = bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
+        self.socket.sendall(b"\x81" + length + mask + masked)
+        while True:
+            answer = json.loads(self.message())
+            if answer.get("id") == self.count:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def message(self) -> bytes:
+        whole = b""
+        while True:
+            first, size = self.file.read(2)
+            if size > 125:
+                size, = struct.unpack("!H" if size == 126 else "!Q", self.file.read(2 if size == 126 else 8))
+            whole += self.file.read(size)
+            if first & 0x80:
+                return whole
+
+    def run(self, script: str) -> object:
+        result = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def key(self, key: str, code: str, number: int, modifiers: int = 0) -> None:
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=code, windowsVirtualKeyCode=number,
+                      modifiers=modifiers)
+
+    def write(self, words: str) -> None:
+        self.call("Input.insertText", text=words)
+        self.key("Enter", "Enter", 13)
+
+    def close(self) -> None:
+        self.socket.close()
+        self.process.terminate()
+        self.process.wait(20)
+
+
+def test_the_page_in_a_real_browser(tmp_path):
+    """Chat, stop and turns by keyboard; text that looks like markup; curves that grow while a run goes on."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    binary = next(filter(None, map(shutil.which, names)), None)
+    if binary is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    evil = '<img src=x onerror="document.title=1">'
+    messages = [{"role": "user", "content": "Hi"}]
+    begin = len(text.encode_prompt(messages, TOKENIZER, ALPACA))
+    server = serving(scripted(raw_bytes(evil), begin), "--runs", str(tmp_path / "out"), rows=2)
+    engine = server.engine
+    browser = Browser(binary, tmp_path / "profile", server.url)
+    run = browser.run
+    try:
+        ready = "document.activeElement?.id === 'box' && document.querySelector('#model').textContent === 'tiny'"
+        until(lambda: run(ready), 60)
+        browser.write("Hi")
+        until(lambda: run("document.querySelectorAll('#log .note').length === 1"))
+        assert run("document.querySelector('#log .assistant').textContent") == evil
+        assert run("document.images.length") == 0 and run("document.title") == "Octet"
+        assert run("messages.map(m => m.role + ':' + m.content)") == ["user:Hi", "assistant:" + evil]
+
+        # a second turn carries the first; Esc stops it, and frees the row
+        fox = pieces_of("fox")[-1]
+        engine.model.hidden = lambda tokens, cache, start: F.one_hot(torch.full(tokens.shape, fox), 1280).float() * 9
+        pace = Paced(engine, 3)
+        browser.write("More")
+        until(lambda: run("document.querySelectorAll('#log .assistant')[1]?.textContent.length >= 3"))
+        turns = [*messages, {"role": "assistant", "content": evil}, {"role": "user", "content": "More"}]
+        assert engine.running[0].prompt == text.encode_prompt(turns, TOKENIZER, ALPACA)
+        assert run("document.querySelector('#send').textContent") == "Stop"
+        browser.key("Escape", "Escape", 27)
+        until(lambda: run("document.querySelector('#send').textContent") == "Send")
+        assert "stopped" in run("document.querySelector('#log').lastChild.textContent")
+        until(lambda: not server.jobs)
+        pace.go_on()
+        until(lambda: not engine.running)
+        assert engine.counters["left"] == 1
+
+        # temperature and length reach the server; an error is text too
+        run("document.querySelector('#length').value = 100000")
+        browser.write("<b>x</b>")
+        until(lambda: run("document.querySelector('#log .error') !== null"))
+        assert "max_tokens is 100000" in run("document.querySelector('#log .error').textContent")
+        assert run("document.querySelector('#box').value") == "<b>x</b>"
+        assert run("document.querySelectorAll('#log b').length") == 0
+
+        # training: by keyboard, drawn, growing
+        write_run(server.args.runs, "<b>ppo</b>".replace("/", "_"))
+        browser.key("t", "KeyT", 84, modifiers=1)
+        until(lambda: run("document.querySelectorAll('#training figure').length") == 3)
+        told = run("[...document.querySelectorAll('#training svg')].map(s => s.getAttribute('aria-label'))")
+        assert told[0].startswith("Reward and gold score: score from 0.5 to 2.5, gold from 0.4 to 0.9, over 5 steps")
+        assert "nats from 0.1 to 0.5" in told[1]
+        assert run("document.querySelector('#training h2').firstChild.textContent") == "<b>ppo<_b>"
+        line = "document.querySelectorAll('#training polyline')[0].getAttribute('points')"
+        points = run(line).split()
+        assert len(points) == 5 and len({tuple(map(float, point.split(","))) for point in points}) == 5
+        write_run(server.args.runs, "<b>ppo<_b>", 9)
+        run("draw()")
+        until(lambda: run(line).count(",") == 9)
+        browser.key("c", "KeyC", 67, modifiers=1)
+        assert run("document.activeElement.id") == "box"
+        assert run("document.querySelector('#training').hidden") is True
+        # a phone: nothing is wider than the screen
+        browser.call("Emulation.setDeviceMetricsOverride", width=360, height=640, deviceScaleFactor=2, mobile=True)
+        for name in ("chat", "training"):
+            run(f"view('{name}')")
+            assert run("document.documentElement.scrollWidth") <= 360
+        assert run("performance.getEntriesByType('resource').every(r => r.name.startsWith(location.origin))")
+    finally:
+        browser.close()
+        close(server)
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    MODEL.save_pretrained(folder)
+    TOKENIZER.save(folder, "alpaca")
+    return folder
+
+
+def started(*flags: str) -> tuple[subprocess.Popen, int]:
+    """A server in a process of its own, and its port."""
+    command, environment = [sys.executable, serve.__file__, *flags, "--http_port", "0"], {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | environment)
+    for line in process.stdout:
+        if found := re.search(r"http://127\.0\.0\.1:(\d+)/v1", line):
+            return process, int(found.group(1))
+    raise AssertionError(process.stderr.read())
+
+
+def test_sigterm_finishes_what_runs_and_refuses_the_rest(directory):
+    process, port = started(str(directory), "--max_batch", "1")
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    wish = {"prompt": "Once", "max_tokens": 240, "ignore_eos": True, "stream": True}
+    post(client, COMPLETE, wish | {"stream_options": {"include_usage": True}})
+    response = client.getresponse()
+    response.readline()
+    process.send_signal(signal.SIGTERM)
+    while "finishing" not in process.stdout.readline():
+        pass
+    rest = response.read().decode()
+    assert rest.endswith("data: [DONE]\n\n") and '"completion_tokens": 240' in rest
+    assert process.wait(30) == 0 and "finished" in process.stdout.read()
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_a_second_signal_ends_at_once(directory):
+    process, port = started(str(directory))
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    post(client, COMPLETE, {"prompt": "Once", "max_tokens": 250, "n": 32, "ignore_eos": True, "stream": True})
+    client.getresponse().readline()
+    process.send_signal(signal.SIGINT)
+    while "finishing" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130 and "finished" not in process.stdout.read()
+    client.close()
+
+
+def test_ctrl_c_while_loading_ends_at_once(monkeypatch):
+    """The model is opened by the main thread, the one that signals reach, so no other thread is left computing."""
+    def open_model(*arguments, **more):
+        assert threading.current_thread() is threading.main_thread()
+        raise KeyboardInterrupt
+    monkeypatch.setattr(serve, "random_model", open_model)
+    with pytest.raises(KeyboardInterrupt):
+        serve.main(["tiny", "--benchmark"])
+
+
+def test_say_answers_once(directory, capsys):
+    serve.main([str(directory), "--say", "Write a story.", "--max_len", "60"])
+    prompt = text.encode_prompt([{"role": "user", "content": "Write a story."}], TOKENIZER, ALPACA)
+    shown = capsys.readouterr().out
+    assert shown.endswith("\n") and "flags" not in shown and len(TOKENIZER.encode(shown)) > 3
+    assert len(prompt) < 60
+
+
+def test_adapters(directory, tmp_path):
+    model = Llama.from_pretrained(directory)
+    lora.attach(model, 4, generator=torch.Generator().manual_seed(1))
+    for layer in lora.adapters(model).values():
+        layer.lora_B.data.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
+    lora.save_adapter(model, tmp_path / "adapter", str(directory))
+    served = serve.open_served(serve.parse([str(tmp_path / "adapter")]))
+    assert served.template is ALPACA and served.name == "adapter" and served.tokenizer.vocab_size == 1280
+    assert not lora.adapters(served.model)
+    prompt = ids(9)
+    made = finish(Engine(served, 2), job(prompt))[0]
+    assert made == model.eval().generate([prompt], 12, temperature=0)[0]
+    assert made != MODEL.generate([prompt], 12, temperature=0)[0]
+    assert finish(engine_of(model, 2), job(prompt))[0] == made  # adapters that stay beside their base
+
+
+@pytest.mark.parametrize("quant", ["8bit", "4bit"])
+def test_quantized(directory, quant):
+    """Rounded at load, alone and in company: as generate of the same weights dequantized, up to a token where the two
+    choices were closer than 0.3 of the logits' deviation (kernels round their inputs by how many rows there are)."""
+    model = quantize.open_model(directory, torch.float32, "cpu", quant=quant).eval()
+    slow = quantize.open_model(directory, torch.float32, "cpu", quant=quant).eval()
+    prompts = [ids(n) for n in (5, 40, 11, 23)]
+    expected, same = slow.generate(prompts, 12, temperature=0), 0
+    with quantize.packed(model):
+        alone = [finish(engine_of(model), job(prompt))[0] for prompt in prompts]
+        together = finish(engine_of(model), *map(job, prompts))
+    for got in (alone, together):
+        for prompt, a, b in zip(prompts, got, expected):
+            at = common(a, b)
+            same += at
+            if at < min(len(a), len(b)):
+                with torch.no_grad():
+                    logits = slow(torch.tensor([prompt + b[:at]]))[0, -1]
+                assert (logits[b[at]] - logits[a[at]]) / logits.std() < 0.3
+    assert same > 24 and expected != MODEL.generate(prompts, 12, temperature=0)
+
+
+def test_every_flag_is_read():
+    source = Path(serve.__file__).read_text("utf-8")
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    flags = [call.args[0].value.removeprefix("--") for call in calls if getattr(call.func, "id", "") == "flag"]
+    passed = source.replace('"--', "")
+    assert len(flags) > 15
+    assert all(re.search(rf"args\.{flag}\b", source) or f'"{flag}"' in passed for flag in flags)
+
+
+# ---- benchmark ------------------------------------------------------------------------------------------------------
+
+def test_benchmark_counts_new_tokens_alone(monkeypatch):
+    """Prefill 10 ms, then 1 ms a token, by a clock of the test's."""
+    now = [0.0]
+    monkeypatch.setattr(serve.time, "perf_counter", lambda: now[0])
+
+    def one(prompt: list[int]) -> dict:
+        now[0] += 0.010 + 0.001 * 99
+        return {"first": 0.010, "last": 0.109, "tokens": 100}
+    row = serve.measure(one, [ids(32)] * 6, 1)
+    assert row["first_token_ms_p50"] == pytest.approx(10) and row["tokens_per_second_each_p50"] == pytest.approx(1000)
+    assert row["tokens_per_second"] == pytest.approx(100 / 0.109)
+    assert (row["prompt_tokens"], row["new_tokens"], row["requests"], row["concurrency"]) == (32, 100, 6, 1)
+
+
+def test_benchmark_quantiles(monkeypatch):
+    """The value that a share of the requests does not exceed."""
+    def row_of(values: list[float]) -> dict:
+        left = iter(values)
+        one = lambda prompt: {"first": next(left) / 1e3, "last": 1.0, "tokens": 2}
+        return serve.measure(one, [[1]] * len(values), 1)
+    assert row_of([3.0, 1.0, 2.0, 4.0])["first_token_ms_p50"] == pytest.approx(2.0)
+    assert row_of(list(range(1, 101)))["first_token_ms_p95"] == pytest.approx(95)
+    assert row_of([1.0])["first_token_ms_p50"] == row_of([1.0])["first_token_ms_p95"] == pytest.approx(1.0)
+
+
+def test_benchmark_over_http(directory, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = ["--concurrency", "1,3", "--prompt_tokens", "24", "--new_tokens", "6", "--rounds", "2", "--max_batch", "4"]
+    summary = serve.main([str(directory), "--benchmark", *flags, "--json", str(tmp_path / "b.json")])
+    assert summary["prefix_tokens_reused"] < 8  # of 14 prompts of 24: each is read, none was asked before
+    assert json.loads((tmp_path / "b.json").read_text()) == json.loads(json.dumps(summary))
+    names = ("concurrency", "requests", "new_tokens", "prompt_tokens")
+    assert [tuple(row[name] for name in names) for row in summary["rows"]] == [(1, 2, 6, 24), (3, 6, 6, 24)]
+    assert {"dtype", "threads", "slots", "peak_memory_bytes", "http_cost"} <= set(summary)
+    assert "first token" in capfd.readouterr().out
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+def user(content: object) -> dict:
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+TURN = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize("path, change, param", [
+    (CHAT, {"temperature": "0.7"}, "temperature"),
+    (CHAT, {"temperature": 10}, "temperature"),
+    (CHAT, {"temperature": -1}, "temperature"),
+    (CHAT, {"temperature": True}, "temperature"),
+    (CHAT, {"top_p": 0}, "top_p"),
+    (CHAT, {"top_p": 1.5}, "top_p"),
+    (CHAT, {"n": 0}, "n"),
+    (CHAT, {"n": 33}, "n"),
+    (CHAT, {"n": 1.0}, "n"),
+    (CHAT, {"max_tokens": 0}, "max_tokens"),
+    (CHAT, {"max_tokens": -1}, "max_tokens"),
+    (CHAT, {"max_tokens": "5"}, "max_tokens"),
+    (CHAT, {"max_completion_tokens": 1000}, "max_completion_tokens"),
+    (CHAT, {"seed": 1.5}, "seed"),
+    (CHAT, {"stop": ""}, "stop"),
+    (CHAT, {"stop": [1]}, "stop"),
+    (CHAT, {"stop": ["a"] * 17}, "stop"),
+    (CHAT, {"stop": ["a" * 1001]}, "stop"),
+    (CHAT, {"presence_penalty": 2.1}, "presence_penalty"),
+    (CHAT, {"stream": 1}, "stream"),
+    (CHAT, {"stream": "yes"}, "stream"),
+    (CHAT, {"stream_options": []}, "stream_options"),
+    (CHAT, {"stream_options": {"include_everything": True}}, "stream_options"),
+    (CHAT, {"logprobs": 3}, "logprobs"),
+    (CHAT, {"top_logprobs": 2}, "top_logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+    (CHAT, {"temprature": 1}, "temprature"),
+    (CHAT, {"prompt": "Hi"}, "prompt"),
+    (CHAT, {"user": 5}, "user"),
+    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"messages": None}, "messages"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": [TURN] * 513}, "messages"),
+    (CHAT, {"messages": ["Hi"]}, "messages[0]"),
+    (CHAT, {"messages": [TURN | {"tool_call_id": "x"}]}, "messages[0]"),
+    (CHAT, {"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].role"),
+    (CHAT, user(5), "messages[0].content"),
+    (CHAT, user([{"type": "image_url"}]), "messages[0].content[0]"),
+    (CHAT, user(" "), "messages"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "Hi"}]}, "messages"),
+    (CHAT, {"messages": [TURN, {"role": "user", "content": "Ho"}]}, "messages"),
+    (CHAT, user("fox " * 300) | {"max_tokens": None}, "messages"),
+    (CHAT, user("fox " * 30000), "messages"),
+    (CHAT, {"model": "gpt-4"}, "model"),
+    (CHAT, {"model": 5}, "model"),
+    (COMPLETE, {}, "prompt"),
+    (COMPLETE, {"prompt": []}, "prompt"),
+    (COMPLETE, {"prompt": [1280]}, "prompt"),
+    (COMPLETE, {"prompt": [-1]}, "prompt"),
+    (COMPLETE, {"prompt": [True]}, "prompt"),
+    (COMPLETE, {"prompt": [[]]}, "prompt"),
+    (COMPLETE, {"prompt": ["a", 1]}, "prompt"),
+    (COMPLETE, {"prompt": ["a"] * 33}, "prompt"),
+    (COMPLETE, {"prompt": ["a"] * 20, "n": 2}, "n"),
+    (COMPLETE, {"prompt": "a", "logprobs": 6}, "logprobs"),
+    (COMPLETE, {"prompt": "a", "echo": True}, "echo"),
+    (COMPLETE, {"prompt": "a", "best_of": 3}, "best_of"),
+    (COMPLETE, {"prompt": "a", "messages": []}, "messages"),
+], ids=lambda value: str(value)[:40])
+def test_bad_values_are_refused_by_name(server, path, change, param):
+    """Status 400 (404 for a model that is not here), OpenAI's form, the parameter's name; streamed or not."""
+    for extra in ({}, {"stream": True}) if "stream" not in change else ({},):
+        status, body, _ = ask(server, path, (HELLO if path == CHAT else {"max_tokens": 5}) | extra | change)
+        assert status == (404 if param == "model" else 400), body
+        assert set(body["error"]) == {"message", "type", "param", "code"} and body["error"]["param"] == param, body
+        assert body["error"]["type"] == "invalid_request_error"
+        name = param.partition("[")[0]
+        assert name in body["error"]["message"] or body["error"]["code"] == "context_length_exceeded"
+    assert not server.engine.running and not server.engine.waiting.qsize()
+
+
+@pytest.mark.parametrize("raw", [
+    b"{:", b"", b"null", b"[]", b"5", b'"x"', b"[" * 2**20, b'{"a":' * 10000, b"\xff\xfe",
+    '{"messages": 1}'.encode("utf-16"), b'{"temperature": NaN}', b'{"prompt": "a", "temperature": Infinity}',
+    b'{"seed": 1' + b"0" * 5000 + b"}", b'{"prompt": "\\ud83d"}',
+], ids=lambda raw: repr(raw[:30]))
 def test_broken_bodies(server, raw):
-    """V10. (Half an emoji is legal JSON: as a prompt it is one unknown character.)"""
+    """Half an emoji is legal JSON: as a prompt it is one unknown character."""
     status, body, _ = ask(server, COMPLETE, raw)
     assert status == 200 if b"ud83d" in raw else (400 <= status < 500 and body["error"]["message"])
     assert ask(server, "/health")[0] == 200
@@ -608,7 +1263,7 @@ def test_nesting_of_every_depth(server):
 
 
 def raw_request(server: Server, content: bytes, read: bool = True) -> bytes:
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as client:
+    with socket.create_connection(server.server_address, timeout=20) as client:
         try:
             client.sendall(content)
         except OSError:
@@ -623,23 +1278,47 @@ def status_of(answer: bytes) -> int:
     return int(re.match(rb"HTTP/1\.1 (\d+) ", answer).group(1))
 
 
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+POST = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Connection: close\r\n")
+
+
+def get(path: bytes, *headers: bytes, method: bytes = b"GET", host: bytes = b"localhost") -> bytes:
+    head = [b"%b %b HTTP/1.1" % (method, path), b"Host: " + host, *headers, b"Connection: close", b"", b""]
+    return b"\r\n".join(head)
 
 
 @pytest.mark.parametrize("content, status", [
-    (b"GET /\r\n\r\n", 400), (b"nonsense\r\n\r\n", 400), (b"GET / HTTP/9.9\r\n\r\n", 505), (b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n", 403), (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400),
-    (b"GET /health HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n", 403), (b"GET /health HTTP/1.1\r\nHost: 127.0.0.1.evil.example:80\r\nConnection: close\r\n\r\n", 403),
-    (b"GET /health HTTP/1.1\r\nHost: [::1]:7070\r\nConnection: close\r\n\r\n", 200), (b"GET /health HTTP/1.1\r\nHost: 127.0.0.1:7070\r\nConnection: close\r\n\r\n", 200),
-    (b"GET /health HTTP/1.0\r\n\r\n", 200), (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n", 403),
-    (b"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: https://evil.example\r\nConnection: close\r\n\r\n", 403),
-    (b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404), (b"DELETE / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 405),
-    (b"GET /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 405), (b"OPTIONS /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 405),
-    (b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 431), (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431),
-    (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"A: " + b"b" * 70000 + b"\r\n\r\n", 431), (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + (b"A: " + b"b" * 4000 + b"\r\n") * 20 + b"\r\n", 431),
-    (POST + b"\r\n", 411), (POST + b"Content-Length: -5\r\n\r\n", 400), (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}", 400), (POST + b"Content-Length: 1e3\r\n\r\n", 400),
+    (b"nonsense\r\n\r\n", 400),
+    (b"GET /\r\n\r\n", 403),
+    (b"GET / HTTP/9.9\r\n\r\n", 505),
+    (b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n", 403),
+    (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400),
+    (get(b"/health", host=b"evil.example"), 403),
+    (get(b"/health", host=b"127.0.0.1.evil.example:80"), 403),
+    (get(b"/health", host=b"[::1]:7070"), 200),
+    (get(b"/health", host=b"127.0.0.1:7070"), 200),
+    (b"GET /health HTTP/1.0\r\n\r\n", 200),
+    (get(b"/health", b"Host: evil.example"), 403),
+    (get(b"/health", b"Origin: https://evil.example"), 403),
+    (get(b"/../../etc/passwd"), 404),
+    (get(b"/", method=b"DELETE"), 405),
+    (get(b"/v1/completions"), 405),
+    (get(b"/v1/completions", method=b"OPTIONS"), 405),
+    (get(b"/v1/completions", method=b"BREW"), 501),
+    (b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+    (get(b"/", *[b"A: b"] * 200), 431),
+    (get(b"/", b"A: " + b"b" * 70000), 431),
+    (POST + b"\r\n", 411),
+    (POST + b"Content-Length: -5\r\n\r\n", 400),
+    (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}", 400),
+    (POST + b"Content-Length: 1e3\r\n\r\n", 400),
+    (POST + b"Content-Length: 99999999999999999999\r\n\r\n", 400),
     (POST + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n{}", 411),
-    (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411), (POST + b"Content-Length: 3000000\r\n\r\n" + b"[" * 3000000, 413), (POST + b"Content-Length: 99999999999999999999\r\n\r\n", 400),
-    (POST.replace(b"application/json", b"text/plain") + b"Content-Length: 2\r\n\r\n{}", 415), (POST.replace(b"Content-Type: application/json\r\n", b"") + b"Content-Length: 2\r\n\r\n{}", 415),
+    (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411),
+    (POST + b"Content-Length: 3000000\r\n\r\n" + b"[" * 3000000, 413),
+    (POST.replace(b"application/json", b"text/plain") + b"Content-Length: 2\r\n\r\n{}", 415),
+    (POST.replace(b"Content-Type: application/json\r\n", b"") + b"Content-Length: 2\r\n\r\n{}", 415),
+    (POST + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 415),
 ], ids=lambda value: repr(value[:60]) if isinstance(value, bytes) else str(value))
 def test_requests_that_are_refused_as_a_whole(server, content, status):
     answer = raw_request(server, content)
@@ -652,7 +1331,7 @@ def test_requests_that_are_refused_as_a_whole(server, content, status):
 def test_a_client_that_asks_before_it_sends_its_body(server):
     """curl does, with longer ones: Expect: 100-continue."""
     body = json.dumps({"prompt": "Once", "max_tokens": 2}).encode()
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as client:
+    with socket.create_connection(server.server_address, timeout=20) as client:
         client.sendall(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
         assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         client.sendall(body)
@@ -660,17 +1339,20 @@ def test_a_client_that_asks_before_it_sends_its_body(server):
 
 
 def test_malformed_requests_never_break_the_server(server, capfd):
-    """10,000 of random types, sizes and encodings: each gets an answer below 500, no traceback is printed, and afterwards the
-    server is as before."""
+    """10,000 of random types, sizes and encodings: each gets an answer below 500, no traceback is printed, and
+    afterwards the server is as before."""
     rng = random.Random(0)
     connection, seen = connect(server), Counter()
 
     def value(depth: int = 0) -> object:
-        kinds = [None, True, False, 0, -1, 1.5, 1e308, 2**70, "", "x" * rng.randint(0, 300), "\ud83d\x00\n", "狐狸🦊", [], {}, "stop", -0.0]
+        kinds = [None, True, False, 0, -1, 1.5, 1e308, 2**70, "", "x" * rng.randint(0, 300), "\ud83d\x00\n", "狐狸🦊",
+                 [], {}, "stop", -0.0]
         if depth < 3 and rng.random() < 0.4:
-            return [value(depth + 1) for _ in range(rng.randint(0, 4))] if rng.random() < 0.5 else {rng.choice(["role", "content", "type", "text", "a"]): value(depth + 1) for _ in range(3)}
+            if rng.random() < 0.5:
+                return [value(depth + 1) for _ in range(rng.randint(0, 4))]
+            return {rng.choice(["role", "content", "type", "text", "a"]): value(depth + 1) for _ in range(3)}
         return rng.choice(kinds)
-    fields = sorted(serve.KNOWN | set(serve.NEUTRAL) | {"messages", "prompt", "max_completion_tokens", "top_logprobs", "x"})
+    fields = sorted({*serve.CHAT, *serve.COMPLETION, *serve.NEUTRAL, "x"})
     for i in range(10_000):
         path = rng.choice([CHAT, COMPLETE])
         body = dict(HELLO) if path == CHAT else {"prompt": "Once"}
@@ -687,20 +1369,21 @@ def test_malformed_requests_never_break_the_server(server, capfd):
             raw = bytes(rng.randrange(256) for _ in range(rng.randint(0, 200)))
         elif form < 0.25:
             raw = raw.decode().encode(rng.choice(["utf-16", "utf-32", "utf-7"]))
-        connection.request("POST", path, raw, {"Content-Type": "application/json"})
+        post(connection, path, raw)
         response = connection.getresponse()
         content = response.read()
         seen[response.status] += 1
         assert 400 <= response.status < 500 and json.loads(content)["error"]["message"], (raw, content)
-    assert set(seen) <= {400, 404} and not server.engine.running and not server.engine.waiting
+    assert set(seen) <= {400, 404} and not server.engine.running and not server.engine.waiting.qsize()
     assert ask(server, CHAT, HELLO)[0] == 200 and "Traceback" not in capfd.readouterr().err
 
 
-def test_slow_clients_are_let_go():
+def test_slow_clients_are_let_go(monkeypatch):
     """A byte now and then does not hold a connection, neither in the head nor in the body."""
-    server = serving(request_seconds=0.3)
+    monkeypatch.setattr(serve.Handler, "timeout", 0.3)
+    server = serving()
     for begun in (b"", b"GET / HT", POST + b"Content-Length: 50\r\n\r\n{"):
-        with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as client:
+        with socket.create_connection(server.server_address, timeout=20) as client:
             client.sendall(begun)
             began = time.monotonic()
             with pytest.raises(OSError):
@@ -717,10 +1400,29 @@ def test_slow_clients_are_let_go():
     close(server)
 
 
+def test_a_client_that_does_not_read_holds_no_row(monkeypatch):
+    """Its answers are written to the end, or until its time to take a piece is over; its row goes to the next."""
+    monkeypatch.setattr(serve.Handler, "timeout", 0.5)
+    server = serving(rows=1)
+    body = json.dumps({"prompt": "Once", "max_tokens": 250, "n": 8, "logprobs": 5, "ignore_eos": True,
+                       "stream": True}).encode()
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(server.server_address)
+    client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    until(lambda: server.engine.running)
+    assert ask(server, CHAT, HELLO)[0] == 200
+    until(lambda: not server.jobs)
+    client.close()
+    close(server)
+
+
 def test_api_key():
-    server = serving(api_key="secret")
-    assert [ask(server, path)[0] for path in ("/", "/health", "/v1/models", "/metrics", "/runs")] == [200, 200, 401, 401, 401]
-    for header, status in ((None, 401), ("Bearer wrong", 401), ("secret", 401), ("Basic secret", 401), ("Bearer sécret", 401), ("Bearer secret", 200), ("bearer secret", 200)):
+    server = serving(MODEL, "--api_key", "secret")
+    paths = ("/", "/health", "/v1/models", "/metrics", "/runs")
+    assert [ask(server, path)[0] for path in paths] == [200, 200, 401, 401, 401]
+    for header, status in ((None, 401), ("Bearer wrong", 401), ("secret", 401), ("Basic secret", 401),
+                           ("Bearer sécret", 401), ("Bearer secret", 200), ("bearer secret", 200)):
         answer = ask(server, CHAT, HELLO, {} if header is None else {"Authorization": header})
         assert answer[0] == status, header
         assert status == 200 or answer[1]["error"]["type"] == "authentication_error"
@@ -728,433 +1430,49 @@ def test_api_key():
 
 
 def test_cors_is_for_the_origin_named():
-    server = serving(cors="https://friend.example", allow_hosts=("proxy.example",))
-    options = b"OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: proxy.example\r\nOrigin: https://friend.example\r\nConnection: close\r\n\r\n"
+    server = serving(MODEL, "--cors", "https://friend.example", "--allow_host", "proxy.example")
+    origin = b"Origin: https://friend.example"
+    options = get(b"/v1/chat/completions", origin, method=b"OPTIONS", host=b"proxy.example")
     answer = raw_request(server, options)
-    assert status_of(answer) == 204 and b"Access-Control-Allow-Origin: https://friend.example\r\n" in answer and b"Access-Control-Allow-Headers: Authorization, Content-Type\r\n" in answer
+    assert status_of(answer) == 204 and b"Access-Control-Allow-Origin: https://friend.example\r\n" in answer
+    assert b"Access-Control-Allow-Headers: Authorization, Content-Type\r\n" in answer
     assert status_of(raw_request(server, options.replace(b"friend", b"foe"))) == 403
     status, _, headers = ask(server, CHAT, HELLO, {"Origin": "https://friend.example"})
     assert status == 200 and headers["Access-Control-Allow-Origin"] == "https://friend.example"
+    # OpenAI's JavaScript client sends headers of its own, and wants to read Retry-After
+    own = b"Access-Control-Request-Headers: content-type,x-stainless-os\r\n " + b"x-stainless-lang"
+    answer = raw_request(server, options.replace(origin, origin + b"\r\n" + own))
+    assert b"Access-Control-Allow-Headers: content-type,x-stainless-os x-stainless-lang\r\n" in answer
+    assert headers["Access-Control-Expose-Headers"] == "Retry-After"
     close(server)
 
 
 def test_what_a_request_says_is_logged_escaped(capfd):
     server = serving(verbose=True)
-    raw_request(server, b"GET /\x1b[31m\xff%0d HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    raw_request(server, b"G\x1bT /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    raw_request(server, get(b"/\x1b[31m\xff%0d"))
+    raw_request(server, get(b"/health", method=b"G\x1bT"))
     raw_request(server, b"GET /" + b"a" * 70000)
     close(server)
     logged = capfd.readouterr().err
-    assert logged.count("\n") == 3 and "431" in logged and "404" in logged and "405" in logged and logged.replace("\n", "").isprintable() and logged.isascii()
+    assert logged.count("\n") == 3 and all(status in logged for status in ("414", "404", "501"))
+    assert logged.replace("\n", "").isprintable()
 
 
-def test_200_connections_at_once():
-    """The listen queue is long enough: all connect before any is accepted, and all get an answer, or 429 with Retry-After."""
-    server = serving(max_waiting=100, listen=False)
-    clients = [connect(server) for _ in range(200)]
-    for client in clients:
-        client.timeout = 2.0
-        client.connect()
-        client.sock.settimeout(20.0)
-    accept(server)
-    for client in clients:
-        client.request("POST", COMPLETE, json.dumps({"prompt": "Once", "max_tokens": 2}).encode(), {"Content-Type": "application/json"})
-    answers = [client.getresponse() for client in clients]
-    assert set(Counter(answer.status for answer in answers)) <= {200, 429}
-    assert all(answer.getheader("Retry-After") for answer in answers if answer.status == 429)
-    for client in clients:
-        client.close()
-    until(lambda: not server.engine.running)
-    assert ask(server, CHAT, HELLO)[0] == 200
-    close(server)
-
-
-@pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_leaves_over_http(streamed):
-    """V06: the step counter stops, the next request starts at once."""
-    server = serving(slots=1)
-    body = {"prompt": "Once", "max_tokens": 250, "ignore_eos": True, "stream": streamed, "temperature": 0}
-    step, gate = server.engine.step, threading.Semaphore(3)
-
-    def paced(work) -> None:  # 3 steps, then the engine waits for the client to be gone
-        gate.acquire(timeout=15)
-        step(work)
-    server.engine.step = paced
-    client = connect(server)
-    client.request("POST", COMPLETE, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    if streamed:
-        response = client.getresponse()
-        assert response.readline().startswith(b"data: ")
-        response.close()
-    until(lambda: server.engine.counters["steps"] == 3)
-    client.close()
-    gate.release(1000)
-    until(lambda: not server.engine.running)
-    assert server.engine.counters["steps"] <= 5 and server.engine.counters["left"] == 1
-    assert ask(server, CHAT, HELLO)[0] == 200
-    close(server)
-
-
-def test_an_error_in_the_middle_of_a_stream_is_an_event():
-    said = pieces_of("Once there was a fox.")
-    server = serving(scripted([*said[:3], None], 4))
-    step, gate = server.engine.step, threading.Semaphore(3)
-    server.engine.step = lambda work: (gate.acquire(timeout=15), step(work))
-    client = connect(server)
-    client.request("POST", COMPLETE, json.dumps({"prompt": ids(4), "stream": True, "temperature": 0}), {"Content-Type": "application/json"})
-    response = client.getresponse()
-    assert response.status == 200 and response.readline().startswith(b"data: ")
-    gate.release(1000)
-    *_, error, done, _ = response.read().decode().split("\n\n")
-    client.close()
-    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "non_finite_logits" and done == "data: [DONE]"
-    status, body, _ = ask(server, COMPLETE, {"prompt": ids(4), "temperature": 0})
-    assert status == 500 and body["error"]["code"] == "non_finite_logits"
-    assert ask(server, COMPLETE, {"prompt": ids(4), "temperature": 0, "max_tokens": 2})[0] == 200
-    close(server)
-
-
-def test_a_fault_of_ours_frees_the_slot_and_closes_nothing_else(monkeypatch, capfd):
-    server = serving(slots=1)
-    monkeypatch.setattr(serve.Form, "chunk", lambda *_: 1 / 0)
-    client = connect(server)
-    client.request("POST", COMPLETE, json.dumps({"prompt": "Once", "max_tokens": 250, "ignore_eos": True, "stream": True}), {"Content-Type": "application/json"})
-    response = client.getresponse()
-    assert response.status == 500 and json.loads(response.read())["error"]["type"] == "server_error"
-    until(lambda: not server.engine.running)
-    assert server.engine.counters["left"] == 1 and "ZeroDivisionError" in capfd.readouterr().err
-    client.request("GET", "/health")
-    assert client.getresponse().status == 200
-    client.close()
-    close(server)
-
-
-def test_models_and_metrics(server):
-    status, body, _ = ask(server, "/v1/models")
-    assert status == 200 and body["data"][0]["id"] == "tiny" and ask(server, "/v1/models/tiny")[1] == body["data"][0]
-    assert ask(server, "/v1/models/other")[0] == 404
-    status, told, headers = ask(server, "/metrics")
-    assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    for line in told.splitlines():
-        assert re.fullmatch(r"# (HELP|TYPE) octet_\w+ .+|octet_\w+ \d+(\.\d+)?(e-?\d+)?", line), line
-    head = raw_request(server, b"HEAD /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    assert status_of(head) == 200 and head.endswith(b"\r\n\r\n")
-
-
-# ---- curves and page ------------------------------------------------------------------------------------------------
-
-def write_run(folder: Path, name: str = "ppo", rows: int = 5) -> None:
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"step": i, "loss": 1 / i, "objective/scores": i / 2, "objective/kl": i / 10, "grad_norm": None, "note": "x"}) for i in range(1, rows + 1)]
-    (folder / name / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "lo')
-    (folder / name / "summary.json").write_text(json.dumps({"gold_before": 0.4, "gold_after": 0.9, "flags": {"api_key": "secret"}}))
-
-
-def test_curves(tmp_path):
-    write_run(tmp_path)
-    run, = serve.read_curves(tmp_path)
-    assert run["name"] == "ppo" and run["gold_before"] == 0.4 and run["gold_after"] == 0.9 and "flags" not in run
-    assert set(run["curves"]) == {"loss", "objective/scores", "objective/kl"} and run["curves"]["loss"] == [[i, 1 / i] for i in range(1, 6)]
-    write_run(tmp_path, "long", 4000)
-    run = serve.read_curves(tmp_path)[0]
-    assert 300 < len(run["curves"]["loss"]) < 900 and run["curves"]["loss"][-1][0] == 4000
-    outside = tmp_path.parent / "outside.jsonl"
-    outside.write_text('{"step": 1, "loss": 2}\n')
-    (tmp_path / "link").mkdir()
-    (tmp_path / "link" / "metrics.jsonl").symlink_to(outside)
-    assert [run["name"] for run in serve.read_curves(tmp_path)] == ["long", "ppo"]
-
-
-def test_curves_over_http(server):
-    assert ask(server, "/runs")[1] == {"runs": []}
-    write_run(server.runs)
-    status, body, headers = ask(server, "/runs")
-    assert status == 200 and body["runs"][0]["name"] == "ppo"
-    assert ask(server, "/runs", headers={"If-None-Match": headers["ETag"]})[0] == 304
-    write_run(server.runs, rows=4)
-    assert ask(server, "/runs", headers={"If-None-Match": headers["ETag"]})[0] == 200
-    shutil.rmtree(server.runs / "ppo")
-
-
-def test_the_page_is_one_file_and_never_makes_markup_of_text(server):
-    """V16, V18: nothing in it turns text into markup, and its policy would not run what somebody got in."""
-    status, page, headers = ask(server, "/")
-    assert status == 200 and not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|createContextualFragment|srcdoc|eval\(|new Function", page)
-    assert not re.search(r"""(src|href)=["']?(https?:)?//|@import|url\(""", page)
-    script = re.search(r"<script>(.*)</script>", page, re.DOTALL).group(1)
-    assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in headers["Content-Security-Policy"] and "unsafe" not in headers["Content-Security-Policy"]
-    assert " on" not in re.sub(r"<script>.*</script>|<style>.*</style>", "", page, flags=re.DOTALL).replace(" on ", "")  # no handler in an attribute
-
-
-class Browser:
-    """A headless Chromium and one page of it, driven over its DevTools protocol: JSON over a websocket, by hand (RFC 6455)."""
-
-    def __init__(self, binary: str, folder: Path, url: str):
-        self.process = subprocess.Popen([binary, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--remote-debugging-port=0",
-                                         f"--user-data-dir={folder}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        port_file = folder / "DevToolsActivePort"
-        until(lambda: port_file.exists() and port_file.read_text().count("\n"), 60)
-        port = int(port_file.read_text().split()[0])
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("PUT", "/json/new?" + url)
-        target = json.loads(connection.getresponse().read())
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
-        path = target["webSocketDebuggerUrl"].partition(str(port))[2]
-        self.socket.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {base64.b64encode(os.urandom(16)).decode()}\r\n\r\n".encode())
-        self.file, self.count = self.socket.makefile("rb"), 0
-        while self.file.readline().strip():
-            pass
-
-    def call(self, method: str, **params) -> dict:
-        self.count += 1
-        payload, mask = json.dumps({"id": self.count, "method": method, "params": params}).encode(), os.urandom(4)
-        length = bytes([0x80 | len(payload)]) if len(payload) < 126 else struct.pack("!BH", 0x80 | 126, len(payload))
-        self.socket.sendall(b"\x81" + length + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload)))
-        while True:
-            message = b""
-            while True:
-                first, size = self.file.read(2)
-                if size > 125:
-                    size, = struct.unpack("!H" if size == 126 else "!Q", self.file.read(2 if size == 126 else 8))
-                message += self.file.read(size)
-                if first & 0x80:
-                    break
-            answer = json.loads(message)
-            if answer.get("id") == self.count:
-                assert "error" not in answer, answer
-                return answer["result"]
-
-    def run(self, script: str) -> object:
-        result = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def key(self, key: str, code: str, number: int, modifiers: int = 0) -> None:
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=code, windowsVirtualKeyCode=number, modifiers=modifiers)
-
-    def close(self) -> None:
-        self.socket.close()
-        self.process.terminate()
-        self.process.wait(20)
-
-
-def test_the_page_in_a_real_browser(tmp_path):
-    """Chat, stop and turns by keyboard; text that looks like markup; curves that grow while a run goes on."""
-    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if binary is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    evil = '<img src=x onerror="document.title=1">'
-    messages = [{"role": "user", "content": "Hi"}]
-    start = len(data.text.encode_prompt(messages, TOKENIZER, ALPACA))
-    server = serving(scripted(raw_bytes(evil), start), slots=2, runs=tmp_path / "out")
-    browser = Browser(binary, tmp_path / "profile", f"http://127.0.0.1:{server.server_port}/")
-    try:
-        until(lambda: browser.run("document.activeElement?.id === 'box' && document.querySelector('#model').textContent === 'tiny'"), 60)
-        browser.call("Input.insertText", text="Hi")
-        browser.key("Enter", "Enter", 13)
-        until(lambda: browser.run("document.querySelectorAll('#log .note').length === 1"))
-        assert browser.run("document.querySelector('#log .assistant').textContent") == evil
-        assert browser.run("document.images.length") == 0 and browser.run("document.title") == "Octet"
-        assert browser.run("messages.map(m => m.role + ':' + m.content)") == ["user:Hi", "assistant:" + evil]
-
-        # a second turn carries the first; Esc stops it, and frees the slot
-        seen, step = [], server.engine.step
-        server.engine.model.hidden = lambda tokens, cache, start: F.one_hot(torch.full(tokens.shape, pieces_of("fox")[-1]), 1280).float() * 9
-        gate = threading.Semaphore(3)
-
-        def paced(work) -> None:
-            seen.append([answer.ids[:answer.prompt] for answer, _ in work])
-            gate.acquire(timeout=15)
-            step(work)
-        server.engine.step = paced
-        browser.call("Input.insertText", text="More")
-        browser.key("Enter", "Enter", 13)
-        until(lambda: browser.run("document.querySelectorAll('#log .assistant')[1]?.textContent.length >= 3"))
-        assert seen[0][0] == data.text.encode_prompt([*messages, {"role": "assistant", "content": evil}, {"role": "user", "content": "More"}], TOKENIZER, ALPACA)
-        assert browser.run("document.querySelector('#send').textContent") == "Stop"
-        browser.key("Escape", "Escape", 27)
-        until(lambda: browser.run("document.querySelector('#send').textContent") == "Send")
-        assert "stopped" in browser.run("document.querySelector('#log').lastChild.textContent")
-        gate.release(1000)
-        until(lambda: not server.engine.running)
-        assert server.engine.counters["left"] == 1
-
-        # temperature and length reach the server; an error is text too
-        server.engine.step = step
-        browser.run("document.querySelector('#length').value = 100000")
-        browser.call("Input.insertText", text="<b>x</b>")
-        browser.key("Enter", "Enter", 13)
-        until(lambda: browser.run("document.querySelector('#log .error') !== null"))
-        assert "max_tokens is 100000" in browser.run("document.querySelector('#log .error').textContent") and browser.run("document.querySelector('#box').value") == "<b>x</b>"
-        assert browser.run("document.querySelectorAll('#log b').length") == 0
-
-        # training: by keyboard, drawn, growing
-        write_run(server.runs, "<b>ppo</b>".replace("/", "_"))
-        browser.key("t", "KeyT", 84, modifiers=1)
-        until(lambda: browser.run("document.querySelectorAll('#training figure').length") == 3)
-        told = browser.run("[...document.querySelectorAll('#training svg')].map(s => s.getAttribute('aria-label'))")
-        assert told[0].startswith("Reward and gold score: score from 0.5 to 2.5, gold from 0.4 to 0.9, over 5 steps") and "nats from 0.1 to 0.5" in told[1]
-        assert browser.run("document.querySelector('#training h2').firstChild.textContent") == "<b>ppo<_b>"
-        points = browser.run("document.querySelectorAll('#training polyline')[0].getAttribute('points')").split()
-        assert len(points) == 5 and len({tuple(map(float, point.split(","))) for point in points}) == 5
-        write_run(server.runs, "<b>ppo<_b>", 9)
-        browser.run("draw()")
-        until(lambda: browser.run("document.querySelectorAll('#training polyline')[0].getAttribute('points')").count(",") == 9)
-        browser.key("c", "KeyC", 67, modifiers=1)
-        assert browser.run("document.activeElement.id") == "box" and browser.run("document.querySelector('#training').hidden") is True
-        # a phone: nothing is wider than the screen
-        browser.call("Emulation.setDeviceMetricsOverride", width=360, height=640, deviceScaleFactor=2, mobile=True)
-        for name in ("chat", "training"):
-            browser.run(f"view('{name}')")
-            assert browser.run("document.documentElement.scrollWidth") <= 360
-    finally:
-        browser.close()
-        close(server)
-
-
-# ---- command line ---------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    MODEL.save_pretrained(folder)
-    TOKENIZER.save(folder, "alpaca")
-    return folder
-
-
-def test_sigterm_finishes_what_runs_and_refuses_the_rest(directory):
-    process = subprocess.Popen([sys.executable, serve.__file__, directory, "--http_port", "0", "--max_batch", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
-    port = None
-    while port is None:
-        line = process.stdout.readline()
-        assert line, process.stderr.read()
-        port = int(found.group(1)) if (found := re.search(r"http://127\.0\.0\.1:(\d+)/v1", line)) else None
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("POST", COMPLETE, json.dumps({"prompt": "Once", "max_tokens": 240, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    response.readline()
-    process.send_signal(signal.SIGTERM)
-    while "finishing" not in process.stdout.readline():
-        pass
-    rest = response.read().decode()
-    assert rest.endswith("data: [DONE]\n\n") and '"completion_tokens": 240' in rest
-    assert process.wait(30) == 0 and "finished" in process.stdout.read() and "Traceback" not in process.stderr.read()
-
-
-@pytest.mark.parametrize("flags", [(), ("--benchmark",)])
-def test_the_model_is_opened_in_a_thread_that_ends(monkeypatch, flags):
-    """Else that thread keeps OpenMP workers, too many of them for the cores, and every step of the engine takes a third longer."""
-    seen = []
-
-    def open_everything(args):
-        seen.append(threading.current_thread())
-        raise ValueError("seen")
-    monkeypatch.setattr(serve, "open_everything", open_everything)
-    with pytest.raises(ValueError, match="seen"):
-        serve.main(["nowhere", *flags])
-    assert seen[0] is not threading.main_thread() and not seen[0].is_alive()
-
-
-def test_draining_refuses_new_work():
-    server = serving(slots=1)
-    gate, step = threading.Semaphore(2), server.engine.step
-    server.engine.step = lambda work: (gate.acquire(timeout=15), step(work))
-    got = []
-    client = threading.Thread(target=lambda: got.append(ask(server, COMPLETE, {"prompt": "Once", "max_tokens": 20, "ignore_eos": True})))
-    client.start()
-    until(lambda: server.engine.counters["steps"] == 2)
-    stopper = threading.Thread(target=lambda: got.append(server.engine.stop(20.0)))
-    stopper.start()
-    until(lambda: server.engine.draining)
-    status, body, headers = ask(server, CHAT, HELLO)
-    assert status == 503 and headers["Retry-After"] and ask(server, "/health")[0] == 503
-    gate.release(1000)
-    client.join(), stopper.join()
-    assert sorted(got, key=str)[0][0] == 200 and True in got
-    server.finish(5.0)
-
-
-def test_what_does_not_finish_in_time_is_told_so():
-    engine, gate, one = Engine(MODEL, 1), threading.Semaphore(1), job(ids(4), max_tokens=200, ignore_eos=True)
-    step, waits, finished = engine.step, job(ids(5)), []
-    engine.step = lambda work: (gate.acquire(timeout=15), step(work))
-    engine.submit(one), engine.submit(waits)
-    engine.start()
-    stopper = threading.Thread(target=lambda: finished.append(engine.stop(0.0)))
-    stopper.start()
-    until(lambda: engine.stopped)
-    gate.release(1000)
-    stopper.join()
-    assert finished == [False] and one.completion_tokens < 5 and events(one)[-1].error.status == 503 == events(waits)[-1].error.status and not engine.running
-
-
-def test_adapters_and_bad_directories(directory, tmp_path):
-    model = Llama.from_pretrained(directory)
-    lora.attach(model, 4, generator=torch.Generator().manual_seed(1))
-    for layer in lora.adapters(model).values():
-        layer.lora_B.data.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
-    lora.save_adapter(model, tmp_path / "adapter", str(directory))
-    args = serve.parse([str(tmp_path / "adapter")])
-    opened, tokenizer, template, name = serve.open_everything(args)
-    assert template is ALPACA and name == "adapter" and tokenizer.vocab_size == 1280 and not lora.adapters(opened)
-    prompt = ids(9)
-    made = finish(Engine(opened, 2), job(prompt))[0]
-    assert made == model.eval().generate([prompt], 12, temperature=0)[0] != MODEL.generate([prompt], 12, temperature=0)[0]
-    assert finish(Engine(model, 2), job(prompt))[0] == made  # adapters that stay beside their base, as on a quantized one
-    for argv, message in ((["nowhere"], "nowhere does not exist"), ([str(tmp_path)], "does not exist"), (["--max_batch", "0"], "max_batch is 0"), (["--concurrency", "a"], "no list of numbers"),
-                          (["--http_port", "70000"], "port"), (["--api_key", ""], "api_key"), (["--cors", "evil"], "no origin"), (["--nonsense"], "nonsense"), ([str(directory), "--max_len", "257"], "max_len")):
-        with pytest.raises((ValueError, OSError), match=message):
-            serve.make_engine(serve.open_everything(serve.parse(argv))[0], serve.parse(argv))
-
-
-@pytest.mark.parametrize("quant", ["8bit", "4bit"])
-def test_quantized(directory, quant):
-    """Rounded at load, alone and in company: as generate of the same weights dequantized, up to a token where the two choices
-    were closer than 0.3 of the logits' deviation (the kernels round their inputs, by how many rows there are)."""
-    quantize = pytest.importorskip("quantize", reason="needs quantize.py")
-    model, slow = serve.open_model(directory, quant, torch.float32, "cpu"), quantize.open_model(directory, torch.float32, "cpu", quant=quant).eval()
-    prompts = [ids(n) for n in (5, 40, 11, 23)]
-    expected, same = slow.generate(prompts, 12, temperature=0), 0
-    alone = [finish(Engine(model, 4), job(prompt))[0] for prompt in prompts]
-    for got in (alone, finish(Engine(model, 4), *map(job, prompts))):
-        for prompt, a, b in zip(prompts, got, expected):
-            at = common(a, b)
-            same += at
-            if at < min(len(a), len(b)):
-                with torch.no_grad():
-                    logits = slow(torch.tensor([prompt + b[:at]]))[0, -1]
-                assert (logits[b[at]] - logits[a[at]]) / logits.std() < 0.3
-    assert same > 24 and expected != MODEL.generate(prompts, 12, temperature=0)
-
-
-def test_every_flag_is_read():
-    source = Path(serve.__file__).read_text("utf-8")
-    flags = [call.args[0].value.removeprefix("--") for call in ast.walk(ast.parse(source)) if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument"]
-    assert len(flags) > 15 and all(re.search(rf"args\.{flag}\b", source) or f'"{flag}"' in source.replace(f'"--{flag}"', "") for flag in flags)
-
-
-# ---- benchmark ------------------------------------------------------------------------------------------------------
-
-def test_benchmark_counts_new_tokens_alone(monkeypatch):
-    """V19: prefill 10 ms, then 1 ms a token, by a clock of the test's."""
-    now = [0.0]
-    monkeypatch.setattr(serve.time, "perf_counter", lambda: now[0])
-
-    def one(prompt: list[int]) -> dict:
-        now[0] += 0.010 + 0.001 * 99
-        return {"first": 0.010, "last": 0.109, "tokens": 100}
-    row = serve.measure(one, [ids(32)] * 6, 1)
-    assert row["first_token_ms_p50"] == pytest.approx(10) and row["tokens_per_second_each_p50"] == pytest.approx(1000)
-    assert row["tokens_per_second"] == pytest.approx(100 / 0.109) and (row["prompt_tokens"], row["new_tokens"], row["requests"], row["concurrency"]) == (32, 100, 6, 1)
-    assert serve.quantile([3.0, 1.0, 2.0, 4.0], 0.5) == 2.0 and serve.quantile(list(range(1, 101)), 0.95) == 95 and serve.quantile([1.0], 0.05) == 1.0
-
-
-def test_benchmark_over_http(directory, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    summary = serve.main([str(directory), "--benchmark", "--concurrency", "1,3", "--prompt_tokens", "24", "--new_tokens", "6", "--rounds", "2", "--max_batch", "4", "--json", str(tmp_path / "b.json")])
-    assert summary["prefix_tokens_reused"] < 8  # of 14 prompts of 24: each is read, none was asked before
-    assert json.loads((tmp_path / "b.json").read_text()) == json.loads(json.dumps(summary))
-    assert [(row["concurrency"], row["requests"], row["new_tokens"], row["prompt_tokens"]) for row in summary["rows"]] == [(1, 2, 6, 24), (3, 6, 6, 24)]
-    assert {"dtype", "threads", "slots", "peak_memory_bytes", "http_cost"} <= set(summary) and "first token" in capfd.readouterr().out
+@pytest.mark.parametrize("argv, message", [
+    (["nowhere"], "nowhere does not exist"),
+    (["{empty}"], "does not exist"),
+    (["--max_batch", "0"], "max_batch"),
+    (["--max_waiting", "-1"], "max_waiting"),
+    (["--concurrency", "a"], "concurrency"),
+    (["--concurrency", "4,0"], "concurrency"),
+    (["--http_port", "70000"], "port"),
+    (["--api_key", ""], "api_key"),
+    (["--api_key", "se cret"], "api_key"),
+    (["--cors", "evil"], "no origin"),
+    (["--nonsense"], "nonsense"),
+    (["{directory}", "--max_len", "257"], "max_len"),
+    (["{directory}", "--http_host", "203.0.113.7"], "choose another --http_host"),
+])
+def test_wrong_flags_are_one_sentence(directory, tmp_path, argv, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        serve.main([part.format(directory=directory, empty=tmp_path) for part in argv])
