@@ -72,9 +72,9 @@ class LoRALinear(nn.Module):
         device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
         A = torch.empty(rank, self.in_features, device=generator.device if generator else "cpu")
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # a = sqrt(5): uniform in +-1/sqrt(in)
-        B = torch.zeros(self.out_features, rank)
+        B = torch.zeros(self.out_features, rank, device=device, dtype=dtype)
         self.lora_A = nn.Parameter(A.to(device, dtype))                                         # (2, 8)
-        self.lora_B = nn.Parameter(B.to(device, dtype))                                         # (6, 2)
+        self.lora_B = nn.Parameter(B)                                                           # (6, 2)
         self.train(base.training)  # a new module trains: in a model in eval mode its dropout would run
 
     @property
@@ -90,7 +90,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + alpha / r * B A, in the dtype of W."""
+        """Returns W + alpha / r * B A in the dtype of W."""
         if self.merged:
             return self.base.weight.data
         if not is_plain(self.base):
@@ -100,12 +100,12 @@ class LoRALinear(nn.Module):
 
 
 def add_product(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """W + scaling * B A in fp32: rounding B A to bf16 first costs measurable quality."""
+    """Returns W + scaling * B A in fp32. Rounding B A to bf16 before the sum costs measurable quality."""
     return W.float() + scaling * (B.float() @ A.float())                                        # (6, 8)
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a linear has its weight in floats; a quantized one has codes, or nothing of this name."""
+    """Tells whether the weight of a linear is floats. A quantized linear has integers there, or no weight."""
     weight = getattr(linear, "weight", None)
     return weight is not None and weight.is_floating_point()
 
@@ -115,10 +115,10 @@ def is_plain(linear: nn.Module) -> bool:
 def attach(model: nn.Module, rank: int, alpha: float | None = None, dropout: float = 0.0,
            targets: tuple[str, ...] = LINEARS, dtype: torch.dtype | None = None,
            generator: torch.Generator | None = None) -> list[str]:
-    """Freeze model and put an adapter on each linear whose last name part is in targets; returns their names.
+    """Freezes model and puts an adapter on each linear whose last name part is in targets; returns their names.
 
-    alpha None is 2 * rank; dtype None is that of each base weight. A reward head is frozen too: whoever trains it in
-    full unfreezes it after this call. Raises ValueError, with the model untouched, where rank or targets do not fit.
+    alpha None is 2 * rank; dtype None is that of each base weight. A reward head is frozen too, until rm.py unfreezes
+    it. Raises ValueError, with the model untouched, where rank or targets do not fit.
     """
     present = linears(model)
     chosen = {name: module for name, module in present.items() if last(name) in targets}
@@ -137,7 +137,7 @@ def attach(model: nn.Module, rank: int, alpha: float | None = None, dropout: flo
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """The adapted matrices by name, in the model's order; empty when there are none."""
+    """Returns the adapted matrices by name, in the model's order; empty when there are none."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
@@ -162,7 +162,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module) -> None:
-    """Put W + alpha / r * B A in the place of every W, so that adapters cost no time; a second call does nothing.
+    """Puts W + alpha / r * B A in the place of every W, so that adapters cost no time; a second call does nothing.
 
     The originals stay in memory for unmerge. Training A and B has no effect while merged. ValueError without adapters.
     """
@@ -173,14 +173,14 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put the original weights back, to the bit; does nothing where nothing is merged. ValueError without adapters."""
+    """Puts the original weights back, to the bit; does nothing where nothing is merged. ValueError without adapters."""
     for layer in required(model):
         if layer.merged:
             layer.base.weight.data, layer.original = layer.original, None
 
 
 def fold(model: nn.Module) -> None:
-    """Merge for good: plain linears again, and every parameter trainable as after from_pretrained.
+    """Merges for good: plain linears again, and every parameter trainable as after from_pretrained.
 
     A quantized base becomes a full-precision one, since its grid has no place for what an adapter adds. ValueError
     without adapters.
@@ -200,7 +200,7 @@ def fold(model: nn.Module) -> None:
 
 
 def trainable_report(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; tied ones count once."""
+    """Returns the numbers of (trainable, all) parameters; tied ones count once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
@@ -208,6 +208,7 @@ def trainable_report(model: nn.Module) -> tuple[int, int]:
 # ---- inside a model -------------------------------------------------------------------------------------------------
 
 def required(model: nn.Module) -> list[LoRALinear]:
+    """Returns the adapters of a model that must have some."""
     layers = list(adapters(model).values())
     if not layers:
         raise ValueError("the model has no adapters: "
@@ -229,7 +230,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def install(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: float, dtype: torch.dtype | None,
             generator: torch.Generator | None) -> None:
-    """Put adapters on the linears named in plan, name -> (rank, alpha), and freeze all else."""
+    """Puts adapters on the linears named in plan, name -> (rank, alpha), and freezes all else."""
     if adapters(model):
         raise ValueError("the model already has adapters: fold(model) them into the base before adding new ones")
     if not 0.0 <= dropout < 1.0:
@@ -247,26 +248,27 @@ def install(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: float
 # ---- PEFT's files ---------------------------------------------------------------------------------------------------
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."  # of every tensor in PEFT's files
 
 
 def peft_name(name: str) -> str:
-    """Our name of a module -> PEFT's, below "base_model.model."; a reward model's trunk is named as a causal model."""
+    """Returns PEFT's name of a module, without the prefix. A reward model's trunk has the names of a causal model."""
     return weights.hf_name(name.removeprefix("trunk."))
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Two tensors for each adapted matrix, and a reward model's head in full, under PEFT's names; no copies."""
+    """Returns A and B of each adapted matrix, and a reward model's head in full, under PEFT's names; no copies."""
     state = {}
     for name, layer in adapters(model).items():
         for half in ("lora_A", "lora_B"):
-            state[f"base_model.model.{peft_name(name)}.{half}.weight"] = getattr(layer, half).detach()
+            state[f"{PREFIX}{peft_name(name)}.{half}.weight"] = getattr(layer, half).detach()
     if hasattr(model, "score"):
-        state["base_model.model.score.weight"] = model.score.weight.detach()
+        state[f"{PREFIX}score.weight"] = model.score.weight.detach()
     return state
 
 
 def save_adapter(model: nn.Module, path: str | Path, base: str, extra: dict | None = None) -> None:
-    """Write adapter_config.json and adapter_model.safetensors into the folder path, so that PEFT opens it.
+    """Writes adapter_config.json and adapter_model.safetensors into the folder path, so that PEFT opens it.
 
     base is written as given: an absolute path, or one relative to path. extra adds keys of our own to the config, such
     as a reward model's reward_mean. Raises ValueError when the model has no adapters, rather than write an empty file.
@@ -366,7 +368,7 @@ def read_adapter_config(path: str | Path) -> dict:
 
 
 def base_path(path: str | Path) -> Path:
-    """The folder of the adapter's base: absolute, else relative to the adapter's folder, else to the current one."""
+    """Returns the base's folder: absolute, else relative to the adapter's folder, else to the current one."""
     named = read_adapter_config(path).get("base_model_name_or_path")
     for folder in (Path(path) / named, Path(named)) if named else ():
         if folder.is_dir():
@@ -376,7 +378,7 @@ def base_path(path: str | Path) -> Path:
 
 
 def home(path: str | Path) -> Path:
-    """Where tokenizer and template lie: in the directory, or in the base of an adapter that has none."""
+    """Returns where tokenizer and template lie: the directory, or the base of an adapter that has none."""
     path = Path(path)
     if is_adapter(path) and not (path / "tokenizer.model").exists():
         return base_path(path)
@@ -384,7 +386,7 @@ def home(path: str | Path) -> Path:
 
 
 def read_adapter(path: str | Path) -> dict[str, Tensor]:
-    """The adapter's tensors, names cut to what follows "base_model.model." and without an adapter's own name."""
+    """Returns the adapter's tensors, names without the prefix and without the name that PEFT gives an adapter."""
     file = Path(path) / WEIGHTS
     if not file.is_file():
         file = Path(path) / PICKLE
@@ -394,12 +396,13 @@ def read_adapter(path: str | Path) -> dict[str, Tensor]:
     for name, stored in weights.open_tensors(file).items():
         if not stored.dtype.is_floating_point:
             raise ValueError(f"{file} has {stored.dtype} in {name}, an adapter has floats: get the adapter's own file")
-        tensors[re.sub(r"^base_model\.model\.|\.(default|modules_to_save)(?=\.)", "", name)] = stored.read()
+        cut = re.sub(r"\.(default|modules_to_save)(?=\.)", "", name.removeprefix(PREFIX))
+        tensors[cut] = stored.read()
     return tensors
 
 
 def targeted(targets: str | list[str], name: str) -> bool:
-    """Whether PEFT's target_modules mean the module of this Hugging Face name."""
+    """Tells whether PEFT's target_modules mean the module of this Hugging Face name."""
     if name == "score":
         return False  # modules_to_save has it
     if targets == "all-linear":
@@ -410,19 +413,19 @@ def targeted(targets: str | list[str], name: str) -> bool:
 
 
 def pattern(patterns: dict, name: str, default: float) -> float:
-    """PEFT's rule: the first key that is a regular expression for the end of the name, from a dot on."""
+    """Returns the value of the first key that matches the end of the name, from a dot on, as PEFT does."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def load_adapter(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> dict:
-    """Attach the adapter in the folder path, ours or PEFT's, to a model that is its base; returns its config.
+    """Attaches the adapter in the folder path, ours or PEFT's, to a model that is its base; returns its config.
 
     dtype is that of A and B; None keeps the file's, so that nothing is rounded before a merge. A reward model's head is
     read too, and frozen like the rest; its trunk alone skips it. Raises ValueError, with the model untouched, when
     names or shapes do not fit.
     """
     config, tensors = read_adapter_config(path), read_adapter(path)
-    plan, shapes = {}, {}
+    plan, wanted = {}, []
     for name, module in linears(model).items():
         theirs = peft_name(name)
         if targeted(config["target_modules"], theirs):
@@ -431,12 +434,11 @@ def load_adapter(model: nn.Module, path: str | Path, dtype: torch.dtype | None =
             if config.get("use_rslora"):
                 alpha *= math.sqrt(rank)  # alpha / r becomes rsLoRA's alpha / sqrt(r)
             plan[name] = (rank, alpha)
-            shapes[f"{theirs}.lora_A.weight"] = (rank, module.in_features)
-            shapes[f"{theirs}.lora_B.weight"] = (module.out_features, rank)
-    reward = hasattr(model, "score")
-    if reward or model.output is None and config.get("task_type") == "SEQ_CLS":
-        shapes["score.weight"] = (1, getattr(model, "trunk", model).config.dim)
-    weights.compare({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes,
+            wanted.append(f"{theirs}.lora_A.weight {(rank, module.in_features)}")
+            wanted.append(f"{theirs}.lora_B.weight {(module.out_features, rank)}")
+    if hasattr(model, "score") or model.output is None and config.get("task_type") == "SEQ_CLS":
+        wanted.append(f"score.weight {(1, getattr(model, 'trunk', model).config.dim)}")
+    weights.compare([f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()], wanted,
                     f"{path} does not fit this model", f"load its base, {config.get('base_model_name_or_path')}")
     if not plan:
         raise ValueError(f"{path} targets no matrix of this model: correct target_modules in {CONFIG}")
@@ -444,18 +446,15 @@ def load_adapter(model: nn.Module, path: str | Path, dtype: torch.dtype | None =
         dtype = next(tensor.dtype for name, tensor in tensors.items() if "lora_A" in name)
     # Its own generator: what it draws is overwritten at once, and the caller's random numbers stay what they were.
     install(model, plan, config.get("lora_dropout", 0.0), dtype, torch.Generator())
-    for name, layer in adapters(model).items():
-        layer.lora_A.data.copy_(tensors[f"{peft_name(name)}.lora_A.weight"])
-        layer.lora_B.data.copy_(tensors[f"{peft_name(name)}.lora_B.weight"])
-    if reward:
-        model.score.weight.data.copy_(tensors["score.weight"])
+    for name, parameter in adapter_state(model).items():
+        parameter.copy_(tensors[name.removeprefix(PREFIX)])
     return config
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def sum_of(W: weights.Stored, A: Tensor, B: Tensor, scaling: float) -> weights.Stored:
-    """W + scaling * B A in fp32, to be computed when it is written, and rounded then."""
+    """Returns W + scaling * B A in fp32, which is computed when it is written, and rounded then."""
     return W._replace(dtype=torch.float32, read=lambda: add_product(W.read(), A, B, scaling))
 
 

@@ -41,6 +41,7 @@ DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = (
     "config.json with model.safetensors, model.safetensors.index.json, pytorch_model.bin or "
     "pytorch_model.bin.index.json (Hugging Face), or params.json with consolidated.*.pth (Meta)"
@@ -70,44 +71,41 @@ DERIVED = re.compile(r"(rotary_emb\.inv_freq|rope\.freqs)$")
 
 
 def hf_name(name: str) -> str:
-    """Our name of a module or tensor -> Hugging Face's: layers.0.attention.wq -> model.layers.0.self_attn.q_proj."""
+    """Returns Hugging Face's name: layers.0.attention.wq -> model.layers.0.self_attn.q_proj."""
     theirs = ".".join(HF_NAMES.get(part, part) for part in name.split("."))
     return theirs if theirs.startswith(("lm_head", "score")) else f"model.{theirs}"
 
 
 def our_name(name: str) -> str:
+    """The inverse of hf_name."""
     return ".".join(OUR_NAMES.get(part, part) for part in name.removeprefix("model.").split("."))
 
 
-def compare(found: dict, wanted: dict, fault: str, advice: str) -> None:
-    """Raise ValueError unless both have the same names, with the same values."""
-    faults = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
-        "different": [f"{name} {found[name]} instead of {value}" for name, value in wanted.items()
-                      if found.get(name, value) != value],
-    }
-    said = [f"{len(names)} {kind} ({listed(names)})" for kind, names in faults.items() if names]
-    if said:
-        raise ValueError(f"{fault}, {'; '.join(said)}: {advice}")
+def compare(found: Collection[str], wanted: Collection[str], fault: str, advice: str) -> None:
+    """Raises ValueError unless both hold the same items, in any order."""
+    missing = [item for item in wanted if item not in found]
+    unexpected = [item for item in found if item not in wanted]
+    if missing or unexpected:
+        raise ValueError(f"{fault}, {len(missing)} missing{listed(missing)}, "
+                         f"{len(unexpected)} unexpected{listed(unexpected)}: {advice}")
 
 
-def listed(names: list[str]) -> str:
-    """Names for a message, the first five of many."""
-    return ", ".join(names[:5] + ["..."] * (len(names) > 5))
+def listed(items: list[str]) -> str:
+    """Returns the first five items in brackets, for a message."""
+    return f" ({', '.join(items[:5] + ['...'] * (len(items) > 5))})" if items else ""
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 class Stored(NamedTuple):
-    """A tensor in a file. What read() returns has memory of its own, the mapped file stays as it is."""
+    """A tensor in a file. read() returns a copy: changing it does not change the mapped file."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
 
 
 def read_tensors(directory: str | Path, fields: dict | None = None) -> dict[str, Stored]:
-    """The tensors of a model directory by our names. Meta's files need fields["head_dim"] to reorder wq and wk."""
+    """Returns the tensors of a model directory by our names. Meta's need fields["head_dim"] to reorder wq and wk."""
     directory = Path(directory)
     if not (directory / "config.json").exists():
         return join_parts(meta_parts(directory), fields["head_dim"])
@@ -116,7 +114,7 @@ def read_tensors(directory: str | Path, fields: dict | None = None) -> dict[str,
 
 
 def open_tensors(file: Path) -> dict[str, Stored]:
-    """The tensors of one .safetensors file or pickle, by the names in it."""
+    """Returns the tensors of one .safetensors file or pickle by the names in it."""
     if file.suffix != ".safetensors":
         return {name: Stored(tuple(t.shape), t.dtype, t.clone) for name, t in torch_load(file).items()}
     tensors = {}
@@ -133,20 +131,20 @@ def open_tensors(file: Path) -> dict[str, Stored]:
 
 
 def torch_load(file: Path) -> dict[str, Tensor]:
-    """What torch.save wrote. The tensors stay in the file until they are used, unless PyTorch before 1.6 wrote it."""
+    """Returns what torch.save wrote. A file of PyTorch 1.6 or later is mapped: its tensors are read when used."""
     try:
         tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except Exception as error:  # zip, pickle and unpickling errors share no base class
         reason = str(error).partition("\n")[0][:120]
         raise ValueError(f"{file} is cut short or no checkpoint: copy it again ({reason})") from None
-    kinds = {(type(name), isinstance(t, Tensor)) for name, t in tensors.items()} if isinstance(tensors, dict) else None
-    if kinds != {(str, True)}:
+    items = tensors.items() if isinstance(tensors, dict) else [(None, tensors)]
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise ValueError(f"{file} is no dictionary of named tensors: get the file with the weights alone")
     return tensors
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files of weights of a Hugging Face directory: safetensors where there are any, else pickles."""
+    """Returns the files of weights of a Hugging Face directory: safetensors where there are any, else pickles."""
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         single = directory / f"{stem}.{ending}"
         index = directory / f"{stem}.{ending}.index.json"
@@ -155,18 +153,18 @@ def weight_files(directory: Path) -> list[Path]:
         if single.exists():
             return [single]
     others = [file.name for file in directory.iterdir() if file.suffix in (".safetensors", ".bin")]
-    known = listed(others) or "files of other kinds"
-    raise FileNotFoundError(f"{directory} has config.json but no weights, only {known}: looked for {LAYOUTS}")
+    raise FileNotFoundError(f"{directory} has config.json but no weights under their usual names{listed(others)}: "
+                            f"looked for {LAYOUTS}")
 
 
 def indexed_files(index: Path, pattern: str) -> list[Path]:
-    """The files that an index names, once it is sure that they and no other shards are there."""
+    """Returns the files that an index names. They and no other shards must be there."""
     weight_map = read_json(index).get("weight_map")
     named = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
     if not named or any(name != Path(name).name for name in named):  # a path would open a file of another model
         raise ValueError(f"{index} does not map names of tensors to names of files beside it: copy it again")
     present = [file.name for file in index.parent.iterdir() if file.name in named or file.match(pattern)]
-    compare(dict.fromkeys(present), dict.fromkeys(named), f"{index} does not fit the files beside it",
+    compare(present, named, f"{index} does not fit the files beside it",
             "copy the missing files, or index and files of one saving")
     return [index.with_name(name) for name in sorted(named)]
 
@@ -174,13 +172,13 @@ def indexed_files(index: Path, pattern: str) -> list[Path]:
 # ---- Meta's parts ---------------------------------------------------------------------------------------------------
 
 def meta_parts(directory: Path) -> list[dict[str, Tensor]]:
-    """The tensors of each part. All parts have the same names, shapes and dtypes."""
+    """Returns the tensors of each part. All parts have the same names, shapes and dtypes."""
     files = sorted(directory.glob("consolidated.*.pth"))
     numbered = [f"consolidated.{i:02d}.pth" for i in range(max(1, len(files)))]
-    compare(dict.fromkeys(file.name for file in files), dict.fromkeys(numbered),
+    compare([file.name for file in files], numbered,
             f"{directory} lacks parts, they are numbered from 00 without a gap", "copy all of them")
     parts = [torch_load(file) for file in files]
-    kinds = [{name: (tuple(t.shape), t.dtype) for name, t in part.items()} for part in parts]
+    kinds = [[f"{name} {tuple(t.shape)} {t.dtype}" for name, t in part.items()] for part in parts]
     for file, kind in zip(files, kinds):
         compare(kind, kinds[0], f"{file} and {files[0].name} are not parts of one checkpoint", "copy all of them again")
     return parts
@@ -198,12 +196,12 @@ def join_parts(parts: list[dict[str, Tensor]], head_dim: int) -> dict[str, Store
 
 
 def cut_side(name: str) -> int:
-    """The side of a matrix that Meta cuts: 1 is its inputs, 0 its outputs."""
+    """Returns the dimension along which Meta cuts a matrix: 1 is its inputs, 0 its outputs."""
     return 1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0
 
 
 def join(name: str, parts: list[Tensor], head_dim: int) -> Tensor:
-    """One tensor out of its parts, with the rows of wq and wk in the order of half-rotation."""
+    """Returns one tensor out of its parts, with the rows of wq and wk in the order of half-rotation."""
     if parts[0].dim() != 2:
         return parts[0].clone()
     if name.endswith(("wq.weight", "wk.weight")):
@@ -217,23 +215,22 @@ def join(name: str, parts: list[Tensor], head_dim: int) -> Tensor:
 
 def check_tensors(model: nn.Module, tensors: dict[str, Stored], source: str | Path,
                   ignore: Collection[str] = ()) -> None:
-    """Raise ValueError unless tensors hold each parameter of model in its shape, and no others but those in `ignore`.
+    """Raises ValueError unless tensors hold each parameter of model in its shape, and no others but those in `ignore`.
 
     The model may lie on the meta device. Messages name `source`, and tensors as its files do.
     """
-    shown = hf_name if (Path(source) / "config.json").exists() else str
+    names = hf_name if (Path(source) / "config.json").exists() else str
     tied = model.config.tie_embeddings  # head and embedding are one parameter, but may be two tensors in the file
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    others = {*ignore, *(["output.weight"] if tied else [])} - {*shapes}
-    found = {name: t for name, t in tensors.items() if name not in others and not DERIVED.search(name)}
-    compare({shown(name): t.shape for name, t in found.items()}, {shown(name): shape for name, shape in shapes.items()},
-            f"{source} does not fit its config", "copy the config and all files of weights again")
-    # Integers and 8-bit floats are quantized weights without their scales.
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    codes = [f"{shown(name)} in {t.dtype}" for name, t in found.items() if t.dtype not in floats]
-    if codes:
-        raise ValueError(f"{source} has {listed(codes)}, plain weights are float32, bfloat16 or float16: "
-                         "get the model that is not quantized")
+    wanted = {name: f"{names(name)} {tuple(p.shape)}" for name, p in model.named_parameters()}
+    others = {*ignore, *(["output.weight"] if tied else [])} - {*wanted}
+    found = []
+    for name, stored in tensors.items():
+        if name not in others and not DERIVED.search(name):
+            # Integers and 8-bit floats are quantized weights without their scales.
+            kind = "" if stored.dtype in FLOATS else f" in {stored.dtype}"
+            found.append(f"{names(name)} {stored.shape}{kind}")
+    compare(found, wanted.values(), f"{source} does not fit its config",
+            "get the config and all weights of one model that is not quantized")
     if tied and "output.weight" in tensors:
         if not torch.equal(tensors["output.weight"].read(), tensors["tok_embeddings.weight"].read()):
             raise ValueError(f"{source}: config.json ties the head to the embedding, but the files have a head that "
@@ -242,7 +239,7 @@ def check_tensors(model: nn.Module, tensors: dict[str, Stored], source: str | Pa
 
 def fill(model: nn.Module, tensors: dict[str, Stored], dtype: torch.dtype | None, device: torch.device | str,
          source: str | Path, ignore: Collection[str] = ()) -> None:
-    """Give a model on the meta device its parameters, one after the other, so that two copies never exist.
+    """Gives a model on the meta device its parameters, one after the other, so that two copies never exist.
 
     dtype None keeps the config's. check_tensors sees the tensors first.
     """
@@ -262,7 +259,7 @@ Rule = tuple[str, Callable[[object], bool]]     # in words, and as a test
 
 
 def check(values: dict, rules: dict[str, Rule], source: str | Path, advice: str = "") -> None:
-    """Raise ValueError for a value that breaks the rule of its name."""
+    """Raises ValueError for a value that breaks the rule of its name."""
     for name, (must_be, fits) in rules.items():
         if name in values and not fits(values[name]):
             raise ValueError(f"{source}: {name} is {values[name]!r}, it must be {must_be}{advice}")
@@ -316,7 +313,7 @@ RANGES = {
 
 
 def check_config(fields: dict, source: str | Path = "config") -> dict:
-    """Returns the fields of a LlamaConfig in its types, for a file may have 10000 for 10000.0 and has lists for tuples.
+    """Returns the fields of a LlamaConfig in its types: a file may have 10000 for 10000.0, and a list for a tuple.
 
     Raises ValueError where they describe no LLaMA that can be built.
     """
@@ -335,7 +332,7 @@ def check_config(fields: dict, source: str | Path = "config") -> dict:
 
 
 def read_config(directory: str | Path) -> dict:
-    """The keyword arguments of LlamaConfig for a model directory, plain or quantized."""
+    """Returns the keyword arguments of LlamaConfig for a model directory, plain or quantized."""
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory: name a weights directory, {LAYOUTS}")
@@ -354,7 +351,7 @@ def read_config(directory: str | Path) -> dict:
 
 
 def no_model(directory: Path) -> Exception:
-    """What to say of a directory with neither config.json nor params.json."""
+    """Returns the error for a directory with neither config.json nor params.json."""
     if (directory / "adapter_config.json").exists():
         return ValueError(f"{directory} holds an adapter, not a model: "
                           f"merge it first with `python lora.py merge {directory} OUT`")
@@ -366,7 +363,7 @@ def no_model(directory: Path) -> Exception:
 
 
 def quantization(directory: str | Path) -> dict | None:
-    """The quantization_config in config.json, unchecked; None where there is none."""
+    """Returns the quantization_config in config.json, unchecked; None where there is none."""
     file = Path(directory) / "config.json"
     return file.exists() and read_json(file).get("quantization_config") or None
 
@@ -413,6 +410,7 @@ OPTIONS = {
 
 
 def fields_from_hf(config: dict, directory: Path) -> dict:
+    """Takes defaults from transformers for what config.json does not say."""
     # transformers 5 has rope_parameters, which took in rope_theta; before, there were rope_theta and rope_scaling.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -439,7 +437,7 @@ def fields_from_hf(config: dict, directory: Path) -> dict:
 
 
 def fields_from_meta(params: dict, directory: Path) -> dict:
-    """From params.json, and from the shapes for what it does not say."""
+    """Takes from the shapes what params.json does not say."""
     if params.get("use_scaled_rope"):
         raise ValueError(f"{directory}: params.json has use_scaled_rope, the rotary scaling of Llama 3.1, which is not "
                          "supported")
@@ -473,7 +471,7 @@ def fields_from_meta(params: dict, directory: Path) -> dict:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 def hf_config(fields: dict, architecture: str) -> dict:
-    """config.json with both spellings of the keys that transformers 5 renamed."""
+    """Returns config.json with both spellings of the keys that transformers 5 renamed."""
     rope = {"rope_type": "default", "rope_theta": fields["rope_theta"]}
     scaling = None
     if fields["rope_factor"] != 1.0:
@@ -496,7 +494,7 @@ def hf_config(fields: dict, architecture: str) -> dict:
 def write_model(directory: str | Path, fields: dict, tensors: dict[str, Tensor | Stored],
                 architecture: str = "LlamaForCausalLM", more: dict = {}, exact: Collection[str] = (),
                 shard_bytes: int = 5 * 10**9) -> None:
-    """Write config.json with the keys of `more`, and the tensors under Hugging Face's names in shards of shard_bytes.
+    """Writes config.json with the keys of `more`, and the tensors under Hugging Face's names in shards of shard_bytes.
 
     Tensors are cast to the dtype in fields, but for those named in `exact`. One shard at a time is held in memory.
     """
@@ -504,20 +502,24 @@ def write_model(directory: str | Path, fields: dict, tensors: dict[str, Tensor |
         raise ValueError("the model still has adapters: merge and fold them, or save the adapter alone")
     directory = Path(directory)
     dtypes = {name: tensor.dtype if name in exact else DTYPES[fields["dtype"]] for name, tensor in tensors.items()}
-    shards: list[dict[str, int]] = [{}]     # the size in bytes of each tensor
+    shards: list[list[str]] = [[]]
+    room, total = shard_bytes, 0
     for name, tensor in tensors.items():
         size = math.prod(tensor.shape) * dtypes[name].itemsize
-        if shards[-1] and sum(shards[-1].values()) + size > shard_bytes:
-            shards.append({})
-        shards[-1][name] = size
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+        total += size
+    count = len(shards)
+    files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        files = ["model.safetensors"]
     for file, shard in zip(files, shards):
         held = {hf_name(name): in_memory(tensors[name], dtypes[name]) for name in shard}
         write_file(directory / file, partial(safetensors.torch.save_file, held, metadata={"format": "pt"}))
-    if len(shards) > 1:
-        total = sum(sum(shard.values()) for shard in shards)
+    if count > 1:
         weight_map = {hf_name(name): file for file, shard in zip(files, shards) for name in shard}
         files.append("model.safetensors.index.json")
         write_json(directory / files[-1], {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -530,11 +532,13 @@ def write_model(directory: str | Path, fields: dict, tensors: dict[str, Tensor |
 
 
 def in_memory(tensor: Tensor | Stored, dtype: torch.dtype) -> Tensor:
+    """Returns the tensor as it will be written."""
     tensor = tensor.read() if isinstance(tensor, Stored) else tensor.detach()
     return tensor.to("cpu", dtype).contiguous()
 
 
 def read_json(file: str | Path) -> dict:
+    """Returns a JSON object; raises ValueError with the file's name where there is none."""
     try:
         content = json.loads(Path(file).read_text("utf-8"))
     except (ValueError, RecursionError) as error:  # also for bytes that are no UTF-8, and for numbers of 5,000 digits
@@ -549,7 +553,7 @@ def write_json(file: str | Path, value: object) -> None:
 
 
 def write_file(file: str | Path, content: bytes | Callable[[Path], object]) -> None:
-    """Write under a temporary name and rename, so that a reader sees the old file or the new one, never a part.
+    """Writes under a temporary name and renames, so that a reader sees the old file or the new one, never a part.
 
     content is the bytes, or a function that writes them to the path that it gets:
     write_file(file, lambda path: torch.save(state, path)).

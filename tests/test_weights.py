@@ -264,7 +264,7 @@ def test_shards_index_and_leftovers(tmp_path):
     stale.unlink()
     shutil.move(tmp_path / "model-00001-of-00021.safetensors", stale)
     said = refusal(tmp_path)
-    assert "1 missing (model-00001-of-00021.safetensors); 1 unexpected (model-00001-of-00099.safetensors): copy" in said
+    assert "1 missing (model-00001-of-00021.safetensors), 1 unexpected (model-00001-of-00099.safetensors): copy" in said
 
 
 def test_stored_tensors_are_written_shard_by_shard(tmp_path):
@@ -637,7 +637,7 @@ def test_params_of_wrong_types_are_refused(key, harmless, tmp_path):
 
 
 @pytest.mark.parametrize("params, words", [
-    ({"n_heads": 8, "n_kv_heads": 2}, r"wk.weight \(16, 32\) instead of \(8, 32\)"),  # every shape but one is right
+    ({"n_heads": 8, "n_kv_heads": 2}, r"4 missing .*wk.weight \(8, 32\).* 4 unexpected .*wk.weight \(16, 32\)"),
     ({"use_scaled_rope": True}, "use_scaled_rope"), ({"n_layers": 3}, "9 missing .layers.2.attention"),
     ({"n_layers": 1}, "9 unexpected .layers.1.attention"),
 ])
@@ -695,7 +695,7 @@ def test_folders_without_a_model(tmp_path):
     (tmp_path / "empty" / "adapter_config.json").touch()
     assert "lora.py merge" in refusal(tmp_path / "empty")
     (saved(tmp_path / "m") / "model.safetensors").rename(tmp_path / "m" / "weights.safetensors")
-    assert "only weights.safetensors: looked for" in refusal(tmp_path / "m")
+    assert "under their usual names (weights.safetensors): looked for" in refusal(tmp_path / "m")
 
 
 def test_a_reward_model_is_no_language_model(tmp_path):
@@ -710,12 +710,12 @@ def test_names_and_shapes_must_agree(tmp_path):
     fine = rewrite(saved(tmp_path / "a"), lambda t: t.update(inv_freq))
     assert same(Llama.from_pretrained(fine), tiny())
     said = refusal(rewrite(fine, lambda t: t.update({"model.layers.1.mlp.upp.weight": t.pop(UP)})))
-    unexpected = "1 unexpected (model.layers.1.mlp.upp.weight)"
-    assert said.startswith(f"{fine} does not fit its config, 1 missing ({UP}); {unexpected}: copy")
+    unexpected = "1 unexpected (model.layers.1.mlp.upp.weight (44, 32))"
+    assert said.startswith(f"{fine} does not fit its config, 1 missing ({UP} (44, 32)), {unexpected}: get the config")
     said = refusal(rewrite(saved(tmp_path / "b"), lambda t: t.pop("lm_head.weight")))
-    assert "1 missing (lm_head.weight): copy" in said
+    assert "1 missing (lm_head.weight (64, 32)), 0 unexpected: get" in said
     said = refusal(rewrite(saved(tmp_path / "b"), lambda t: t.update({EMBEDDING: torch.zeros(63, 32)})))
-    assert f"1 different ({EMBEDDING} (63, 32) instead of (64, 32)): copy" in said
+    assert f"1 missing ({EMBEDDING} (64, 32)), 1 unexpected ({EMBEDDING} (63, 32)): get" in said
 
 
 def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path):
@@ -729,7 +729,7 @@ def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path):
 def test_codes_are_not_taken_for_weights(dtype, tmp_path):
     """Integers would be read as weights a hundred times too large, and give text."""
     said = refusal(rewrite(saved(tmp_path), lambda t: t.update({UP: t[UP].to(dtype)})))
-    assert f"{UP} in {dtype}" in said and "get the model that is not quantized" in said
+    assert f"unexpected ({UP} (44, 32) in {dtype}): get" in said and "that is not quantized" in said
 
 
 def test_shapes_are_compared_before_anything_is_read(tmp_path):
@@ -822,9 +822,9 @@ def test_parts_must_be_of_one_checkpoint(change, tmp_path):
 
 
 @pytest.mark.parametrize("gone, words", [
-    ([3], r"9 different \(tok_embeddings.weight \(64, 24\) instead of \(48, 32\).*: copy the config and all files"),
-    ([1, 3], "without a gap, 1 missing .consolidated.01.pth.; 1 unexpected .consolidated.02.pth.: copy all"),
-    ([0, 1, 2, 3], "1 missing .consolidated.00.pth.: copy"),
+    ([3], r"9 missing \(tok_embeddings.weight \(48, 32\).* 9 unexpected \(tok_embeddings.weight \(64, 24\).*: get"),
+    ([1, 3], "without a gap, 1 missing .consolidated.01.pth., 1 unexpected .consolidated.02.pth.: copy all"),
+    ([0, 1, 2, 3], "1 missing .consolidated.00.pth., 0 unexpected: copy"),
 ])
 def test_missing_parts(gone, words, tmp_path):
     meta = write_meta(tiny(n_kv_heads=4), tmp_path / "meta", 4)
