@@ -8,8 +8,7 @@ Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054) is the paper for what is shar
 (arXiv 2101.06840) for the CPU part, Li et al. 2020, "PyTorch Distributed" (arXiv 2006.15704) for buckets and their
 overlap with backward, Loshchilov & Hutter 2019 for AdamW. Mixed-precision training of Psi parameters keeps 16 Psi
 bytes: 2 weights and 2 gradient in bf16, and 12 for the optimizer: fp32 master weights 4, moments m 4 and v 4 (section
-3.1 of the paper). Here the gradient is summed in fp32 (4), so that many micro-batches do not round away. Bytes per
-parameter, N processes:
+3.1). Here the gradient is summed in fp32 (4): many micro-batches do not round away. Bytes per parameter, N processes:
 
                               on the device                                in CPU memory
     strategy      weights  gradient  master, m, v    7B, N = 4, bf16      gradient  master, m, v
@@ -45,12 +44,10 @@ without a gradient counts as zeros. Every process calls `backward` equally often
 
 With zero2_cpu on a GPU the shard lies in CPU memory. Gradients are copied on a stream of their own through a few pinned
 buffers of bucket size (pinning all would round up to powers of two, and take memory that nothing else can have), AdamW
-runs on the CPU, and each bucket of new weights is copied back while the next is updated. On a CPU zero2_cpu is zero2.
+runs on the CPU, and each bucket of new weights is copied back while the next is updated. Elsewhere it is zero2.
 
-Departures: a reduce-scatter is direct messages and a local sum in rank order, see `exchange`; gradients are sums, not
-means (the loss is already divided by the number of tokens over all processes); the fp32 gradient, see above; epsilon as
-torch has it.
-
+Departures: a reduce-scatter is direct messages and a sum in rank order (`exchange`); gradients are sums, not means (the
+loss is already divided by the number of tokens over all processes); the gradient is fp32; epsilon as torch has it.
 Shapes: a bucket is flat, (N * n,), and made of N shards, (n,). naive and ddp have N = 1: their shard is the whole.
 """
 
@@ -78,7 +75,7 @@ def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, lr: float, beta
           weight_decay: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the new p, m, v of one step of AdamW (Loshchilov & Hutter 2019, algorithm 2). step counts from 1.
 
-    This is the formula to read. `fused_adamw` computes the same in one pass over memory; a test compares the two.
+    This is the formula. `fused_adamw` computes the same in one pass over memory; a test compares the two.
     """
     beta1, beta2 = betas
     p = p - lr * weight_decay * p            # decoupled decay: not in the gradient, so 1 / sqrt(v) does not scale it
@@ -89,30 +86,16 @@ def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, lr: float, beta
     return p - lr * m_hat / (v_hat.sqrt() + eps), m, v
 
 
-def fused_adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, low: Tensor, step: int, lr: float,
-                betas: tuple[float, float], eps: float, weight_decay: float, divisor: float = 1.0,
-                chunk: int = 2**18) -> None:
-    """Does `adamw` in place, after dividing g by divisor, and copies the new p to low, rounded to its dtype.
-
-    All are (n,). low may be p itself. On a CPU a chunk is still in the cache when the next operation reads it.
-    """
-    t = torch.full((), float(step), device=p.device)           # torch.tensor would copy from the host: a GPU waits
-    chunk = chunk if p.device.type == "cpu" else len(p)
-    for p, g, m, v, low in zip(*(x.split(chunk) for x in (p, g, m, v, low))):       # (chunk,) each
-        if divisor != 1.0:
-            g.div_(divisor)
-        torch._fused_adamw_([p], [g], [m], [v], [], [t], lr=lr, beta1=betas[0], beta2=betas[1], eps=eps,
-                            weight_decay=weight_decay, amsgrad=False, maximize=False)
-        low.copy_(p)
-
-
 # ---- buckets --------------------------------------------------------------------------------------------------------
+
+Named = list[tuple[str, nn.Parameter]]
+
 
 class Bucket:
     """Parameters whose gradients are sent together, and this process's shard of their optimizer state."""
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], weight_decay: float, dtype: torch.dtype,
-                 home: torch.device, shards: int, rank: int):
+    def __init__(self, named: Named, weight_decay: float, dtype: torch.dtype, home: torch.device, shards: int,
+                 rank: int):
         """The model computes in dtype. The optimizer state lies at home: the shard of this rank among N shards."""
         self.names, self.params = zip(*named)
         self.weight_decay = weight_decay if self.params[0].dim() >= 2 else 0.0      # vectors (norms) are not decayed
@@ -157,12 +140,19 @@ class Bucket:
         else:
             self.grad.add_(gradient)
 
-    def pieces(self) -> Iterator[tuple[str, nn.Parameter, slice, int]]:
-        """Yields each parameter's piece in the own shard: its place there, and where in the parameter it begins."""
-        for name, p, end in zip(self.names, self.params, accumulate(self.sizes)):
-            start = max(end - p.numel(), self.own.start)
-            stop = max(start, min(end, self.own.stop))
-            yield name, p, slice(start - self.own.start, stop - self.own.start), start - end + p.numel()
+
+# ---- messages ------------------------------------------------------------------------------------------------------
+
+def exchange(send: Sequence[Tensor], receive: Sequence[Tensor], rank: int) -> list[dist.Work]:
+    """Starts to send send[r] to process r and to receive receive[r] from it, for every r but this process's own.
+
+    Reduce-scatter and all-gather are both made of it. The bytes are those of a ring, (N - 1) / N of the buffer each
+    way. A ring in bf16 rounds at every process. Here the receiver adds up in fp32, and always in rank order. Both take
+    about half the time of gloo's own: measured on two processes of two CPU cores, 2^24 elements in fp32.
+    """
+    both = (dist.irecv, receive), (dist.isend, send)
+    return dist.batch_isend_irecv([dist.P2POp(operation, tensors[r], r) for operation, tensors in both
+                                   for r in range(len(send)) if r != rank])
 
 
 # ---- ZeRO-2 ---------------------------------------------------------------------------------------------------------
@@ -192,18 +182,19 @@ class ZeRO2:
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype = torch.float32,
                  betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.0,
                  max_norm: float = 1.0, bucket_elements: int = 2**20, strategy: str = "ddp", trace: bool = False):
-        trainable = list({p: (name, p) for name, p in named_parameters if p.requires_grad and p.numel()}.values())
-        if not trainable:
+        names = {p: name for name, p in named_parameters if p.requires_grad and p.numel()}
+        if not names:
             raise ValueError("the model has no trainable parameter")
+        self.params = {name: p for p, name in names.items()}
         self.strategy = run.ALIASES.get(strategy, strategy)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.sharded = self.world > 1 and self.strategy.startswith("zero2")
-        self.names, self.device = [name for name, _ in trainable], trainable[0][1].device
+        self.device = next(iter(names)).device
         self.betas, self.eps, self.max_norm, self.trace = betas, eps, max_norm, trace
         offload = self.strategy == "zero2_cpu" and self.device.type == "cuda"
         home = torch.device("cpu") if offload else self.device
         shards, own = (self.world, self.rank) if self.sharded else (1, 0)
-        groups = group(trainable, bucket_elements)
+        groups = group(list(self.params.items()), bucket_elements)
         self.buckets = [Bucket(named, weight_decay, dtype, home, shards, own) for named in groups]
         self.copies = CopyStream(self.buckets) if offload else None
         # Counts of steps: taken (AdamW's t), skipped, skipped in a row, good in a row.
@@ -213,7 +204,7 @@ class ZeRO2:
         self.complete = False                # its last micro-batch was given
         self.unsent = deque()                # buckets of this micro-batch whose reduce-scatter has not begun
         self.pending = deque()               # reduce-scatters that run: (bucket, N parts of (n,), works)
-        for _, p in trainable:
+        for p in names:
             p.register_post_accumulate_grad_hook(self.on_gradient)
 
     # ---- phase 1: backward, reduce-scatter ----
@@ -329,7 +320,7 @@ class ZeRO2:
 
     def refuse_other_gradients(self) -> None:
         """A gradient that is here between two calls of backward was never summed over processes, nor divided."""
-        for name, p in ((name, p) for bucket in self.buckets for name, p in zip(bucket.names, bucket.params)):
+        for name, p in self.params.items():
             if p.grad is not None:
                 raise RuntimeError(f"{name} has a gradient that is not the optimizer's, as of a plain loss.backward(): "
                                    "call optimizer.backward(loss) instead, after setting .grad to None")
@@ -356,22 +347,23 @@ class ZeRO2:
 
     def first_broken(self) -> str:
         """Returns the first parameter, in the model's order, with a gradient that is not finite on any process."""
-        broken = torch.zeros(len(self.names), device=self.device)
+        names = list(self.params)
+        broken = torch.zeros(len(names), device=self.device)
         for bucket in self.buckets:
-            for name, _, place, _ in bucket.pieces():
-                broken[self.names.index(name)] = not bucket.grad[place].isfinite().all()
+            for name, _, place, _ in pieces(bucket):
+                broken[names.index(name)] = not bucket.grad[place].isfinite().all()
         if self.sharded:
             dist.all_reduce(broken)
-        return next((name for name, n in zip(self.names, broken) if n), "the sum over all parameters")
+        return next((name for name, n in zip(names, broken) if n), "the sum over all parameters")
 
     def mark(self, what: str, bucket: Bucket | None = None) -> None:
         """Under trace, prints when an event of the first step happened, and how many bytes were being sent then."""
         if self.trace and self.rank == 0:
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()                # the program is ahead of the GPU
-            what += f", bucket {self.buckets.index(bucket)}" if bucket else ""
-            megabytes = sum(bucket.flat.nbytes for bucket, *_ in self.pending) / 1e6
-            print(f"{time.perf_counter():12.4f} s  {what:<40}{megabytes:9.1f} MB being sent", flush=True)
+            number = self.buckets.index(bucket) if bucket else ""
+            sent = sum(bucket.flat.nbytes for bucket, *_ in self.pending)
+            print(f"{time.perf_counter():12.4f} s  {what:<22}{number:>4}{sent / 1e6:9.1f} MB being sent", flush=True)
 
     # ---- state ----
 
@@ -398,36 +390,37 @@ class ZeRO2:
 
         The states of all processes together are whole: any number of processes can load them, under any strategy.
         """
-        pieces = {}
+        saved = {}
         for bucket in self.buckets if self.sharded or self.rank == 0 else ():       # under ddp all hold the same
             master = bucket.master.clone() if self.sharded else bucket.master       # a view is saved with all of flat
-            for name, p, place, start in bucket.pieces():
+            for name, p, place, start in pieces(bucket):
                 if place.start < place.stop:
-                    pieces[name] = {"shape": list(p.shape), "start": start, "master": master[place],
-                                    "m": bucket.m[place], "v": bucket.v[place]}
-        return {"pieces": pieces} | {key: getattr(self, key) for key in self.COUNTS}
+                    saved[name] = {"shape": list(p.shape), "start": start, "master": master[place],
+                                   "m": bucket.m[place], "v": bucket.v[place]}
+        return {"pieces": saved} | {key: getattr(self, key) for key in self.COUNTS}
 
     def load_state_dict(self, states: dict | list[dict]) -> None:
         """Loads the state of one process or the list of all, whoever wrote them: from N shards to M.
 
         Raises ValueError when they are of other parameters."""
         states = [states] if isinstance(states, dict) else states
-        other = set(self.names) ^ {name for state in states for name in state["pieces"]}
+        other = set(self.params) ^ {name for state in states for name in state["pieces"]}
         if other:
             raise ValueError("the checkpoint's optimizer holds other parameters than this model trains, for instance "
                              f"{', '.join(sorted(other)[:5])}: resume with the flags of the first run")
         for bucket in self.buckets:
-            for name, p, place, start in bucket.pieces():
+            for name, p, place, start in pieces(bucket):
                 saved = [state["pieces"][name] for state in states if name in state["pieces"]]
                 saved.sort(key=lambda piece: piece["start"])
-                if saved[0]["shape"] != list(p.shape):
-                    raise ValueError(f"{name} is {tuple(saved[0]['shape'])} in the checkpoint and {tuple(p.shape)} "
-                                     "here: resume the same model")
+                shape, held = tuple(saved[0]["shape"]), sum(len(piece["m"]) for piece in saved)
+                if shape != p.shape:
+                    raise ValueError(f"{name} is {shape} in the checkpoint and {tuple(p.shape)} here: resume the same "
+                                     "model")
+                if held != p.numel():
+                    raise ValueError(f"the checkpoint holds {held} of the {p.numel()} numbers of {name}: the file of a "
+                                     "process is missing")
                 for key in ("master", "m", "v"):
                     whole = torch.cat([piece[key] for piece in saved])              # (elements of p,)
-                    if len(whole) != p.numel():
-                        raise ValueError(f"the checkpoint holds {len(whole)} of the {p.numel()} numbers of {name}: the "
-                                         "file of a process is missing")
                     getattr(bucket, key)[place].copy_(whole[start:][:place.stop - place.start])
             bucket.shard.copy_(bucket.master)
         for work in [work for bucket in self.buckets for work in self.all_gather(bucket)]:
@@ -438,7 +431,7 @@ class ZeRO2:
 
 # ---- what ZeRO-2 is made of -----------------------------------------------------------------------------------------
 
-def group(trainable: list[tuple[str, nn.Parameter]], bucket_elements: int) -> list[list[tuple[str, nn.Parameter]]]:
+def group(trainable: Named, bucket_elements: int) -> list[Named]:
     """Returns the parameters of each bucket, the model's last first, as backward computes them; matrices and vectors
     apart. A parameter of bucket_elements is a bucket alone. 2^20 are 2 MB in bf16: latency does not count any more."""
     done, filling = [], {True: [], False: []}
@@ -451,15 +444,32 @@ def group(trainable: list[tuple[str, nn.Parameter]], bucket_elements: int) -> li
     return done + [bucket for bucket in filling.values() if bucket]
 
 
-def exchange(send: Sequence[Tensor], receive: Sequence[Tensor], rank: int) -> list[dist.Work]:
-    """Starts to send send[r] to process r and to receive receive[r] from it, for every r but this process's own.
+def pieces(bucket: Bucket) -> Iterator[tuple[str, nn.Parameter, slice, int]]:
+    """Yields each parameter's piece in the own shard: its place there, and where in the parameter it begins."""
+    own = bucket.own
+    for name, p, end in zip(bucket.names, bucket.params, accumulate(bucket.sizes)):
+        start = max(end - p.numel(), own.start)
+        stop = max(start, min(end, own.stop))
+        yield name, p, slice(start - own.start, stop - own.start), start - end + p.numel()
 
-    Reduce-scatter and all-gather are both made of it. The bytes are those of a ring, (N - 1) / N of the buffer each
-    way. A ring in bf16 rounds at every process. Here the receiver adds up in fp32, and always in rank order.
+
+def fused_adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, low: Tensor, step: int, lr: float,
+                betas: tuple[float, float], eps: float, weight_decay: float, divisor: float = 1.0,
+                chunk: int = 2**18) -> None:
+    """Does `adamw` in place, with g divided by divisor, and copies the new p to low, rounded to its dtype.
+
+    All are (n,). low may be p itself. On a CPU a chunk is still in the cache when the copy reads p again.
     """
-    others = [r for r in range(len(send)) if r != rank]
-    receives = [dist.P2POp(dist.irecv, receive[r], r) for r in others]
-    return dist.batch_isend_irecv(receives + [dist.P2POp(dist.isend, send[r], r) for r in others])
+    if p.device.type == "mps":                                 # its kernel ignores grad_scale
+        g.div_(divisor)
+        divisor = 1.0
+    t = torch.full((), float(step), device=p.device)           # torch.tensor would copy from the host: a GPU waits
+    scale = torch.full((), divisor, device=p.device) if divisor != 1.0 else None
+    chunk = chunk if p.device.type == "cpu" else len(p)
+    for p, g, m, v, low in zip(*(x.split(chunk) for x in (p, g, m, v, low))):       # (chunk,) each
+        torch._fused_adamw_([p], [g], [m], [v], [], [t], lr=lr, beta1=betas[0], beta2=betas[1], eps=eps,
+                            weight_decay=weight_decay, amsgrad=False, maximize=False, grad_scale=scale)
+        low.copy_(p)
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -531,20 +541,11 @@ HEAP = 100_000_000     # on a CPU: torch's buffers, and holes between tensors; m
 class Size(NamedTuple):
     """What the plan must know of the models of a run."""
     config: LlamaConfig    # of the largest
-    head: bool         # logits are computed
-    total: int         # parameters
+    head: bool             # logits are computed
+    total: int             # parameters
     trained: int
-    largest: int       # elements of the largest trained parameter
-    rank: int = 0      # of adapters
-
-
-class Plan(NamedTuple):
-    """Bytes of one process."""
-    device: dict[str, int]
-    cpu: dict[str, int]
-    peak: int          # most on the device at once
-    sent: int          # to other processes, a step
-    copied: int        # between device and CPU memory, a step
+    largest: int           # elements of the largest trained parameter
+    rank: int = 0          # of adapters
 
 
 def size_of(config: LlamaConfig, lora_rank: int = 0) -> Size:
@@ -572,8 +573,9 @@ def activation_bytes(size: Size, tokens: int, element: int, grad_checkpoint: boo
 
 
 def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, grad_checkpoint: bool = False,
-         micro_batches: int = 1, gpu: bool = True) -> Plan:
-    """tokens: of a micro-batch. element: bytes of a number that the model computes with."""
+         micro_batches: int = 1, gpu: bool = True) -> dict[str, int]:
+    """Returns the bytes of one process, by what they are for. tokens: of a micro-batch. element: bytes of a number that
+    the model computes with."""
     strategy = run.ALIASES.get(strategy, strategy)
     shards = nproc if strategy.startswith("zero2") else 1
     offload = strategy == "zero2_cpu" and gpu
@@ -587,16 +589,17 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     # `sft.HeadLoss`, 512 rows at a time: logits, log-probabilities and their gradients; those of hidden states and head
     V, C = size.config.vocab_size, size.config.dim
     device["logits"] = 4 * (4 * min(tokens, 512) * V + tokens * C + V * C * (not size.rank)) * size.head
-    if not gpu:
-        device["heap"] = HEAP
+    device["heap"] = HEAP * (not gpu)
     # Activations are freed while gradients are computed: the peak is where backward begins, or where it ends.
     peak = sum(device.values()) - min(device["activations"] + device["logits"], device["gradient"])
-    pinned = CopyStream.BUFFERS * 4 * -(-size.largest // shards)
-    cpu = {key: n * offload for key, n in (state | {"pinned": pinned}).items()}
+    state["pinned"] = CopyStream.BUFFERS * 4 * -(-size.largest // shards)
+    cpu = {key: n * offload for key, n in state.items()}
+    rows = {f"device: {key}": n for key, n in device.items()} | {"device: peak at once": peak}
+    rows |= {f"cpu: {key}": n for key, n in cpu.items()} | {"cpu: all": sum(cpu.values())}
     # Section 7: a reduce-scatter a micro-batch and an all-gather a step; ddp's fp32 all-reduce is one of each.
     sent = size.trained * (nproc - 1) / nproc * (element * (micro_batches + 1) if shards > 1 else 8)
     copied = mine * (micro_batches * (element if shards == 1 else 4) + element) * offload
-    return Plan(device, cpu, peak, int(sent), copied)
+    return rows | {"sent a step": int(sent), "device <-> cpu a step": copied}
 
 
 def run_plan(trained: list[tuple[nn.Module, LlamaConfig]], frozen: list[nn.Module], strategy: str, world: run.World,
@@ -609,21 +612,9 @@ def run_plan(trained: list[tuple[nn.Module, LlamaConfig]], frozen: list[nn.Modul
     head = any(hasattr(model, "output") for model in models)
     size = Size(config, head, sum(stored.values()) // dtype.itemsize, sum(numel), max(numel), lora_rank)
     gpu = world.device.type == "cuda"
-    planned = plan(size, strategy, world.world, tokens, dtype.itemsize, grad_checkpoint, gpu=gpu)
-    parts = ", ".join(f"{key} {gb(n)}" for key, n in planned.device.items() if n >= 5e6)
-    text = f"memory of a process: {parts or 'next to nothing'}; at most {gb(planned.peak)} at once"
-    cpu = sum(planned.cpu.values())
-    return text + (f", and {gb(cpu)} in CPU memory" if cpu else ""), planned.peak
-
-
-def column(p: Plan) -> dict[str, str]:
-    """Returns a plan as a column of the table: label -> figure."""
-    rows = {f"device: {key}": n for key, n in p.device.items()} | {"device: peak at once": p.peak}
-    rows |= {f"cpu: {key}": n for key, n in p.cpu.items()} | {"cpu: all": sum(p.cpu.values())}
-    rows |= {"sent a step": p.sent, "device <-> cpu a step": p.copied}
-    # A gigabyte is for the CUDA context, cuBLAS and what the allocator cannot use.
-    card = next((f"{card} GB" for card in CARDS if p.peak + 2**30 <= card * 2**30), "none")
-    return {label: gb(n) for label, n in rows.items()} | {"fits a card of": card}
+    rows = plan(size, strategy, world.world, tokens, dtype.itemsize, grad_checkpoint, gpu=gpu)
+    figures = [f"{row.removeprefix('device: ')} {gb(n)}" for row, n in rows.items() if n >= 5e6]
+    return f"memory of a process: {', '.join(figures)}", rows["device: peak at once"]
 
 
 def gb(n: float) -> str:
@@ -652,13 +643,16 @@ def main(argv: list[str] | None = None) -> None:
     config = SHAPES.get(args.plan) or LlamaConfig(**weights.read_config(args.plan))
     size, element = size_of(config, args.lora_rank), weights.DTYPES[args.dtype].itemsize
     names = [args.strategy] if args.strategy else ["naive" if args.nproc == 1 else "ddp", "zero2", "zero2_cpu"]
-    columns = [column(plan(size, name, args.nproc, args.batch_size * args.max_len, element, args.grad_checkpoint,
-                           args.accumulation_steps)) for name in names]
+    plans = [plan(size, name, args.nproc, args.batch_size * args.max_len, element, args.grad_checkpoint,
+                  args.accumulation_steps) for name in names]
+    table = {"": names} | {row: [gb(rows[row]) for rows in plans] for row in plans[0]}
+    # A gigabyte is for the CUDA context, cuBLAS and what the allocator cannot use.
+    needed = [rows["device: peak at once"] / 2**30 + 1 for rows in plans]
+    table["fits a card of"] = [next((f"{card} GB" for card in CARDS if gib <= card), "none") for gib in needed]
     print(f"LLaMA {args.plan}, {size.total / 1e9:.2f} G parameters, {size.trained / 1e6:,.1f} M trained, {args.dtype}, "
           f"{args.nproc} processes, micro-batches of {args.batch_size} x {args.max_len} tokens: bytes of one process")
-    print(" " * 26 + "".join(f"{name:>12}" for name in names))
-    for label in columns[0]:
-        print(f"  {label:<24}" + "".join(f"{cells[label]:>12}" for cells in columns))
+    for row, cells in table.items():
+        print(f"  {row:<24}" + "".join(f"{cell:>12}" for cell in cells))
 
 
 if __name__ == "__main__":

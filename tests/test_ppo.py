@@ -392,7 +392,7 @@ def keep_gradients(optimizer: zero.ZeRO2, kept: dict) -> None:
 
     def look(lr):
         for bucket in optimizer.buckets:
-            kept.update({name: bucket.grad[place].clone() for name, _, place, _ in bucket.pieces()})
+            kept.update({name: bucket.grad[place].clone() for name, _, place, _ in zero.pieces(bucket)})
         return step(lr)
     optimizer.step = look
 

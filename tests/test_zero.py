@@ -471,17 +471,18 @@ def test_plan_is_the_papers_table():
     size = zero.size_of(SHAPES["7B"])
     ddp, zero2, offloaded = (zero.plan(size, name, 4, 512) for name in ("ddp", "zero2", "colossalai_zero2_cpu"))
     P = size.total
-    for p, N in ((ddp, 1), (zero2, 4)):
+    for rows, N in ((ddp, 1), (zero2, 4)):
         on_device = {"weights": 2 * P, "gradient": 4 * P / N, "master": 4 * P / N, "moments": 8 * P / N}
-        assert {key: p.device[key] for key in on_device} == on_device and not any(p.cpu.values())
-    assert offloaded.device["weights"] == 2 * P and offloaded.device["master"] == 0
-    assert (offloaded.cpu["master"], offloaded.cpu["moments"]) == (P, 2 * P)
-    assert zero2.sent == 2 * 2 * P * 3 / 4  # 2 Psi elements ...
-    assert zero.plan(size, "zero2", 4, 512, micro_batches=8).sent == 9 * 2 * P * 3 / 4  # ... Psi a micro-batch and Psi
-    assert zero.plan(size, "naive", 1, 512, element=4).device["master"] == 0
-    one_card = zero.plan(size, "zero2_cpu", 1, 512, grad_checkpoint=True)
-    assert one_card.peak + 2**30 < 24 * 2**30 < zero.plan(size, "zero2", 1, 512, grad_checkpoint=True).peak
-    assert one_card.copied == 2 * 2 * P
+        assert {part: rows[f"device: {part}"] for part in on_device} == on_device and rows["cpu: all"] == 0
+    assert offloaded["device: weights"] == 2 * P and offloaded["device: master"] == 0
+    assert (offloaded["cpu: gradient"], offloaded["cpu: master"], offloaded["cpu: moments"]) == (P, P, 2 * P)
+    assert zero2["sent a step"] == 2 * 2 * P * 3 / 4  # 2 Psi elements ...
+    accumulated = zero.plan(size, "zero2", 4, 512, micro_batches=8)
+    assert accumulated["sent a step"] == 9 * 2 * P * 3 / 4  # ... Psi a micro-batch and Psi a step
+    assert zero.plan(size, "naive", 1, 512, element=4)["device: master"] == 0
+    one_card, no_card = (zero.plan(size, name, 1, 512, grad_checkpoint=True) for name in ("zero2_cpu", "zero2"))
+    assert one_card["device: peak at once"] + 2**30 < 24 * 2**30 < no_card["device: peak at once"]
+    assert one_card["device <-> cpu a step"] == 2 * 2 * P
 
 
 def test_plan_on_the_command_line(capsys):
@@ -505,10 +506,10 @@ def test_plan_of_a_run_counts_shared_weights_once():
     _, with_a_copy = zero.run_plan(trained, [llama()], "zero2", world, 64, torch.float32)
     assert alone == beside_itself == with_a_copy - 4 * elements(model)
     size = zero.size_of(CONFIG)
-    assert alone == zero.plan(size, "zero2", 2, 64, element=4, gpu=False).peak
+    assert alone == zero.plan(size, "zero2", 2, 64, element=4, gpu=False)["device: peak at once"]
     text, _ = zero.run_plan([(model, SHAPES["7B"])], [], "zero2", world, 512, torch.float32)
-    parts = r"activations \S+ GB, logits \S+ GB, heap \S+ GB"
-    assert re.fullmatch(rf"memory of a process: {parts}; at most \S+ GB at once", text)
+    parts = [rf"{part} \d+\.\d\d GB" for part in ("activations", "logits", "heap", "peak at once")]
+    assert re.fullmatch(f"memory of a process: {', '.join(parts)}", text)
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -843,8 +844,8 @@ def measure(argv: list[str]) -> None:
         run.barrier()
     measured = run.peak_memory_bytes(world.device) - world.idle
     size = zero.size_of(SHAPES["mid"], rank)
-    planned = zero.plan(size, strategy, world.world, batch * length, element=4, gpu=False).peak
-    run.say(world, f"planned {planned} measured {measured}")
+    planned = zero.plan(size, strategy, world.world, batch * length, element=4, gpu=False)
+    run.say(world, f"planned {planned['device: peak at once']} measured {measured}")
     run.stop()
 
 
