@@ -860,6 +860,8 @@ ppo.open_models = lambda *rest: (actors.append(real(*rest)), actors[-1])[1]
 ptx = ("--pretrain_dataset", base / "ptx.json", "--ptx_coef", 0.3, "--ptx_batch_size", 1)
 for strategy in ("zero2", "zero2_cpu", "ddp"):
     main(base, out / strategy, *ptx, "--eval_size", 3, "--strategy", strategy)
+main(base, out / "odd", *ptx, "--num_episodes", 1, "--max_timesteps", 3, "--update_timesteps", 2,
+     "--experience_batch_size", 3, "--accumulation_steps", 2, "--strategy", "zero2")
 torch.save([p.data for model in actors[-1][0][:2] for p in model.parameters()], out / f"actor-{world.rank}.pt")
 args, models = opened(base, out / "none", "--train_batch_size", 2, "--ptx_coef", 0.3, "--ptx_batch_size", 1)
 e = Experience(*(x[world.rank::2] for x in fixed(args, models)))
@@ -873,7 +875,8 @@ run.stop()
 def test_two_processes(base, tmp_path):
     """minimind's ranks never averaged their gradients. Equal weights on both, and those of one process with all rows.
 
-    Three prompts to evaluate are two on one process and one on the other."""
+    Three prompts to evaluate are two on one process and one on the other. What is learnt from is as much on each, also
+    where no batch size divides another: 2 x 3 answers are minibatches of 4 and 2, the 3 left over one of 2 + 1."""
     (tmp_path / "worker.py").write_text(WORKER)
     command = [str(word) for word in (*TORCHRUN, tmp_path / "worker.py", base, tmp_path)]
     result = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=180)
@@ -882,6 +885,7 @@ def test_two_processes(base, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(first, second)) and len(metrics(tmp_path / "ddp")) == 3
     assert all(torch.equal(p, q) for p, q in zip(Llama.from_pretrained(tmp_path / "ddp").parameters(), first))
     assert not same(weights(tmp_path / "ddp"), weights(base / "model"))
+    assert [row["minibatches"] for row in metrics(tmp_path / "odd")] == [4, 2]
     for strategy in ("zero2", "zero2_cpu"):
         for name in ("loss", "loss/value_avg", "loss/ptx_avg", "objective/kl", "objective/scores"):
             values, expected = ([row[name] for row in metrics(tmp_path / folder)] for folder in (strategy, "ddp"))
