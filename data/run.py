@@ -77,7 +77,8 @@ def start(device: str = "auto", strategy: str = "ddp") -> World:
     chosen = choose_device(device)
     keep_freed_memory()
     if world > 1 and not dist.is_initialized():
-        # A process waits so long for the others: while process 0 writes a model, and no longer where one hangs.
+        # The longest that a process waits for the others. While process 0 writes a model they wait in a barrier, which
+        # takes minutes for a large one; without a limit they would wait for ever where one hangs.
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         signal.signal(signal.SIGTERM, told_to_stop)
     return World(rank, world, chosen, peak_memory_bytes(chosen))
@@ -185,15 +186,19 @@ class Parser(argparse.ArgumentParser):
     def tell(self, usual: dict, demo: dict) -> None:
         """Adds to --help the defaults that `resolve` fills in later, since they depend on the input."""
         for action in self._actions:
-            values = [prefix + shown(defaults[action.dest])
-                      for prefix, defaults in (("", usual), ("the demo: ", demo)) if action.dest in defaults]
+            values = []
+            for prefix, defaults in (("", usual), ("the demo: ", demo)):
+                value = defaults.get(action.dest)
+                if isinstance(value, list):
+                    value = shown([path.name for path in value])
+                if value is not None:
+                    values.append(f"{prefix}{value}")
             if values:
                 action.help += " (" + "; ".join(values) + ")"
 
 
 def shown(value) -> str:
-    """A flag's value in one line; of a path in a list of paths, its name."""
-    return " ".join(getattr(v, "name", str(v)) for v in value) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def number(at_least: float = 0, at_most: float | None = None, above: bool = False, read: Callable = float,

@@ -443,6 +443,11 @@ def test_one_process_prints_and_writes(tmp_path, capsys):
     assert capsys.readouterr().out == "step 2/2 | loss 1 | 0 s left\n"
 
 
+def test_flags_are_printed_whole(tmp_path, capsys):
+    run.say_flags(ALONE, argparse.Namespace(lr=0.1, dataset=[tmp_path / "a.json", Path("b.json")], pretrain=None))
+    assert capsys.readouterr().out == f"flags: dataset={tmp_path / 'a.json'} b.json lr=0.1 pretrain=None\n"
+
+
 def test_finished_names_the_command_that_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist: run sft.py first, or name a model with --pre"):
         run.finished(tmp_path / "nowhere", "sft", "--pretrain")
