@@ -858,10 +858,10 @@ world = run.start("cpu", "ddp")
 actors, real = [], ppo.open_models
 ppo.open_models = lambda *rest: (actors.append(real(*rest)), actors[-1])[1]
 ptx = ("--pretrain_dataset", base / "ptx.json", "--ptx_coef", 0.3, "--ptx_batch_size", 1)
-for strategy in ("zero2", "zero2_cpu", "ddp"):
-    main(base, out / strategy, *ptx, "--eval_size", 3, "--strategy", strategy)
 main(base, out / "odd", *ptx, "--num_episodes", 1, "--max_timesteps", 3, "--update_timesteps", 2,
      "--experience_batch_size", 3, "--accumulation_steps", 2, "--strategy", "zero2")
+for strategy in ("zero2", "zero2_cpu", "ddp"):
+    main(base, out / strategy, *ptx, "--eval_size", 3, "--strategy", strategy)
 torch.save([p.data for model in actors[-1][0][:2] for p in model.parameters()], out / f"actor-{world.rank}.pt")
 args, models = opened(base, out / "none", "--train_batch_size", 2, "--ptx_coef", 0.3, "--ptx_batch_size", 1)
 e = Experience(*(x[world.rank::2] for x in fixed(args, models)))
