@@ -163,8 +163,8 @@ def pair_sums(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 
 
 def pair_figures(sums: dict[str, float]) -> dict[str, float]:
-    pairs = max(sums["pairs"], 1)
-    return {"accuracy": sums["right"] / pairs, "margin": sums["margin"] / pairs}
+    n = max(sums["pairs"], 1)
+    return {"accuracy": sums["right"] / n, "margin": sums["margin"] / n}
 
 
 # ---- the mean reward ------------------------------------------------------------------------------------------------
