@@ -1,14 +1,14 @@
 """Stage 4, smaller weights: round-to-nearest (RTN), GPTQ, the linear layers that run the result, and perplexity.
 
-    python quantize.py                                                       the demo: reads out/ppo, writes out/ppo-int4
-    python quantize.py DIR --calibration FILE --text FILE --save_path OUT    4 bits by GPTQ, and a table of what it cost
-    python quantize.py DIR --bits 8 --text FILE --save_path OUT              8 bits by RTN
-    python quantize.py DIR --eval --text FILE                                perplexity of any directory
+    python quantize.py                                                      the demo: reads out/ppo, writes out/ppo-int4
+    python quantize.py DIR --calibration FILE --text FILE --save_path OUT   4 bits by GPTQ, and a table of what it cost
+    python quantize.py DIR --bits 8 --text FILE --save_path OUT             8 bits by RTN
+    python quantize.py DIR --eval --text FILE                               perplexity of any directory
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2210.17323).
 A weight becomes a code of 4 or 8 bits on a grid that all weights of a group (neighbours in a row) share:
 
-    w ~ (q - zero) * scale      symmetric: zero is the middle code;  asymmetric: the grid spans smallest to largest weight
+    w ~ (q - zero) * scale     symmetric: zero is the middle code;  asymmetric: the grid spans smallest to largest weight
 
 RTN takes the nearest code. GPTQ fixes the codes of one column after another. After each it changes the columns that are
 not fixed yet, so that they make up for the error: it minimizes |W X - Q X|^2 and not |W - Q|^2, where X are the layer's
@@ -40,8 +40,8 @@ import functools
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +52,7 @@ from torch import Tensor, nn
 
 import lora
 from data import demo, records, run, text, weights
-from model import Attention, Block, Llama, LlamaConfig, Where
+from model import Block, Llama, LlamaConfig, Where
 
 SHRINK = tuple(1 - i / 40 for i in range(17))  # of a grid's span: 1, 0.975, ... 0.6
 SMALLEST = {4: 2.0**-24, 8: 2.0**-126}         # scale that the files hold: float16 in 4 bits, float32 in 8
@@ -78,8 +78,8 @@ def nearest_code(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def best_grid(w: Tensor, bits: int, sym: bool, shrinks: tuple[float, ...], importance: Tensor) -> tuple[Tensor, Tensor]:
-    """scale and zero, (O, G) each, of the groups w (O, G, S). Of the grids that `shrinks` gives it takes the one with
-    the least sum of importance (G, S) * (w - its code's value)^2."""
+    """scale and zero, (O, G) each, of the groups w (O, G, S). Of the grids that `shrinks` gives, the one with the least
+    sum of importance (G, S) * (w - its code's value)^2."""
     most = 2**bits - 1
     low, high = w.amin(-1).clamp_(max=0), w.amax(-1).clamp_(min=0)             # (O, G): 0 is in the span
     if sym:
@@ -100,18 +100,16 @@ def best_grid(w: Tensor, bits: int, sym: bool, shrinks: tuple[float, ...], impor
     return best_scale, best_zero
 
 
-def grids(w: Tensor, bits: int, group_size: int, sym: bool, clip: bool = False,
-          importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """scale and zero, (O, G) fp32 each, of the groups of w (O, I). clip tries every SHRINK; importance (I,) is what an
-    error in each column costs, None is 1 for all."""
+def grids(w: Tensor, bits: int, group_size: int, sym: bool, clip: bool, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """scale and zero, (O, G) fp32 each, of the groups of w (O, I). An error in a column costs importance (I,) times its
+    square; with clip the best of all SHRINK is taken."""
     O, I = w.shape
     S = I if group_size == -1 else min(group_size, I)
-    more = -I % S                                                              # columns that the last group lacks
-    importance = torch.ones(I, device=w.device) if importance is None else importance
-    importance = F.pad(importance, (0, more)).view(-1, S)                      # (I,) -> (G, S)
+    more, shrinks = (0, -I % S), SHRINK if clip else (1.0,)                    # the last group may lack columns
+    importance = F.pad(importance, more).view(-1, S)                           # (I,) -> (G, S)
     rows = max(1, 2**16 // I) if w.device.type == "cpu" else O                 # 256 KB stay in a processor's cache
-    groups = [F.pad(part, (0, more)).unflatten(1, (-1, S)) for part in w.split(rows)]      # (rows, I) -> (rows, G, S)
-    found = [best_grid(part, bits, sym, SHRINK if clip else SHRINK[:1], importance) for part in groups]
+    parts = [F.pad(part, more).unflatten(1, (-1, S)) for part in w.split(rows)]            # (rows, I) -> (rows, G, S)
+    found = [best_grid(part, bits, sym, shrinks, importance) for part in parts]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
 
 
@@ -131,10 +129,11 @@ def groups_of(I: int, group_size: int, device=None) -> Tensor:
 
 def rtn(w: Tensor, bits: int, group_size: int, sym: bool, clip: bool = False) -> Quantized:
     """Round W (O, I) to nearest. Every group of group_size columns (-1: the whole row; the last one may be smaller) has
-    a grid of its own; clip shrinks it where that lowers the squared error. ValueError for other bits or no group size."""
+    a grid of its own; clip shrinks it where that lowers the squared error. ValueError for bits or a size that no grid
+    has."""
     check_grid(bits, group_size)
     w = w.float()
-    scale, zero = grids(w, bits, group_size, sym, clip)                        # (O, G) each
+    scale, zero = grids(w, bits, group_size, sym, clip, torch.ones_like(w[0]))  # (O, G) each
     group = groups_of(w.shape[1], group_size, w.device)
     g = group.long()
     q = nearest_code(w, scale[:, g], zero[:, g], bits)
@@ -177,10 +176,11 @@ def inverse_factor(H: Tensor, damp: float) -> Tensor:
 
 def gptq(w: Tensor, hessian: Tensor, bits: int, group_size: int, sym: bool, act_order: bool = False, clip: bool = False,
          damp: float = 0.01, block: int = 128) -> Quantized:
-    """Quantize W (O, I) so that |W X - Q X|^2 is small, hessian = X X^T (I, I); with the identity it is `rtn` to the bit.
+    """Quantize W (O, I) so that |W X - Q X|^2 is small, hessian = X X^T (I, I). With the identity it is `rtn` to the
+    bit.
 
     block: columns after which the rest of W is updated (any number gives the same result but for rounding). Raises
-    ValueError for other bits or no group size, or with damp 0 where H is singular."""
+    ValueError as rtn does, and with damp 0 where H is singular."""
     check_grid(bits, group_size)
     I = w.shape[1]
     H = hessian.float().clone()
@@ -211,7 +211,7 @@ def gptq(w: Tensor, hessian: Tensor, bits: int, group_size: int, sym: bool, act_
             q = nearest_code(W[j], s, z, bits)
             Q[j] = q
             e = torch.div(W[j] - q.sub_(z).mul_(s), d[j], out=E[j - first])            # E_j = (W_j - Q_j) / U_jj
-            W[j + 1:last].addr_(U[j, j + 1:last], e, alpha=-1)                         # the columns left in this block ...
+            W[j + 1:last].addr_(U[j, j + 1:last], e, alpha=-1)                         # the columns left in the block ...
         W[last:].addmm_(U[first:last, last:].T, E[:last - first], alpha=-1)            # ... and lazily all after it
     codes = torch.empty_like(Q)
     codes[order] = Q
@@ -231,8 +231,8 @@ def shifts(device) -> Tensor:
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """Codes q (O, I), whole numbers 0 .. 15 -> words (ceil(I / 8), O) int32, input 8r in the lowest four bits of word r.
-    Where 8 does not divide I, the last word is filled with 0."""
+    """Codes q (O, I), whole numbers 0 .. 15 -> words (ceil(I / 8), O) int32. Input 8r is in the lowest four bits of word
+    r. Where 8 does not divide I, the last word is filled with 0."""
     if q.numel() and (q.min() < 0 or q.max() > 15):
         raise ValueError(f"codes reach from {q.min()} to {q.max()}, four bits hold 0 to 15")
     q = F.pad(q.to(torch.int32), (0, -q.shape[1] % 8)).T.reshape(-1, 8, q.shape[0])    # (O, I) -> (I/8, 8, O)
@@ -274,7 +274,7 @@ class QuantizedLinear(nn.Module):
 
 
 class Linear4(QuantizedLinear):
-    """Four bits in AutoGPTQ's tensors, zeros as in gptq_v2. Where 8 does not divide a side, the last words are not full."""
+    """Four bits in AutoGPTQ's tensors, zeros as in gptq_v2. Where 8 does not divide a side, last words are not full."""
 
     @classmethod
     def of(cls, m: Quantized) -> "Linear4":
@@ -310,7 +310,7 @@ class Linear8(QuantizedLinear):
 class QuantizedProduct(torch.autograd.Function):
     """y = x W^T of a frozen quantized layer, through which adapters train (QLoRA, Dettmers et al. 2023).
 
-    Autograd keeps no W between forward and backward: backward dequantizes it again, so it lives as long as one product."""
+    Autograd keeps no W between forward and backward. Backward dequantizes it again."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: QuantizedLinear) -> Tensor:
@@ -343,30 +343,45 @@ class Scheme(NamedTuple):
     damp: float = 0.01       # of the mean of H's diagonal: the paper's
     head: bool = False       # the output head too
 
+    def __str__(self) -> str:
+        groups = f", groups of {self.group_size}" if self.group_size != -1 else ""
+        return f"{self.bits} bits{groups}" + (", symmetric" if self.sym else "")
+
+    def settings(self) -> dict:
+        """The quantization_config of config.json, where other programs look."""
+        q = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym, "lm_head": self.head,
+             "octet_method": self.method}
+        if self.bits == 8:
+            return q | {"quant_method": "octet"}
+        if self.damp:  # gptqmodel refuses a 0
+            q["damp_percent"] = self.damp
+        return q | {"quant_method": "gptq", "checkpoint_format": "gptq" if self.sym else "gptq_v2",
+                    "desc_act": self.act_order, "static_groups": True, "true_sequential": True, "pack_dtype": "int32"}
+
 
 Row = tuple[list[int], list[bool]]  # a text: its ids, and which of them count as predicted
 
 
 @dataclass
 class Batch:
-    """Rows on their way through the blocks. They are padded on the right, where no real token looks: no mask is needed."""
+    """Rows on their way through the blocks. They are padded on the right, where no real token looks."""
     x: Tensor         # (B, T, C) the residual stream
-    tokens: Tensor    # (B, T)
-    mask: Tensor      # (B, T) True where a token is real
-    target: Tensor    # (B, T) True where a token counts as predicted
     where: Where      # positions and angles
+    mask: Tensor      # (B, T) True where a token is real
+    tokens: Tensor    # (B, T)
+    target: Tensor    # (B, T) True where a token counts as predicted
 
 
 def embed(model: Llama, rows: list[Row], device) -> list[Batch]:
     """Batches of about TOKENS tokens, before the first block."""
     step = max(1, TOKENS // max((len(ids) for ids, _ in rows), default=1))
-    parts = []
+    batches = []
     for start in range(0, len(rows), step):
-        tokens, mask, target = text.collate(rows[start:start + step])
-        x, where = model.tok_embeddings(tokens.to(model.device)), model.locate(tokens[:1].to(model.device))
+        tokens, mask, target = (t.to(model.device) for t in text.collate(rows[start:start + step]))
+        where = model.locate(tokens[:1])
         where = where._replace(cos=where.cos.to(device), sin=where.sin.to(device))
-        parts.append(Batch(x.to(device), tokens, mask.to(device), target, where))
-    return parts
+        batches.append(Batch(model.tok_embeddings(tokens).to(device), where, mask.to(device), tokens, target))
+    return batches
 
 
 def blocks_on(model: Llama, device) -> Iterator[Block]:
@@ -379,65 +394,72 @@ def blocks_on(model: Llama, device) -> Iterator[Block]:
 
 @torch.no_grad()
 def quantize_model(model: Llama, scheme: Scheme, rows: list[Row] = (), device="cpu",
-                   progress: Callable[[int, list[dict]], None] = lambda i, report: None) -> list[dict]:
+                   progress: Callable[[int, list[dict]], None] | None = None) -> list[dict]:
     """Put quantized layers in the place of a model's linears; the model is changed. GPTQ calibrates every block on what
     the quantized blocks before it make of `rows`.
 
     progress(i, report) is called after block i. Returns each layer's name and relative errors."""
-    check_grid(scheme.bits, scheme.group_size)
-    parts, errors = embed(model, rows, device) if scheme.method == "gptq" else [], []
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise ValueError(f"{name} is not finite: the model is broken, nothing was written")
+    batches, errors = embed(model, rows, device) if scheme.method == "gptq" else [], []
     for i, block in enumerate(blocks_on(model, device)):
         report = []
         for half in HALVES:
-            report += quantize_half(block, half, f"layers.{i}.{half}", scheme, parts)
+            report += quantize_half(block, half, f"layers.{i}.{half}", scheme, batches)
         errors += report
-        progress(i, report)
+        if progress is not None:
+            progress(i, report)
     if scheme.head:
-        inputs = (model.norm(part.x[part.mask].to(model.device)) for part in parts)
+        inputs = (model.norm(batch.x[batch.mask].to(model.device)) for batch in batches)
         errors += quantize_linears(model, ("output",), "model", scheme, hessian(inputs))
-    model.quantized = scheme._asdict()
+    model.quantized = scheme.settings()
     return errors
 
 
-def quantize_half(block: Block, half: str, where: str, scheme: Scheme, parts: list[Batch]) -> list[dict]:
+def quantize_half(block: Block, half: str, where: str, scheme: Scheme, batches: list[Batch]) -> list[dict]:
     """Quantize the attention or the feed-forward of a block, and take the batches through it. Returns the errors."""
     norm, first, last = HALVES[half]
     norm, module = getattr(block, norm), getattr(block, half)
     # 1. wq, wk and wv, or w1 and w3, read the normalized x.
-    report = quantize_linears(module, first, where, scheme, hessian(norm(part.x)[part.mask] for part in parts))
+    report = quantize_linears(module, first, where, scheme, hessian(norm(b.x)[b.mask] for b in batches))
     # 2. wo, or w2, reads what these make of it, quantized. With Identity in its place, the half returns just that.
     linear = getattr(module, last)
     setattr(module, last, nn.Identity())
-    call = (lambda part: module(norm(part.x), part.where)) if half == "attention" else (lambda part: module(norm(part.x)))
-    ys = [call(part) for part in parts]                                                # (B, T, I) each
+    ys = [module(norm(b.x), b.where) if half == "attention" else module(norm(b.x)) for b in batches]  # (B, T, I) each
     setattr(module, last, linear)
-    report += quantize_linears(module, (last,), where, scheme, hessian(y[part.mask] for y, part in zip(ys, parts)))
+    report += quantize_linears(module, (last,), where, scheme, hessian(y[b.mask] for y, b in zip(ys, batches)))
     # 3. The half adds its output to the residual stream.
-    for y, part in zip(ys, parts):
-        part.x = part.x + getattr(module, last)(y)
+    for y, b in zip(ys, batches):
+        b.x = b.x + getattr(module, last)(y)
     return report
 
 
-def quantize_linears(parent: nn.Module, names: tuple[str, ...], where: str, scheme: Scheme, H: Tensor | None) -> list[dict]:
+def quantize_linears(parent: nn.Module, names: tuple[str, ...], where: str, scheme: Scheme,
+                     H: Tensor | None) -> list[dict]:
     """Quantize linears of parent that have the same inputs as one matrix: by GPTQ with their H, by RTN without.
 
     Returns of each its name and, with H, its error by RTN on unshrunk grids and by GPTQ."""
-    linears = [getattr(parent, name) for name in names]
-    for name, linear in zip(names, linears):
-        if not linear.weight.isfinite().all():
-            raise ValueError(f"{where}.{name} has weights that are not finite: the model is broken, nothing was written")
     if H is not None and not H.isfinite().all():
         raise ValueError(f"the inputs of {where}.{names[0]} are not finite: they overflow, try --dtype fp32 or bf16; "
                          "nothing was written")
+    linears = [getattr(parent, name) for name in names]
+    outputs = [linear.out_features for linear in linears]
     W = torch.cat([linear.weight for linear in linears]).float()                       # (O, I), of all together
-    bits, size, sym, clip = scheme.bits, scheme.group_size, scheme.sym, scheme.clip
-    m = rtn(W, bits, size, sym, clip) if H is None else gptq(W, H, bits, size, sym, scheme.act_order, clip, scheme.damp)
-    rounded = W if H is None else rtn(W, bits, size, sym).dequantize()                 # to compare with
-    outputs, report = [linear.out_features for linear in linears], []
-    for name, w, plain, q, scale, zero in zip(names, *(t.split(outputs) for t in (W, rounded, m.q, m.scale, m.zero))):
+    grid = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}
+    if H is None:
+        m = plain = rtn(W, **grid, clip=scheme.clip)
+    else:
+        m = gptq(W, H, **grid, act_order=scheme.act_order, clip=scheme.clip, damp=scheme.damp)
+        plain = rtn(W, **grid)
+    report = []
+    parts = zip(names, *(t.split(outputs) for t in (W, plain.dequantize(), m.q, m.scale, m.zero)))
+    for name, w, rounded, q, scale, zero in parts:
         mine = Quantized(q, scale, zero, m.group)
-        setattr(parent, name, Linear8.of(mine) if bits == 8 else Linear4.of(mine))
-        errors = {} if H is None else {"rtn": layer_error(w, plain, H), "gptq": layer_error(w, mine.dequantize(), H)}
+        setattr(parent, name, Linear8.of(mine) if scheme.bits == 8 else Linear4.of(mine))
+        errors = {}
+        if H is not None:
+            errors = {"rtn": layer_error(w, rounded, H), "gptq": layer_error(w, mine.dequantize(), H)}
         report.append({"layer": f"{where}.{name}"} | errors)
     return report
 
@@ -449,7 +471,7 @@ def round_model(model: Llama, quant: str, device="cpu") -> None:
     quantize_model(model, by_rows if quant == "8bit" else Scheme("rtn", 4, 32), device=device)
     if model.output is not None and not model.config.tie_embeddings:
         quantize_linears(model, ("output",), "model", by_rows, None)
-        model.quantized["head"] = True
+        model.quantized["lm_head"] = True
 
 
 # ---- perplexity -----------------------------------------------------------------------------------------------------
@@ -462,7 +484,7 @@ def windows(ids: list[int], length: int, bos: int, most: int | None = None) -> l
 
 
 def head_nll(head: nn.Module, h: Tensor, answer: Tensor) -> Tensor:
-    """Returns the sum of -log p of the answers (N,) after hidden states h (N, C); logits of 512 rows exist at a time."""
+    """The sum of -log p of the answers (N,) after hidden states h (N, C). Logits of 512 rows exist at a time."""
     total = torch.zeros((), device=h.device)
     for rows, right in zip(h.split(512), answer.split(512)):
         total = total + F.cross_entropy(head(rows).float(), right, reduction="sum")
@@ -472,17 +494,18 @@ def head_nll(head: nn.Module, h: Tensor, answer: Tensor) -> Tensor:
 @torch.no_grad()
 def perplexity(model: Llama, rows: list[Row], device="cpu") -> float:
     """exp of the mean -log p over all target ids of all rows."""
-    parts, nll, n = embed(model, rows, device), 0.0, 0
+    batches, nll, n = embed(model, rows, device), 0.0, 0
     for block in blocks_on(model, device):
-        for part in parts:
-            part.x = block(part.x, part.where)
-    for part in parts:
-        target = part.target[:, 1:]
-        h = model.norm(part.x[:, :-1][target.to(device)].to(model.device))             # (B, T-1, C) -> (N, C)
-        nll += head_nll(model.output, h, part.tokens[:, 1:][target].to(model.device)).item()
+        for b in batches:
+            b.x = block(b.x, b.where)
+    for b in batches:
+        target = b.target[:, 1:]
+        h = model.norm(b.x.to(model.device)[:, :-1][target])                           # (B, T-1, C) -> (N, C)
+        nll += head_nll(model.output, h, b.tokens[:, 1:][target]).item()
         n += len(h)
     if not math.isfinite(nll):
-        raise ValueError("the model's probabilities are not finite: its weights or its dtype are broken (try --dtype fp32)")
+        raise ValueError("the model's probabilities are not finite: its weights or its dtype are broken "
+                         "(try --dtype fp32)")
     return math.exp(min(nll / n, 700.0))
 
 
@@ -499,24 +522,24 @@ def open_model(directory: str | Path, dtype: torch.dtype | None = None, device="
         quantized or rounded one. A quantized base becomes a full-precision model by merging.
     base: the adapter's base, where that is not the one that it names.
     A quantized model dequantizes at every call, as training needs it; generate inside `packed`."""
-    for name, value, allowed in (("quant", quant, (None, "8bit", "4bit")), ("adapter", adapter, ("merge", "keep", "auto"))):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}: it can be one of {allowed}")
+    if quant not in (None, "8bit", "4bit") or adapter not in ("merge", "keep", "auto"):
+        raise ValueError(f"quant is {quant!r} and adapter is {adapter!r}: they can be 8bit, 4bit or None, and merge, "
+                         "keep or auto")
     path = Path(directory)
     adapted = lora.is_adapter(path)
     home = (base or lora.base_path(path)) if adapted else path
-    if adapted and head and lora.read_adapter_config(path).get("task_type") == "SEQ_CLS":
-        raise ValueError(f"{path} is a reward model, it has no words: open it with RewardModel.from_pretrained of rm.py")
     scheme = read_scheme(home)
     if scheme and quant and int(quant[0]) != scheme["bits"]:
         raise ValueError(f"{home} is quantized to {scheme['bits']} bits, {quant} was asked for: leave the flag out, "
                          "or quantize the original again")
+    if head and adapted and lora.read_adapter_config(path).get("task_type") == "SEQ_CLS":
+        raise ValueError(f"{path} {NO_WORDS}")
     if scheme:
         model = read_quantized(home, scheme, dtype, device, head)
     else:
         model = Llama.from_pretrained(home, dtype, "cpu" if quant else device, head)
-    merge = adapted and (adapter == "merge" or (adapter == "auto" and not scheme and not quant))
-    if merge:
+    merge = adapter == "merge" or (adapter == "auto" and not scheme and not quant)
+    if adapted and merge:
         lora.load_adapter(model, path)
         lora.fold(model)
     if quant and not model.quantized:
@@ -529,12 +552,15 @@ def open_model(directory: str | Path, dtype: torch.dtype | None = None, device="
     return model.to(device)
 
 
+NO_WORDS = "is a reward model, it has no words: open it with RewardModel.from_pretrained of rm.py"
+
+
 def read_quantized(directory: Path, scheme: dict, dtype: torch.dtype | None, device, head: bool) -> Llama:
     """Open a quantized directory, whose read_scheme is `scheme`."""
     config = LlamaConfig(**weights.read_config(directory))
     tensors = weights.read_tensors(directory, vars(config))
     if head and "score.weight" in tensors:
-        raise ValueError(f"{directory} is a reward model, it has no words: open it with RewardModel.from_pretrained of rm.py")
+        raise ValueError(f"{directory} {NO_WORDS}")
     with torch.device("meta"):
         model = Llama(config, head)
     for name, linear in list(model.named_modules()):
@@ -546,51 +572,49 @@ def read_quantized(directory: Path, scheme: dict, dtype: torch.dtype | None, dev
     unused = [name for name in tensors if not head and name.startswith(("output.", "score."))]
     weights.fill(model, tensors, dtype, device, directory, unused)
     model.make_rope()
-    model.quantized = Scheme(scheme["octet_method"], scheme["bits"], scheme["group_size"], scheme["sym"],
-                             scheme["desc_act"], damp=scheme["damp_percent"], head=scheme["lm_head"])._asdict()
+    model.quantized = scheme
     return model
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-ONES = 0x11111111                                # what a "gptq" file takes from a word of eight zeros
-SIZES = (16, 32, 64, 128, 256, 512, 1024)        # of groups in other programs; whole rows too
+ONES = 0x11111111                          # what a "gptq" file takes from a word of eight zeros
+SIZES = (16, 32, 64, 128, 256, 512, 1024)  # of groups in other programs, which have whole rows too
 
 
 def save(model: Llama, directory: str | Path) -> None:
     """Write a quantized model: 4 bits as AutoGPTQ has it, 8 bits in our two tensors a layer, and how in config.json."""
-    if not model.quantized:
+    q, layers = model.quantized, quantized_layers(model)
+    if not q:
         raise ValueError("the model is not quantized: write it with save_pretrained")
-    q, layers = Scheme(**model.quantized), quantized_layers(model)
-    if q.bits == 4 and any(isinstance(layer, Linear8) for layer in layers.values()):
+    if q["bits"] == 4 and any(isinstance(layer, Linear8) for layer in layers.values()):
         raise ValueError("this model was rounded at load, with a head in 8 bits, for which 4-bit files have no place: "
                          "use quantize_model, or quantize.py")
     exact = {f"{name}.{leaf}": buffer for name, layer in layers.items() for leaf, buffer in layer.named_buffers()}
-    config = {"bits": q.bits, "group_size": q.group_size, "sym": q.sym, "octet_method": q.method, "lm_head": q.head}
-    more = {"quantization_config": config}
-    if q.bits == 8:
-        config["quant_method"] = "octet"
+    more = {"quantization_config": q}
+    if q["bits"] == 8:
         more["model_type"] = weights.FOREIGN
     else:
-        say_limits(q, layers)
-        config |= {"quant_method": "gptq", "checkpoint_format": "gptq" if q.sym else "gptq_v2", "static_groups": True,
-                   "desc_act": q.act_order, "true_sequential": True, "pack_dtype": "int32"}
-        if q.damp:  # gptqmodel refuses a 0
-            config["damp_percent"] = q.damp
-        if q.sym:   # every zero is 8 and becomes 7, so no digit borrows (but for those that fill up a word)
+        say_limits(q, layers.values())
+        if q["checkpoint_format"] == "gptq":  # whole words at a time, as gptqmodel does
             exact |= {name: buffer - ONES for name, buffer in exact.items() if name.endswith("qzeros")}
     tensors = dict(model.named_parameters()) | exact  # a tied head appears once, as the embedding
     weights.write_model(directory, vars(model.config), tensors, more=more, exact=exact)
 
 
-def say_limits(q: Scheme, layers: dict[str, QuantizedLinear]) -> None:
+def say_limits(q: dict, layers: Collection[QuantizedLinear]) -> None:
     """Print what other programs cannot read of a 4-bit model, as seen with gptqmodel 7.6 and transformers 5.24."""
-    odd = sum(layer.out_features % 8 > 0 or layer.in_features % 8 > 0 for layer in layers.values())
-    limits = {f"of {len(layers)} matrices, {odd} have a side that 8 does not divide: gptqmodel reads them, llama.cpp does not": odd,
-              f"gptqmodel and transformers have no groups of {q.group_size}, but of {SIZES} and whole rows": q.group_size not in (-1, *SIZES),
-              "transformers leaves out a quantized head and makes up another, gptqmodel and llama.cpp read it": q.head}
-    if any(limits.values()):
-        print("note: " + "; ".join(limit for limit, holds in limits.items() if holds), flush=True)
+    odd, size = sum(layer.out_features % 8 > 0 or layer.in_features % 8 > 0 for layer in layers), q["group_size"]
+    limits = []
+    if odd:
+        limits.append(f"of {len(layers)} matrices, {odd} have a side that 8 does not divide: gptqmodel reads them, "
+                      "llama.cpp does not")
+    if size not in (-1, *SIZES):
+        limits.append(f"gptqmodel and transformers have no groups of {size}, but of {SIZES} and whole rows")
+    if q["lm_head"]:
+        limits.append("transformers leaves out a quantized head and makes up another, gptqmodel and llama.cpp read it")
+    if limits:
+        print("note: " + "; ".join(limits), flush=True)
 
 
 def read_scheme(directory: str | Path) -> dict | None:
@@ -598,14 +622,15 @@ def read_scheme(directory: str | Path) -> dict | None:
     q = weights.quantization(directory)
     if q is None:
         return None
-    method = q.get("quant_method") if isinstance(q, dict) else q
+    q = q if isinstance(q, dict) else {"quant_method": q}
+    q = {"quant_method": None, "bits": None, "group_size": -1, "sym": True, "desc_act": False, "lm_head": False,
+         "octet_method": "gptq", "checkpoint_format": q.get("format", "gptq")} | q
+    method, bits, size, layout = q["quant_method"], q["bits"], q["group_size"], q["checkpoint_format"]
     if method not in ("gptq", "octet"):
         raise ValueError(f"{directory} is quantized by {method!r}: GPTQ's files and our own can be read here")
-    q = {"bits": None, "group_size": -1, "sym": True, "desc_act": False, "checkpoint_format": q.get("format", "gptq"),
-         "lm_head": False, "octet_method": "gptq", "damp_percent": 0.0} | q
-    bits, size, layout = (4 if method == "gptq" else 8), q["group_size"], q["checkpoint_format"]
-    if q["bits"] != bits:
-        raise ValueError(f"{directory} has {q['bits']!r} bits in the layout {method}: of that layout, {bits} bits can be read")
+    if bits != {"gptq": 4, "octet": 8}[method]:
+        raise ValueError(f"{directory} has {bits!r} bits in the layout {method}: gptq with 4 bits and octet with 8 can be "
+                         "read here")
     if type(size) is not int or (size < 1 and size != -1):
         raise ValueError(f"{directory}/config.json has group_size {size!r}: it must be a whole number above 0, or -1: "
                          "copy it again")
@@ -616,7 +641,7 @@ def read_scheme(directory: str | Path) -> dict | None:
 
 def read_layer(linear: nn.Linear, name: str, tensors: dict[str, weights.Stored], scheme: dict,
                directory: Path) -> QuantizedLinear | None:
-    """The quantized layer for the place of `linear`, its tensors taken out of the dictionary; None where it is plain."""
+    """The quantized layer in the place of `linear`, its tensors taken out of the dictionary; None where it is plain."""
     I, O, S, shown = linear.in_features, linear.out_features, scheme["group_size"], weights.hf_name(name)
     G = 1 if S == -1 else -(-I // S)
     if scheme["bits"] == 8:
@@ -629,19 +654,18 @@ def read_layer(linear: nn.Linear, name: str, tensors: dict[str, weights.Stored],
         tensors.setdefault(f"{name}.g_idx", weights.Stored((I,), torch.int32, lambda: groups_of(I, S)))
     buffers = {}
     for leaf, shape in shapes.items():
-        if f"{name}.{leaf}" not in tensors:
-            raise ValueError(f"{directory} lacks {shown}.{leaf}: the file is of another layout or was cut, copy it again")
-        stored, floats = tensors.pop(f"{name}.{leaf}"), leaf.startswith("scale")
-        if stored.shape != shape or stored.dtype.is_floating_point != floats:
-            dtype, numbers = str(stored.dtype).removeprefix("torch."), "floats" if floats else "whole numbers"
-            raise ValueError(f"{directory}: {shown}.{leaf} is {stored.shape} {dtype}, by the config it should be "
-                             f"{shape} {numbers}")
+        stored, floats = tensors.pop(f"{name}.{leaf}", None), leaf.startswith("scale")
+        if stored is None or stored.shape != shape or stored.dtype.is_floating_point != floats:
+            found = "missing" if stored is None else f"{stored.shape} {stored.dtype}"
+            kind_of_numbers = "floats" if floats else "whole numbers"
+            raise ValueError(f"{directory}: {shown}.{leaf} is {found}, by the config it should be {shape} "
+                             f"{kind_of_numbers}: the file is of another layout or was cut, copy it again")
         buffers[leaf] = stored.read()
-    if scheme["bits"] == 4:
+    if kind is Linear4:
         g = buffers["g_idx"] = buffers["g_idx"].to(torch.int32)
         if g.min() < 0 or g.max() >= G:
-            raise ValueError(f"{directory}: {shown}.g_idx reaches from {g.min()} to {g.max()}, there are groups 0 to {G - 1}: "
-                             "copy the file again")
+            raise ValueError(f"{directory}: {shown}.g_idx reaches from {g.min()} to {g.max()}, there are {G} groups from 0 "
+                             "on: copy the file again")
         if scheme["checkpoint_format"] == "gptq":  # whole words at a time, as gptqmodel does: a zero of 0 had borrowed
             buffers["qzeros"] = buffers["qzeros"] + ONES
     bias = tensors.pop(f"{name}.bias", None)       # AutoGPTQ writes one of zeros
@@ -650,7 +674,10 @@ def read_layer(linear: nn.Linear, name: str, tensors: dict[str, weights.Stored],
     return kind(I, O, **buffers)
 
 
-# ---- fast kernels: nothing above needs them ------------------------------------------------------------------------
+# ---- fast kernels on a CPU: nothing above needs them ----------------------------------------------------------------
+
+Product = Callable[[Tensor], Tensor]  # x (..., I) -> y (..., O)
+
 
 @contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
@@ -669,101 +696,57 @@ def packed(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def fast_forward(layer: nn.Module, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def fast_forward(layer: nn.Module, product: Product, x: Tensor) -> Tensor:
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
     return type(layer).forward(layer, x) if needs_gradient else product(x)
 
 
-def fast_product(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """A function that gives what the layer gives, sooner; None where no kernel for it works on this machine."""
-    kernels = {nn.Linear: [onednn_product], Linear4: [int4_product], Linear8: [int8_product, int8_weight_product]}
-    if type(layer) not in kernels or (type(layer) is nn.Linear and layer.weight.nbytes < 2**20):
-        return None  # a call for a small plain matrix costs more than the layout saves
-    tensor = next(iter(layer.state_dict().values()))
-    dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
-    for kernel in kernels[type(layer)]:
-        if kernel_works(kernel, type(layer), tensor.device.type, dtype):
-            return kernel(layer)
-    return None
-
-
-@functools.cache
-@torch.no_grad()
-def kernel_works(kernel: Callable, kind: type, device: str, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether a kernel gives what the plain layer gives, for 5 rows and for 1; it is tried once.
-
-    The kernels are PyTorch's own affair, their layouts have changed between versions. Some are missing, some refuse
-    (oneDNN packs bf16 with AVX512 only), and without VNNI oneDNN's sums of int8 products overflow where inputs and
-    weights are all large, as x[0] and W[0] are here."""
-    generator = torch.Generator().manual_seed(0)
-    W, x = torch.randn(64, 256, generator=generator), torch.randn(5, 256, generator=generator)  # (O, I), (N, I)
-    W[0], x[0] = 1, 1
-    linear = nn.Linear(256, 64, bias=False)
-    linear.weight.copy_(W)
-    layers = {nn.Linear: linear, Linear4: Linear4.of(rtn(W, 4, 64, False)), Linear8: Linear8.of(rtn(W, 8, -1, True))}
-    layer, x = layers[kind].to(device, dtype), x.to(device, dtype)
-    right = layer(x)                                                                   # (N, O)
-    try:
-        product = kernel(layer)
-        errors = torch.cat((product(x) - right, product(x[4:]) - right[4:])).abs().amax(1)      # (N + 1,)
-    except (RuntimeError, AttributeError, TypeError):
-        return False
-    return bool((errors < 0.05 * torch.cat((right, right[4:])).abs().amax(1)).all())
-
-
-def onednn_product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """A plain layer on a CPU, its weight in the order of bytes that oneDNN's kernels for few rows read fastest."""
+def onednn_product(layer: nn.Linear) -> Product:
+    """A plain weight in the order of bytes that oneDNN's kernels for few rows read fastest."""
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 16)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-def int4_product(layer: Linear4) -> Callable[[Tensor], Tensor] | None:
-    """PyTorch's int4 kernels (tinygemm): bf16 times (q - 8) * scale + offset, with offset = (8 - zero) * scale, in bf16.
+def int4_product(layer: Linear4) -> Product | None:
+    """PyTorch's int4 kernel (tinygemm): bf16 times (q - 8) * scale + offset, with offset = (8 - zero) * scale, in bf16.
 
-    They read runs of 256, 128, 64 or 32 columns that share a grid, so columns are brought in the order of their groups.
-    Outputs are padded to blocks of 64, inputs to whole runs (on CUDA 8, and 128). None where groups are shorter."""
-    m, cuda = layer.quantized(), layer.scales.is_cuda
+    It reads runs of 32 columns that share a grid, so columns are brought in the order of their groups. None where
+    groups are no such runs. Inputs are padded to whole runs, outputs to blocks of 64."""
+    m = layer.quantized()
     (O, I), order = m.q.shape, torch.argsort(m.group, stable=True)
-    for size in (256, 128, 64, 32):
-        more, more_outputs = -I % (max(size, 128) if cuda else size), -O % (8 if cuda else 64)
-        runs = F.pad(m.group[order], (0, more), value=m.scale.shape[1] - 1).view(-1, size)     # (I,) -> (G', size)
-        if (runs == runs[:, :1]).all():
-            break
-    else:
+    columns, rows = (0, -I % 32), (0, -O % 64)                                         # what is padded
+    runs = F.pad(m.group[order], columns, value=m.scale.shape[1] - 1).view(-1, 32)     # (I,) -> (G', 32)
+    if (runs != runs[:, :1]).any():
         return None
-    q = F.pad(m.q[:, order], (0, more, 0, more_outputs))                               # (O, I)
-    scale, zero = (F.pad(t.float()[:, runs[:, 0].long()].T, (0, more_outputs)) for t in (m.scale, m.zero))
+    scale, zero = (F.pad(t.float()[:, runs[:, 0].long()].T, rows) for t in (m.scale, m.zero))  # (G', O) each
     grid = torch.stack((scale, (8 - zero) * scale), dim=-1).bfloat16()                 # (G', O, 2)
-    if cuda:
-        multiply = torch.ops.aten._weight_int4pack_mm
-        weight = torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)     # two codes a byte
-    else:
-        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int().contiguous(), 1)
+    codes = F.pad(m.q[:, order], columns + rows).int().contiguous()                    # (O, I)
+    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
 
     def product(x: Tensor) -> Tensor:
-        rows = F.pad(x.flatten(0, -2)[:, order].bfloat16(), (0, more)).contiguous()    # (N, I)
-        y = multiply(rows, weight, size, grid)[:, :O]                                  # (N, O)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])                                # (..., O)
+        x_ordered = F.pad(x.flatten(0, -2)[:, order].bfloat16(), columns)              # (N, I)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_ordered.contiguous(), weight, 32, grid)
+        return y[:, :O].to(x.dtype).unflatten(0, x.shape[:-1])                         # (N, O) -> (..., O)
     return product
 
 
-def int8_product(layer: Linear8) -> Callable[[Tensor], Tensor]:
-    """int8 times int8: every row of x is rounded to int8 by its own largest entry, products are summed in int32, and both
+def int8_product(layer: Linear8) -> Product:
+    """int8 times int8: every row of x is rounded to int8 by its own largest entry, products are summed in int32, both
     scales are multiplied in afterwards. oneDNN's kernel takes x as unsigned bytes only, so 128 stands for 0."""
-    weight, zero = torch.ops.onednn.qlinear_prepack(layer.weight, None), torch.zeros(layer.out_features, dtype=torch.int64)
-    multiply = torch.ops.onednn.qlinear_pointwise
+    weight = torch.ops.onednn.qlinear_prepack(layer.weight, None)
+    zero = torch.zeros(layer.out_features, dtype=torch.int64)
 
     def product(x: Tensor) -> Tensor:
         unit = x.float().abs().amax(-1, keepdim=True).clamp_(min=1e-30) / 127          # (..., 1)
         q = (x / unit + 128.5).to(torch.uint8)                                         # + 0.5 and cut off is rounding
-        y = multiply(q, 1.0, 128, weight, layer.scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
+        y = torch.ops.onednn.qlinear_pointwise(q, 1.0, 128, weight, layer.scale, zero, None, 1.0, 0, torch.float32,
+                                               "none", [], "")
         return (y * unit).to(x.dtype)                                                  # (..., O)
     return product
 
 
-def int8_weight_product(layer: Linear8) -> Callable[[Tensor], Tensor]:
-    """For a CPU without VNNI: bf16 times int8. Its kernel reads past the end of rows that 16 does not divide, and it
+def int8_weight_product(layer: Linear8) -> Product:
+    """bf16 times int8, for a CPU without VNNI. The kernel reads past the end of rows that 16 does not divide, and it
     would round our scales to bf16, so it gets ones."""
     more = -layer.in_features % 16
     weight, ones = F.pad(layer.weight, (0, more)), torch.ones(layer.out_features, dtype=torch.bfloat16)
@@ -773,6 +756,47 @@ def int8_weight_product(layer: Linear8) -> Callable[[Tensor], Tensor]:
         y = torch._weight_int8pack_mm(rows, weight, ones).float() * layer.scale        # (N, O)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])                                # (..., O)
     return product
+
+
+KERNELS = {nn.Linear: (onednn_product,), Linear4: (int4_product,), Linear8: (int8_product, int8_weight_product)}
+WORTH = 2**20  # bytes of a plain weight: below, a call costs more than the layout saves
+
+
+def fast_product(layer: nn.Module) -> Product | None:
+    """A function that gives what the layer gives, sooner; None where no kernel for it works on this machine."""
+    for kernel in KERNELS.get(type(layer), ()):
+        weight = next(iter(layer.state_dict().values()))
+        worth = weight.is_cpu and (weight.nbytes >= WORTH or not weight.is_floating_point())
+        if worth and kernel_works(kernel, type(layer), weight.dtype):
+            return kernel(layer)
+    return None
+
+
+@functools.cache
+@torch.no_grad()
+def kernel_works(kernel: Callable, kind: type, dtype: torch.dtype) -> bool:
+    """Whether a kernel gives what the plain layer gives, for 5 rows and for 1; it is tried once.
+
+    The kernels are PyTorch's own affair, their layouts have changed between versions. Some are missing, some refuse
+    (oneDNN packs bf16 with AVX512 only), and without VNNI oneDNN's sums of int8 products overflow where inputs and
+    weights are all large, as x[0] and W[0] are here."""
+    generator = torch.Generator().manual_seed(0)
+    W, x = torch.randn(64, 256, generator=generator), torch.randn(5, 256, generator=generator)  # (O, I), (N, I)
+    W[0], x[0] = 1, 1
+    if kind is nn.Linear:
+        layer, x = nn.Linear(256, 64, bias=False, dtype=dtype), x.to(dtype)
+        layer.weight.copy_(W)
+    else:
+        layer = kind.of(rtn(W, 4, 64, False) if kind is Linear4 else rtn(W, 8, -1, True))
+    try:
+        product = kernel(layer)
+        for rows in (x, x[4:]):
+            right = layer(rows)                                                        # (N, O)
+            if not ((product(rows) - right).abs().amax(1) < 0.05 * right.abs().amax(1)).all():
+                return False
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+    return True
 
 
 # ---- texts and the table --------------------------------------------------------------------------------------------
@@ -793,7 +817,7 @@ def open_source(path: Path | None) -> Source:
     path = run.finished(Path("out/ppo"), "ppo", "--pretrain") if is_chain else path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a directory: name a weights directory")
-    base, home = (lora.base_path(path) if lora.is_adapter(path) else path), lora.home(path)
+    home, base = lora.home(path), lora.base_path(path) if lora.is_adapter(path) else path
     config, tokenizer, named = LlamaConfig(**weights.read_config(base)), text.Tokenizer(home), text.read_template(home)
     text.check_tokenizer(tokenizer, config.vocab_size)
     template = named if named in text.TEMPLATES else "alpaca"
@@ -801,8 +825,8 @@ def open_source(path: Path | None) -> Source:
 
 
 def encode_rows(examples: list[dict], source: Source, length: int) -> list[Row]:
-    encode = functools.partial(text.encode_example, tokenizer=source.tokenizer, template=text.TEMPLATES[source.template],
-                               max_len=length)
+    template = text.TEMPLATES[source.template]
+    encode = functools.partial(text.encode_example, tokenizer=source.tokenizer, template=template, max_len=length)
     return text.encode_all(examples, encode, "examples")[0]
 
 
@@ -813,11 +837,12 @@ def read_rows(path: Path, source: Source, length: int, most: int | None, skip_ba
         rows = encode_rows(records.read_records([path], "sft", skip_bad, most), source, length)
         return rows, f"{len(rows)} records in template {source.template}, cut at {length} ids, only answers predicted"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, or is no file: name a text file, or records as .json or .jsonl")
+        raise FileNotFoundError(f"{path} does not exist or is no file: name a text file, or records as .json or .jsonl")
     try:
         ids = source.tokenizer.encode(path.read_text("utf-8"), bos=False)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}), nor named .json or .jsonl: name a text file") from None
+        raise ValueError(f"{path} is not text in UTF-8 ({error}), nor named .json or .jsonl: "
+                         "name a text file") from None
     rows, width = windows(ids, length, source.tokenizer.bos_id, most), length - 1
     if not rows:
         raise ValueError(f"{path} is too short: it has {len(ids)} ids, one window takes {width}; "
@@ -840,31 +865,28 @@ class Line(NamedTuple):
     """A model in the table."""
     method: str
     bits: float                 # of a quantized layer's weight, grids and all; of a plain model its dtype's
-    size: int                   # bytes of the weights in the directory
+    bytes: int                  # of the weights in the directory
     perplexity: float | None
-    speed: float | None         # tokens a second
-    gold: float | None          # score of the demo's model on held-out instructions
+    tokens_per_second: float | None
+    gold: float | None          # the demo's score on held-out instructions
 
 
 def measure(model: Llama, method: str, source: Source, texts: list[Row], device) -> Line:
     layers, element = quantized_layers(model).values(), weights.DTYPES[model.config.dtype].itemsize
     quantized = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
-    size = quantized + element * sum(p.numel() for p in model.parameters())
     n = sum(layer.in_features * layer.out_features for layer in layers)
+    size = quantized + element * sum(p.numel() for p in model.parameters())
     value = perplexity(model, texts, device) if texts else None
     speed = gold = None
-    try:
-        with packed(model.to(device)):
-            speed = tokens_per_second(model)
-            if source.is_chain:
-                gold = demo.measure(model, source.tokenizer, text.TEMPLATES[source.template])["gold"]
-    except torch.OutOfMemoryError:
-        pass  # perplexity needs one block at a time on the device, generation all of them
+    with suppress(torch.OutOfMemoryError), packed(model.to(device)):  # perplexity needs one block at a time there
+        speed = decoding_speed(model)
+        if source.is_chain:
+            gold = demo.measure(model, source.tokenizer, text.TEMPLATES[source.template])["gold"]
     return Line(method, 8 * quantized / n if n else 8 * element, size, value, speed, gold)
 
 
-def tokens_per_second(model: Llama, new: int = 32) -> float | None:
-    """The speed of decoding one row, without the prefill; None where the context leaves no room for it."""
+def decoding_speed(model: Llama, new: int = 32) -> float | None:
+    """Tokens a second of one row, without the prefill; None where the context leaves no room for any."""
     rates = []
     for _ in range(4):  # the first warms up
         steps = model.generate_steps([[1]], new + 1, temperature=0, eos_id=-1)
@@ -878,21 +900,21 @@ def tokens_per_second(model: Llama, new: int = 32) -> float | None:
 def print_table(table: list[Line]) -> None:
     print(f"{'method':50} {'bits a weight':>13} {'MB in all':>9} {'perplexity':>10} {'tokens/s':>8}")
     for line in table:
-        megabytes = line.size / 1e6
+        megabytes = line.bytes / 1e6
         value = "-" if line.perplexity is None else f"{line.perplexity:.4f}"
-        speed = "-" if line.speed is None else f"{line.speed:.1f}"
+        speed = "-" if line.tokens_per_second is None else f"{line.tokens_per_second:.1f}"
         print(f"{line.method:50} {line.bits:13.2f} {megabytes:9.1f} {value:>10} {speed:>8}")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = run.Parser("Quantize a LLaMA to 4 bits by GPTQ, or to 8 or 4 by rounding to nearest, and print what it cost. "
-                        "Without flags, the demo: reads out/ppo, writes out/ppo-int4.")
+    parser = run.Parser("Quantize a LLaMA to 4 bits by GPTQ, or to 8 or 4 by rounding to nearest, and print what it "
+                        "cost. Without flags, the demo: reads out/ppo, writes out/ppo-int4.")
     flag = parser.add_argument
     # input and output
     flag("directory", type=Path, nargs="?", metavar="DIR",
-         help="weights directory to quantize: Hugging Face or Meta layout, or a LoRA adapter, which is merged (out/ppo)")
+         help="weights directory to quantize, of any layout, or a LoRA adapter, which is merged first (out/ppo)")
     flag("--pretrain", type=Path, help="the same as DIR")
     flag("--save_path", type=Path,
          help="directory to write; without it the table is all there is (the demo: out/ppo-int4)")
@@ -901,12 +923,13 @@ def parse(argv: list[str] | None) -> Namespace:
     flag("--bits", type=int, choices=[4, 8], help="4 in groups, or 8 with one scale a row (4)")
     flag("--method", choices=["gptq", "rtn"], help="gptq needs --calibration (4 bits: gptq, 8 bits: rtn)")
     flag("--group_size", type=run.whole(-1), help="columns that share a scale; -1 for whole rows (128, the demo: 32)")
-    flag("--sym", action="store_true",
+    flag("--sym", action="store_true", default=None,
          help="zero is the middle code of every grid: AutoGPTQ's first format, which more programs read, at some loss")
-    flag("--act_order", action="store_true",
-         help="gptq: take columns by falling activation; on anyway without --file_order")
-    flag("--file_order", action="store_true", help="gptq: take columns as they come")
-    flag("--no_clip", action="store_true",
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument("--act_order", action="store_true", default=None,
+                       help="gptq: take columns by falling activation; on anyway without --file_order")
+    order.add_argument("--file_order", dest="act_order", action="store_false", help="gptq: take columns as they come")
+    flag("--no_clip", dest="clip", action="store_false",
          help="let every grid span all weights of its group, instead of the best of 17 shrunk ones")
     flag("--damp", type=run.number(0, 1), default=0.01, help="gptq: added to H's diagonal, as a share of its mean")
     flag("--head", action="store_true", help="quantize the output head too (not where it is tied to the embedding)")
@@ -929,80 +952,42 @@ def parse(argv: list[str] | None) -> Namespace:
     return args
 
 
-def resolve(args: Namespace, is_demo: bool) -> Scheme:
-    """Fill in the flags left open, and refuse those that contradict one another."""
+def resolve(args: Namespace, source: Source) -> Scheme:
+    """Fill in the flags left open, and refuse those that contradict one another or the model."""
+    run.resolve(args, {"bits": 4})
     if args.bits == 8:
-        run.resolve(args, {"method": "rtn", "group_size": -1})
-    run.resolve(args, {"bits": 4, "method": "gptq", "group_size": 32 if is_demo else 128})
-    if is_demo:
+        run.resolve(args, {"method": "rtn", "group_size": -1, "sym": True})
+    run.resolve(args, {"method": "gptq", "group_size": 32 if source.is_demo else 128, "sym": False})
+    if source.is_demo:
         run.resolve(args, {"calibration": demo.FOLDER / "sft.jsonl.gz"})
+    if source.is_chain:
+        run.resolve(args, {"save_path": Path(f"out/ppo-int{args.bits}")})
     check_grid(args.bits, args.group_size)
-    gptq_lacks_text = args.method == "gptq" and args.calibration is None
-    faults = {
-        "--act_order and --file_order are opposites: give one": args.act_order and args.file_order,
-        f"8 bits have one scale a row, --group_size {args.group_size} is for 4 bits: leave it out":
-            args.bits == 8 and args.group_size != -1,
-        "--method gptq needs --calibration: name a text file, or instruction records, like what the model will see "
-        "(or --method rtn, which needs none)": gptq_lacks_text,
-        "the order of columns means nothing to --method rtn: leave the flag out, or use gptq":
-            args.method == "rtn" and (args.file_order or args.act_order)}
-    for fault, holds in faults.items():
+    for holds, sentence in (
+            (weights.quantization(source.base),
+             f"{source.base} is already quantized: quantize the original, a second rounding would only lose more "
+             "(--eval measures this one)"),
+            (args.bits == 8 and args.group_size != -1,
+             f"8 bits have one scale a row, --group_size {args.group_size} is for 4 bits: leave it out"),
+            (args.method == "gptq" and args.calibration is None,
+             "--method gptq needs --calibration: name a text file, or instruction records, like what the model will "
+             "see (or --method rtn, which needs none)"),
+            (args.method == "rtn" and args.act_order is not None,
+             "the order of columns means nothing to --method rtn: leave the flag out, or use gptq"),
+            (args.head and source.config.tie_embeddings,
+             "--head: this model's head is its embedding, which is read row by row and stays as it is; leave it out")):
         if holds:
-            raise ValueError(fault)
-    return Scheme(args.method, args.bits, args.group_size, sym=args.sym or args.bits == 8, act_order=not args.file_order,
-                  clip=not args.no_clip, damp=args.damp, head=args.head)
-
-
-def show_block(i: int, report: list[dict], n_layers: int, began: float) -> None:
-    """Print a line after block i: the errors of its layers, and the time that is left."""
-    done, errors = i + 1, ""
-    left = (time.perf_counter() - began) / done * (n_layers - done)
-    if "gptq" in report[0]:
-        pairs = [(row["layer"].rpartition(".")[2], 100 * row["rtn"], 100 * row["gptq"]) for row in report]
-        errors = " ".join(f"{leaf} {rounded:.3f}>{gptq:.3f}" for leaf, rounded, gptq in pairs)
-        errors = f"error in % of the output, RTN > GPTQ: {errors} | "
-    print(f"block {done}/{n_layers} | {errors}{left:.0f} s left", flush=True)
-
-
-def compare(args: Namespace, source: Source, scheme: Scheme, rows: list[Row], texts: list[Row], dtype: torch.dtype,
-            device) -> tuple[list[Line], dict]:
-    """Quantize, write, and measure: the table, and summary.json's figures."""
-    open_plain = functools.partial(open_model, source.path, dtype, adapter="merge")
-    # 1. The model as it is.
-    name = str(weights.DTYPES[source.config.dtype]).removeprefix("torch.")
-    before = measure(open_plain(), name, source, texts, device)
-    # 2. The quantized model.
-    model, began = open_plain(), time.perf_counter()
-    progress = functools.partial(show_block, n_layers=source.config.n_layers, began=began)
-    layers = quantize_model(model, scheme, rows, device, progress)
-    seconds = time.perf_counter() - began
-    if args.save_path:
-        save(model, args.save_path)
-        source.tokenizer.save(args.save_path, text.read_template(lora.home(source.path)))
-    grid = f" {scheme.bits} bits" + (f", groups of {scheme.group_size}" if scheme.group_size != -1 else "")
-    grid += ", symmetric" if scheme.sym else ""
-    after = measure(model, scheme.method + grid, source, texts, device)
-    # 3. What rounding alone would have given.
-    table, rounded = [before, after], after.perplexity
-    if texts and (scheme.method == "gptq" or scheme.clip):
-        model = open_plain()
-        quantize_model(model, scheme._replace(method="rtn", clip=False), device=device)
-        rounded = perplexity(model, texts, device)
-        table.insert(1, after._replace(method=f"rtn{grid}, no clipping", perplexity=rounded))
-    figures = {"layers": layers, "quantize_seconds": seconds, "tokens_per_second": after.speed, "perplexity_rtn": rounded}
-    for when, line in (("before", before), ("after", after)):
-        figures |= {f"bytes_{when}": line.size, f"perplexity_{when}": line.perplexity}
-        if line.gold is not None:
-            figures[f"gold_{when}"] = line.gold
-    return table, figures
+            raise ValueError(sentence)
+    run.resolve(args, {"act_order": True})
+    return Scheme(**{name: getattr(args, name) for name in Scheme._fields})
 
 
 def evaluate(args: Namespace, source: Source, texts: list[Row], cut: str, dtype: torch.dtype, device) -> dict:
     """--eval: print the perplexity of a directory as it is."""
     for name in ("save_path", "bits", "method", "group_size", "calibration"):
         if getattr(args, name) is not None:
-            raise ValueError(f"--eval changes nothing, so --{name} has no meaning with it: how a directory is quantized "
-                             "stands in its config.json")
+            raise ValueError(f"--eval changes nothing, so --{name} has no meaning with it: how a directory is "
+                             "quantized stands in its config.json")
     if not texts:
         raise ValueError("--eval needs --text: name a text file, or instruction records")
     value = perplexity(open_model(source.path, dtype).eval(), texts, device)
@@ -1010,9 +995,21 @@ def evaluate(args: Namespace, source: Source, texts: list[Row], cut: str, dtype:
     return {"perplexity": value, "windows": len(texts)}
 
 
+def show_block(i: int, report: list[dict], blocks: int, began: float) -> None:
+    """Print a line after block i: the errors of its layers, and the time that is left."""
+    done, errors = i + 1, ""
+    left = (time.perf_counter() - began) / done * (blocks - done)
+    for row in report:
+        if "gptq" in row:
+            leaf, rounded, gptq = row["layer"].rpartition(".")[2], 100 * row["rtn"], 100 * row["gptq"]
+            errors += f" {leaf} {rounded:.3f}>{gptq:.3f}"
+    errors = f" error in % of the output, RTN > GPTQ:{errors} |" if errors else ""
+    print(f"block {done}/{blocks} |{errors} {left:.0f} s left", flush=True)
+
+
 def main(argv: list[str] | None = None) -> dict:
     started = time.perf_counter()
-    # 1. The flags, and the directory but for its weights.
+    # 1. The flags, the directory but for its weights, and the texts.
     args = parse(argv)
     world = run.start(args.device, "naive")
     dtype, device = run.choose_dtype(args.dtype, world.device), world.device
@@ -1021,36 +1018,48 @@ def main(argv: list[str] | None = None) -> dict:
     texts, cut = read_texts(args, source, length)
     if args.eval:
         return evaluate(args, source, texts, cut, dtype, device) | {"seconds": time.perf_counter() - started}
-    # 2. What cannot be is refused now, not after hours.
-    if found := read_scheme(source.base):
-        raise ValueError(f"{source.base} is already quantized to {found['bits']} bits: quantize the original, a second "
-                         "rounding would only lose more (--eval measures this one)")
-    scheme = resolve(args, source.is_demo)
-    if scheme.head and source.config.tie_embeddings:
-        raise ValueError("--head: this model's head is its embedding, which is read row by row and stays as it is; "
-                         "leave the flag out")
-    if source.is_chain:
-        run.resolve(args, {"save_path": Path(f"out/ppo-int{scheme.bits}")})
+    scheme = resolve(args, source)
     if args.save_path:
         run.check_save_path(args.save_path, [source.path, source.base])
-    rows, calibrated = [], ""
+    rows = []
+    run.say_flags(world, args)
     if scheme.method == "gptq":
         rows, calibrated = read_rows(args.calibration, source, length, args.max_datasets_size, args.skip_bad_records)
-    # 3. Quantize and tell.
-    run.say_flags(world, args)
-    if calibrated:
         print("calibration: " + calibrated.rpartition(",")[0])
-    table, figures = compare(args, source, scheme, rows, texts, dtype, device)
+
+    # 2. The model as it is.
+    open_plain = functools.partial(open_model, source.path, dtype, adapter="merge")
+    before = measure(open_plain(), source.config.dtype, source, texts, device)
+    # 3. The quantized model.
+    model, began = open_plain(), time.perf_counter()
+    progress = functools.partial(show_block, blocks=source.config.n_layers, began=began)
+    figures = {"layers": quantize_model(model, scheme, rows, device, progress)}
+    figures["quantize_seconds"] = time.perf_counter() - began
+    if args.save_path:
+        save(model, args.save_path)
+        source.tokenizer.save(args.save_path, text.read_template(lora.home(source.path)))
+    after = measure(model, f"{scheme.method} {scheme}", source, texts, device)
+    # 4. What rounding alone would have given.
+    table, rounded = [before, after], after.perplexity
+    if texts and (scheme.method == "gptq" or scheme.clip):
+        model = open_plain()
+        quantize_model(model, scheme._replace(method="rtn", clip=False), device=device)
+        rounded = perplexity(model, texts, device)
+        table.insert(1, after._replace(method=f"rtn {scheme}, no clipping", perplexity=rounded))
+    # 5. What it cost.
     print_table(table)
     if texts:
         print("perplexity: " + cut)
-    if "gold_after" in figures:
-        before, after = figures["gold_before"], figures["gold_after"]
-        print(f"gold score on held-out instructions: {before:.3f} before, {after:.3f} after")
-    figures["seconds"] = time.perf_counter() - started
+    if source.is_chain:
+        print(f"gold score on held-out instructions: {before.gold:.3f} before, {after.gold:.3f} after")
+        figures |= {"gold_before": before.gold, "gold_after": after.gold}
+    figures |= {"perplexity_before": before.perplexity, "perplexity_after": after.perplexity, "perplexity_rtn": rounded,
+                "bytes_before": before.bytes, "bytes_after": after.bytes, "tokens_per_second": after.tokens_per_second,
+                "seconds": time.perf_counter() - started}
     if args.save_path:
         figures = run.write_summary(args, world, figures)
-        print(f"wrote {args.save_path} in {figures['seconds']:.0f} s, {figures['quantize_seconds']:.0f} of them quantizing")
+        seconds, of_them = figures["seconds"], figures["quantize_seconds"]
+        print(f"wrote {args.save_path} in {seconds:.0f} s, {of_them:.0f} of them quantizing")
     return figures
 
 
