@@ -253,10 +253,13 @@ def test_shards_index_and_leftovers(tmp_path):
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in tensors.values())
         assert index["weight_map"].keys() == {weights.hf_name(name) for name in tensors}
-        for file in files:
+        sizes = []
+        for file in sorted(files):
             held = safetensors.torch.load_file(tmp_path / file)
             assert held.keys() == {name for name, named in index["weight_map"].items() if named == file}
-            assert len(held) == 1 or sum(4 * p.numel() for p in held.values()) <= shard_bytes
+            sizes.append(sum(4 * p.numel() for p in held.values()))
+            assert len(held) == 1 or sizes[-1] <= shard_bytes
+        assert all(a + b > shard_bytes for a, b in zip(sizes, sizes[1:]))  # none is begun before the last is full
     assert (tmp_path / "model-of-mine.safetensors").exists()
     stale = tmp_path / "model-00001-of-00099.safetensors"
     safetensors.torch.save_file({"x": torch.zeros(1)}, stale)
