@@ -8,7 +8,7 @@
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2210.17323).
 A weight becomes a code of 4 or 8 bits on a grid that all weights of a group (neighbours in a row) share:
 
-    w ~ (q - zero) * scale     symmetric: zero is the middle code;  asymmetric: the grid spans smallest to largest weight
+    w ~ (q - zero) * scale    symmetric: zero is the middle code;  asymmetric: the grid spans smallest to largest weight
 
 RTN takes the nearest code. GPTQ fixes the codes of one column after another. After each it changes the columns that are
 not fixed yet, so that they make up for the error: it minimizes |W X - Q X|^2 and not |W - Q|^2, where X are the layer's
@@ -77,11 +77,13 @@ def nearest_code(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (w / scale + zero).round_().clamp_(0, 2**bits - 1)
 
 
-def best_grid(w: Tensor, bits: int, sym: bool, shrinks: tuple[float, ...], importance: Tensor) -> tuple[Tensor, Tensor]:
+def best_grid(w: Tensor, bits: int, sym: bool, shrinks: tuple[float, ...],
+              importance: Tensor) -> tuple[Tensor, Tensor]:
     """scale and zero, (O, G) each, of the groups w (O, G, S). Of the grids that `shrinks` gives, the one with the least
     sum of importance (G, S) * (w - its code's value)^2."""
     most = 2**bits - 1
-    low, high = w.amin(-1).clamp_(max=0), w.amax(-1).clamp_(min=0)             # (O, G): 0 is in the span
+    low = w.amin(-1).clamp_(max=0)                                             # (O, G): 0 is in the span
+    high = w.amax(-1).clamp_(min=0)
     if sym:
         high = torch.maximum(high, -low)
         low = -high
@@ -90,12 +92,15 @@ def best_grid(w: Tensor, bits: int, sym: bool, shrinks: tuple[float, ...], impor
         scale = ((high - low) * (shrink / most)).clamp_(min=SMALLEST[bits])
         if bits == 4:
             scale = scale.half().float()  # before the codes are chosen, so that they fit what the file will say
-        zero = torch.full_like(scale, 2**(bits - 1)) if sym else (-low * shrink / scale).round_().clamp_(0, most)
+        zero = (-low * shrink / scale).round_().clamp_(0, most)
+        if sym:
+            zero = torch.full_like(scale, 2**(bits - 1))
         q = nearest_code(w, scale[..., None], zero[..., None], bits)           # (O, G, S)
         difference = q.sub_(zero[..., None]).mul_(scale[..., None]).sub_(w)    # in place: it stays in the cache
         error = difference.square_().mul_(importance).sum(-1)                  # (O, G)
         better = error < least
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
         least = torch.where(better, error, least)
     return best_scale, best_zero
 
@@ -105,21 +110,14 @@ def grids(w: Tensor, bits: int, group_size: int, sym: bool, clip: bool, importan
     square; with clip the best of all SHRINK is taken."""
     O, I = w.shape
     S = I if group_size == -1 else min(group_size, I)
-    more, shrinks = (0, -I % S), SHRINK if clip else (1.0,)                    # the last group may lack columns
+    more = (0, -I % S)                                                         # columns that the last group lacks
+    shrinks = SHRINK if clip else (1.0,)
     importance = F.pad(importance, more).view(-1, S)                           # (I,) -> (G, S)
     rows = max(1, 2**16 // I) if w.device.type == "cpu" else O                 # 256 KB stay in a processor's cache
     parts = [F.pad(part, more).unflatten(1, (-1, S)) for part in w.split(rows)]            # (rows, I) -> (rows, G, S)
     found = [best_grid(part, bits, sym, shrinks, importance) for part in parts]
-    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
-
-
-def check_grid(bits: int, group_size: int) -> None:
-    """ValueError for what no grid can have."""
-    if bits not in (4, 8):
-        raise ValueError(f"{bits} bits are not offered: choose 4 or 8")
-    if type(group_size) is not int or (group_size < 1 and group_size != -1):
-        raise ValueError(f"group size {group_size!r} is no number of columns: "
-                         "give a whole number above 0, or -1 for whole rows")
+    scale, zero = zip(*found)
+    return torch.cat(scale), torch.cat(zero)
 
 
 def groups_of(I: int, group_size: int, device=None) -> Tensor:
@@ -188,7 +186,9 @@ def gptq(w: Tensor, hessian: Tensor, bits: int, group_size: int, sym: bool, act_
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
     # 2. The order of the columns. A stable sort: where all H_jj are equal it is the file's order.
-    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(I, device=w.device)
+    order = torch.arange(I, device=w.device)
+    if act_order:
+        order = torch.argsort(H.diagonal(), descending=True, stable=True)
     # 3. U, upper triangular, with U^T U = (H + lambda)^-1.  U_jj^2 is [H_F^-1]_jj, F being the columns from j on.
     U = inverse_factor(H[order][:, order], damp)
     diagonal = U.diagonal()
@@ -202,7 +202,8 @@ def gptq(w: Tensor, hessian: Tensor, bits: int, group_size: int, sym: bool, act_
     # 5. Column after column; W is held transposed, so that a column of the paper is a row in memory.
     W = w.float().T[order].contiguous()                                                # (I, O)
     Q = torch.empty(W.shape, dtype=torch.uint8, device=w.device)
-    scale_t, zero_t, d = scale.T.contiguous(), zero.T.contiguous(), diagonal.tolist()  # (G, O) each
+    scale_t, zero_t = scale.T.contiguous(), zero.T.contiguous()                        # (G, O) each
+    d = diagonal.tolist()
     E = torch.empty(min(block, I), W.shape[1], device=w.device)
     for first in range(0, I, block):
         last = min(first + block, I)
@@ -211,17 +212,11 @@ def gptq(w: Tensor, hessian: Tensor, bits: int, group_size: int, sym: bool, act_
             q = nearest_code(W[j], s, z, bits)
             Q[j] = q
             e = torch.div(W[j] - q.sub_(z).mul_(s), d[j], out=E[j - first])            # E_j = (W_j - Q_j) / U_jj
-            W[j + 1:last].addr_(U[j, j + 1:last], e, alpha=-1)                         # the columns left in the block ...
+            W[j + 1:last].addr_(U[j, j + 1:last], e, alpha=-1)                         # the columns left in a block ...
         W[last:].addmm_(U[first:last, last:].T, E[:last - first], alpha=-1)            # ... and lazily all after it
     codes = torch.empty_like(Q)
     codes[order] = Q
     return Quantized(codes.T.contiguous(), scale, zero.to(torch.uint8), group)
-
-
-def layer_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
-    """|W X - Q X|^2 / |W X|^2 of an approximation Q (O, I), by way of H = X X^T."""
-    square = lambda D: ((D @ H) * D).sum()
-    return (square(W - Q) / square(W).clamp(min=1e-30)).item()
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------
@@ -231,11 +226,12 @@ def shifts(device) -> Tensor:
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """Codes q (O, I), whole numbers 0 .. 15 -> words (ceil(I / 8), O) int32. Input 8r is in the lowest four bits of word
-    r. Where 8 does not divide I, the last word is filled with 0."""
+    """Codes q (O, I), whole numbers 0 .. 15 -> words (ceil(I / 8), O) int32. Input 8r is in the lowest four bits of
+    word r. Where 8 does not divide I, the last word is filled with 0."""
     if q.numel() and (q.min() < 0 or q.max() > 15):
         raise ValueError(f"codes reach from {q.min()} to {q.max()}, four bits hold 0 to 15")
-    q = F.pad(q.to(torch.int32), (0, -q.shape[1] % 8)).T.reshape(-1, 8, q.shape[0])    # (O, I) -> (I/8, 8, O)
+    q = F.pad(q.to(torch.int32), (0, -q.shape[1] % 8))                                 # (O, I)
+    q = q.T.unflatten(0, (-1, 8))                                                      # (I/8, 8, O)
     return (q << shifts(q.device)).sum(1, dtype=torch.int32)                           # (I/8, O): disjoint bits, + is |
 
 
@@ -279,20 +275,24 @@ class Linear4(QuantizedLinear):
     @classmethod
     def of(cls, m: Quantized) -> "Linear4":
         O, I = m.q.shape
-        zeros = pack_int4(m.zero.T).T.contiguous()                                     # (G, O) -> (O/8, G) -> (G, O/8)
+        qweight = pack_int4(m.q)                                                       # (I/8, O)
+        qzeros = pack_int4(m.zero.T).T.contiguous()                                    # (G, O) -> (O/8, G) -> (G, O/8)
         scales = m.scale.T.contiguous().half()                                         # (G, O)
-        return cls(I, O, qweight=pack_int4(m.q), qzeros=zeros, scales=scales, g_idx=m.group.clone())
+        return cls(I, O, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=m.group.clone())
 
     def quantized(self) -> Quantized:
+        q = unpack_int4(self.qweight, self.in_features)                                # (I/8, O) -> (O, I)
         zero = unpack_int4(self.qzeros.T, self.out_features)                           # (O/8, G) -> (G, O)
-        return Quantized(unpack_int4(self.qweight, self.in_features), self.scales.float().T, zero.T, self.g_idx)
+        return Quantized(q, self.scales.float().T, zero.T, self.g_idx)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W (O, I), a transposed view. `quantized().dequantize()` is the same, and slower: it transposes the codes."""
-        g, zero = self.g_idx.long(), unpack_int4(self.qzeros.T, self.out_features)     # (I,), (G, O)
+        g = self.g_idx.long()                                                          # (I,)
+        zero = unpack_int4(self.qzeros.T, self.out_features)                           # (G, O)
         q = (self.qweight[:, None] >> shifts(self.qweight.device)) & 15                # (I/8, 8, O)
         q = q.flatten(0, 1)[:len(g)]                                                   # (I, O)
-        return (q.sub_(zero[g]) * self.scales.float()[g]).to(dtype).T
+        W = (q - zero[g]) * self.scales.float()[g]                                     # (I, O)
+        return W.to(dtype).T
 
 
 class Linear8(QuantizedLinear):
@@ -301,7 +301,8 @@ class Linear8(QuantizedLinear):
     @classmethod
     def of(cls, m: Quantized) -> "Linear8":
         O, I = m.q.shape
-        return cls(I, O, weight=(m.q.short() - m.zero).to(torch.int8), scale=m.scale[:, 0].contiguous())
+        weight = (m.q.short() - m.zero).to(torch.int8)                                 # (O, I)
+        return cls(I, O, weight=weight, scale=m.scale[:, 0].contiguous())
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return (self.weight * self.scale[:, None]).to(dtype)                           # (O, I)
@@ -329,7 +330,11 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 # ---- a whole model, block by block ----------------------------------------------------------------------------------
 
 TOKENS = 4096  # of a batch that passes through a block
-HALVES = {"attention": ("attention_norm", ("wq", "wk", "wv"), "wo"), "feed_forward": ("ffn_norm", ("w1", "w3"), "w2")}
+# Of the halves of a block: the norm before it, the linears that read the normed x, and the one that reads theirs.
+HALVES = {
+    "attention": ("attention_norm", ("wq", "wk", "wv"), "wo"),
+    "feed_forward": ("ffn_norm", ("w1", "w3"), "w2"),
+}
 
 
 class Scheme(NamedTuple):
@@ -377,10 +382,12 @@ def embed(model: Llama, rows: list[Row], device) -> list[Batch]:
     step = max(1, TOKENS // max((len(ids) for ids, _ in rows), default=1))
     batches = []
     for start in range(0, len(rows), step):
-        tokens, mask, target = (t.to(model.device) for t in text.collate(rows[start:start + step]))
+        batch = text.collate(rows[start:start + step])
+        tokens, mask, target = (t.to(model.device) for t in batch)
+        x = model.tok_embeddings(tokens)                                               # (B, T, C)
         where = model.locate(tokens[:1])
         where = where._replace(cos=where.cos.to(device), sin=where.sin.to(device))
-        batches.append(Batch(model.tok_embeddings(tokens).to(device), where, mask.to(device), tokens, target))
+        batches.append(Batch(x.to(device), where, mask.to(device), tokens, target))
     return batches
 
 
@@ -402,7 +409,8 @@ def quantize_model(model: Llama, scheme: Scheme, rows: list[Row] = (), device="c
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise ValueError(f"{name} is not finite: the model is broken, nothing was written")
-    batches, errors = embed(model, rows, device) if scheme.method == "gptq" else [], []
+    batches = embed(model, rows, device) if scheme.method == "gptq" else []
+    errors = []
     for i, block in enumerate(blocks_on(model, device)):
         report = []
         for half in HALVES:
@@ -422,13 +430,17 @@ def quantize_half(block: Block, half: str, where: str, scheme: Scheme, batches: 
     norm, first, last = HALVES[half]
     norm, module = getattr(block, norm), getattr(block, half)
     # 1. wq, wk and wv, or w1 and w3, read the normalized x.
-    report = quantize_linears(module, first, where, scheme, hessian(norm(b.x)[b.mask] for b in batches))
+    H = hessian(norm(b.x)[b.mask] for b in batches)
+    report = quantize_linears(module, first, where, scheme, H)
     # 2. wo, or w2, reads what these make of it, quantized. With Identity in its place, the half returns just that.
     linear = getattr(module, last)
     setattr(module, last, nn.Identity())
-    ys = [module(norm(b.x), b.where) if half == "attention" else module(norm(b.x)) for b in batches]  # (B, T, I) each
+    ys = []                                                                            # (B, T, I) each
+    for b in batches:
+        ys.append(module(norm(b.x), b.where) if half == "attention" else module(norm(b.x)))
     setattr(module, last, linear)
-    report += quantize_linears(module, (last,), where, scheme, hessian(y[b.mask] for y, b in zip(ys, batches)))
+    H = hessian(y[b.mask] for y, b in zip(ys, batches))
+    report += quantize_linears(module, (last,), where, scheme, H)
     # 3. The half adds its output to the residual stream.
     for y, b in zip(ys, batches):
         b.x = b.x + getattr(module, last)(y)
@@ -453,8 +465,8 @@ def quantize_linears(parent: nn.Module, names: tuple[str, ...], where: str, sche
         m = gptq(W, H, **grid, act_order=scheme.act_order, clip=scheme.clip, damp=scheme.damp)
         plain = rtn(W, **grid)
     report = []
-    parts = zip(names, *(t.split(outputs) for t in (W, plain.dequantize(), m.q, m.scale, m.zero)))
-    for name, w, rounded, q, scale, zero in parts:
+    parts = (t.split(outputs) for t in (W, plain.dequantize(), m.q, m.scale, m.zero))
+    for name, w, rounded, q, scale, zero in zip(names, *parts):
         mine = Quantized(q, scale, zero, m.group)
         setattr(parent, name, Linear8.of(mine) if scheme.bits == 8 else Linear4.of(mine))
         errors = {}
@@ -462,6 +474,12 @@ def quantize_linears(parent: nn.Module, names: tuple[str, ...], where: str, sche
             errors = {"rtn": layer_error(w, rounded, H), "gptq": layer_error(w, mine.dequantize(), H)}
         report.append({"layer": f"{where}.{name}"} | errors)
     return report
+
+
+def layer_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
+    """|W X - Q X|^2 / |W X|^2 of an approximation Q (O, I), by way of H = X X^T."""
+    square = lambda D: ((D @ H) * D).sum()
+    return (square(W - Q) / square(W).clamp(min=1e-30)).item()
 
 
 @torch.no_grad()
@@ -479,8 +497,9 @@ def round_model(model: Llama, quant: str, device="cpu") -> None:
 def windows(ids: list[int], length: int, bos: int, most: int | None = None) -> list[Row]:
     """Cut a text into consecutive runs of length - 1 ids, BOS before each; the last partial one is dropped. All ids but
     BOS count."""
-    starts = range(0, len(ids) - length + 2, length - 1)[:most]
-    return [([bos, *ids[i:i + length - 1]], [False] + [True] * (length - 1)) for i in starts]
+    step = length - 1
+    starts = range(0, len(ids) - step + 1, step)[:most]
+    return [([bos, *ids[i:i + step]], [False] + [True] * step) for i in starts]
 
 
 def head_nll(head: nn.Module, h: Tensor, answer: Tensor) -> Tensor:
@@ -494,13 +513,15 @@ def head_nll(head: nn.Module, h: Tensor, answer: Tensor) -> Tensor:
 @torch.no_grad()
 def perplexity(model: Llama, rows: list[Row], device="cpu") -> float:
     """exp of the mean -log p over all target ids of all rows."""
-    batches, nll, n = embed(model, rows, device), 0.0, 0
+    batches = embed(model, rows, device)
+    nll, n = 0.0, 0
     for block in blocks_on(model, device):
         for b in batches:
             b.x = block(b.x, b.where)
     for b in batches:
         target = b.target[:, 1:]
-        h = model.norm(b.x.to(model.device)[:, :-1][target])                           # (B, T-1, C) -> (N, C)
+        x = b.x.to(model.device)[:, :-1]                                               # (B, T - 1, C)
+        h = model.norm(x[target])                                                      # (N, C)
         nll += head_nll(model.output, h, b.tokens[:, 1:][target]).item()
         n += len(h)
     if not math.isfinite(nll):
@@ -604,11 +625,11 @@ def save(model: Llama, directory: str | Path) -> None:
 
 def say_limits(q: dict, layers: Collection[QuantizedLinear]) -> None:
     """Print what other programs cannot read of a 4-bit model, as seen with gptqmodel 7.6 and transformers 5.24."""
-    odd, size = sum(layer.out_features % 8 > 0 or layer.in_features % 8 > 0 for layer in layers), q["group_size"]
-    limits = []
+    odd = [layer for layer in layers if layer.out_features % 8 or layer.in_features % 8]
+    size, limits = q["group_size"], []
     if odd:
-        limits.append(f"of {len(layers)} matrices, {odd} have a side that 8 does not divide: gptqmodel reads them, "
-                      "llama.cpp does not")
+        limits.append(f"of {len(layers)} matrices, {len(odd)} have a side that 8 does not divide: gptqmodel reads "
+                      "them, llama.cpp does not")
     if size not in (-1, *SIZES):
         limits.append(f"gptqmodel and transformers have no groups of {size}, but of {SIZES} and whole rows")
     if q["lm_head"]:
@@ -617,41 +638,62 @@ def say_limits(q: dict, layers: Collection[QuantizedLinear]) -> None:
         print("note: " + "; ".join(limits), flush=True)
 
 
+def is_group_size(size: object) -> bool:
+    return type(size) is int and (size > 0 or size == -1)
+
+
+def check_grid(bits: int, group_size: int) -> None:
+    """ValueError for what no grid can have."""
+    if bits not in (4, 8):
+        raise ValueError(f"{bits} bits are not offered: choose 4 or 8")
+    if not is_group_size(group_size):
+        raise ValueError(f"group size {group_size!r} is no number of columns: "
+                         "give a whole number above 0, or -1 for whole rows")
+
+
+# What a quantization_config may hold, and what it means not to say it.
+SETTINGS = {
+    "quant_method": weights.among("gptq", "octet"),
+    "group_size": ("a whole number above 0, or -1", is_group_size),
+    "checkpoint_format": weights.among("gptq", "gptq_v2"),
+}
+DEFAULTS = {
+    "quant_method": None,
+    "bits": None,
+    "group_size": -1,
+    "sym": True,
+    "desc_act": False,
+    "lm_head": False,
+    "octet_method": "gptq",
+}
+
+
 def read_scheme(directory: str | Path) -> dict | None:
-    """The quantization_config of a directory with all keys that are read here; None where it is not quantized."""
+    """The quantization_config of a directory, checked, with all keys that are read here; None where there is none."""
     q = weights.quantization(directory)
     if q is None:
         return None
     q = q if isinstance(q, dict) else {"quant_method": q}
-    q = {"quant_method": None, "bits": None, "group_size": -1, "sym": True, "desc_act": False, "lm_head": False,
-         "octet_method": "gptq", "checkpoint_format": q.get("format", "gptq")} | q
-    method, bits, size, layout = q["quant_method"], q["bits"], q["group_size"], q["checkpoint_format"]
-    if method not in ("gptq", "octet"):
-        raise ValueError(f"{directory} is quantized by {method!r}: GPTQ's files and our own can be read here")
-    if bits != {"gptq": 4, "octet": 8}[method]:
-        raise ValueError(f"{directory} has {bits!r} bits in the layout {method}: gptq with 4 bits and octet with 8 can be "
-                         "read here")
-    if type(size) is not int or (size < 1 and size != -1):
-        raise ValueError(f"{directory}/config.json has group_size {size!r}: it must be a whole number above 0, or -1: "
-                         "copy it again")
-    if layout not in ("gptq", "gptq_v2"):
-        raise ValueError(f"{directory} has checkpoint_format {layout!r}: gptq and gptq_v2 can be read here")
+    q = DEFAULTS | {"checkpoint_format": q.get("format", "gptq")} | q
+    bits = {"bits": weights.among(8 if q["quant_method"] == "octet" else 4)}
+    weights.check(q, SETTINGS | bits, f"{directory}/config.json", " to be read here")
     return q
 
 
 def read_layer(linear: nn.Linear, name: str, tensors: dict[str, weights.Stored], scheme: dict,
                directory: Path) -> QuantizedLinear | None:
     """The quantized layer in the place of `linear`, its tensors taken out of the dictionary; None where it is plain."""
-    I, O, S, shown = linear.in_features, linear.out_features, scheme["group_size"], weights.hf_name(name)
-    G = 1 if S == -1 else -(-I // S)
-    if scheme["bits"] == 8:
-        kind, shapes = Linear8, {"scale": (O,), "weight": (O, I)}
-    else:
-        kind, shapes = Linear4, {"qweight": (-(-I // 8), O), "qzeros": (G, -(-O // 8)), "scales": (G, O), "g_idx": (I,)}
+    I, O, S = linear.in_features, linear.out_features, scheme["group_size"]
+    G, shown = 1 if S == -1 else -(-I // S), weights.hf_name(name)
+    words = lambda n: -(-n // 8)
+    kind, shapes = Linear8, {"scale": (O,), "weight": (O, I)}
+    if scheme["bits"] == 4:
+        kind, shapes = Linear4, {"qweight": (words(I), O), "qzeros": (G, words(O)), "scales": (G, O), "g_idx": (I,)}
     if f"{name}.{next(iter(shapes))}" not in tensors:
         return None
     if "g_idx" in shapes and not scheme["desc_act"]:  # some writers leave out a g_idx that says nothing
-        tensors.setdefault(f"{name}.g_idx", weights.Stored((I,), torch.int32, lambda: groups_of(I, S)))
+        by_place = weights.Stored((I,), torch.int32, lambda: groups_of(I, S))
+        tensors.setdefault(f"{name}.g_idx", by_place)
     buffers = {}
     for leaf, shape in shapes.items():
         stored, floats = tensors.pop(f"{name}.{leaf}", None), leaf.startswith("scale")
@@ -664,8 +706,8 @@ def read_layer(linear: nn.Linear, name: str, tensors: dict[str, weights.Stored],
     if kind is Linear4:
         g = buffers["g_idx"] = buffers["g_idx"].to(torch.int32)
         if g.min() < 0 or g.max() >= G:
-            raise ValueError(f"{directory}: {shown}.g_idx reaches from {g.min()} to {g.max()}, there are {G} groups from 0 "
-                             "on: copy the file again")
+            raise ValueError(f"{directory}: {shown}.g_idx reaches from {g.min()} to {g.max()}, there are {G} groups "
+                             "from 0 on: copy the file again")
         if scheme["checkpoint_format"] == "gptq":  # whole words at a time, as gptqmodel does: a zero of 0 had borrowed
             buffers["qzeros"] = buffers["qzeros"] + ONES
     bias = tensors.pop(f"{name}.bias", None)       # AutoGPTQ writes one of zeros
@@ -712,21 +754,24 @@ def int4_product(layer: Linear4) -> Product | None:
 
     It reads runs of 32 columns that share a grid, so columns are brought in the order of their groups. None where
     groups are no such runs. Inputs are padded to whole runs, outputs to blocks of 64."""
-    m = layer.quantized()
-    (O, I), order = m.q.shape, torch.argsort(m.group, stable=True)
+    m, (O, I) = layer.quantized(), (layer.out_features, layer.in_features)
+    order = torch.argsort(m.group, stable=True)
     columns, rows = (0, -I % 32), (0, -O % 64)                                         # what is padded
-    runs = F.pad(m.group[order], columns, value=m.scale.shape[1] - 1).view(-1, 32)     # (I,) -> (G', 32)
+    group = F.pad(m.group[order], columns, value=len(layer.scales) - 1)                # (I,)
+    runs = group.view(-1, 32)                                                          # (G', 32)
     if (runs != runs[:, :1]).any():
         return None
-    scale, zero = (F.pad(t.float()[:, runs[:, 0].long()].T, rows) for t in (m.scale, m.zero))  # (G', O) each
+    g = runs[:, 0].long()
+    scale, zero = (F.pad(t.float()[:, g].T, rows) for t in (m.scale, m.zero))          # (G', O) each
     grid = torch.stack((scale, (8 - zero) * scale), dim=-1).bfloat16()                 # (G', O, 2)
-    codes = F.pad(m.q[:, order], columns + rows).int().contiguous()                    # (O, I)
-    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    codes = F.pad(m.q[:, order], columns + rows).int()                                 # (O, I)
+    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
 
     def product(x: Tensor) -> Tensor:
-        x_ordered = F.pad(x.flatten(0, -2)[:, order].bfloat16(), columns)              # (N, I)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_ordered.contiguous(), weight, 32, grid)
-        return y[:, :O].to(x.dtype).unflatten(0, x.shape[:-1])                         # (N, O) -> (..., O)
+        ordered = x.flatten(0, -2)[:, order].bfloat16()                                # (N, I)
+        ordered = F.pad(ordered, columns).contiguous()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(ordered, weight, 32, grid)[:, :O]    # (N, O)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])                                # (..., O)
     return product
 
 
@@ -735,30 +780,34 @@ def int8_product(layer: Linear8) -> Product:
     scales are multiplied in afterwards. oneDNN's kernel takes x as unsigned bytes only, so 128 stands for 0."""
     weight = torch.ops.onednn.qlinear_prepack(layer.weight, None)
     zero = torch.zeros(layer.out_features, dtype=torch.int64)
+    multiply = torch.ops.onednn.qlinear_pointwise
 
     def product(x: Tensor) -> Tensor:
         unit = x.float().abs().amax(-1, keepdim=True).clamp_(min=1e-30) / 127          # (..., 1)
         q = (x / unit + 128.5).to(torch.uint8)                                         # + 0.5 and cut off is rounding
-        y = torch.ops.onednn.qlinear_pointwise(q, 1.0, 128, weight, layer.scale, zero, None, 1.0, 0, torch.float32,
-                                               "none", [], "")
+        y = multiply(q, 1.0, 128, weight, layer.scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
         return (y * unit).to(x.dtype)                                                  # (..., O)
     return product
 
 
-def int8_weight_product(layer: Linear8) -> Product:
-    """bf16 times int8, for a CPU without VNNI. The kernel reads past the end of rows that 16 does not divide, and it
-    would round our scales to bf16, so it gets ones."""
-    more = -layer.in_features % 16
-    weight, ones = F.pad(layer.weight, (0, more)), torch.ones(layer.out_features, dtype=torch.bfloat16)
+def int8_weight_product(layer: Linear8) -> Product | None:
+    """bf16 times int8, for a CPU without VNNI. The kernel would round our scales to bf16, so it gets ones. None where
+    16 does not divide the inputs: it reads past the end of such rows."""
+    if layer.in_features % 16:
+        return None
+    ones = torch.ones(layer.out_features, dtype=torch.bfloat16)
 
     def product(x: Tensor) -> Tensor:
-        rows = F.pad(x.flatten(0, -2).bfloat16(), (0, more))                           # (N, I)
-        y = torch._weight_int8pack_mm(rows, weight, ones).float() * layer.scale        # (N, O)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])                                # (..., O)
+        y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), layer.weight, ones)  # (N, O)
+        return (y.float() * layer.scale).to(x.dtype).unflatten(0, x.shape[:-1])         # (..., O)
     return product
 
 
-KERNELS = {nn.Linear: (onednn_product,), Linear4: (int4_product,), Linear8: (int8_product, int8_weight_product)}
+KERNELS = {
+    nn.Linear: (onednn_product,),
+    Linear4: (int4_product,),
+    Linear8: (int8_product, int8_weight_product),
+}
 WORTH = 2**20  # bytes of a plain weight: below, a call costs more than the layout saves
 
 
@@ -781,18 +830,22 @@ def kernel_works(kernel: Callable, kind: type, dtype: torch.dtype) -> bool:
     (oneDNN packs bf16 with AVX512 only), and without VNNI oneDNN's sums of int8 products overflow where inputs and
     weights are all large, as x[0] and W[0] are here."""
     generator = torch.Generator().manual_seed(0)
-    W, x = torch.randn(64, 256, generator=generator), torch.randn(5, 256, generator=generator)  # (O, I), (N, I)
+    W = torch.randn(64, 256, generator=generator)                                      # (O, I)
+    x = torch.randn(5, 256, generator=generator)                                       # (N, I)
     W[0], x[0] = 1, 1
-    if kind is nn.Linear:
+    if kind is Linear4:
+        layer = Linear4.of(rtn(W, 4, 64, False))
+    elif kind is Linear8:
+        layer = Linear8.of(rtn(W, 8, -1, True))
+    else:
         layer, x = nn.Linear(256, 64, bias=False, dtype=dtype), x.to(dtype)
         layer.weight.copy_(W)
-    else:
-        layer = kind.of(rtn(W, 4, 64, False) if kind is Linear4 else rtn(W, 8, -1, True))
     try:
         product = kernel(layer)
         for rows in (x, x[4:]):
             right = layer(rows)                                                        # (N, O)
-            if not ((product(rows) - right).abs().amax(1) < 0.05 * right.abs().amax(1)).all():
+            error = (product(rows) - right).abs().amax(1)                              # (N,)
+            if not (error < 0.05 * right.abs().amax(1)).all():
                 return False
     except (RuntimeError, AttributeError, TypeError):
         return False
@@ -817,10 +870,13 @@ def open_source(path: Path | None) -> Source:
     path = run.finished(Path("out/ppo"), "ppo", "--pretrain") if is_chain else path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a directory: name a weights directory")
-    home, base = lora.home(path), lora.base_path(path) if lora.is_adapter(path) else path
-    config, tokenizer, named = LlamaConfig(**weights.read_config(base)), text.Tokenizer(home), text.read_template(home)
+    base = lora.base_path(path) if lora.is_adapter(path) else path
+    config = LlamaConfig(**weights.read_config(base))
+    home = lora.home(path)
+    tokenizer, template = text.Tokenizer(home), text.read_template(home)
     text.check_tokenizer(tokenizer, config.vocab_size)
-    template = named if named in text.TEMPLATES else "alpaca"
+    if template not in text.TEMPLATES:
+        template = "alpaca"
     return Source(path, base, config, tokenizer, template, demo.is_demo(home), is_chain)
 
 
@@ -857,7 +913,8 @@ def read_texts(args: Namespace, source: Source, length: int) -> tuple[list[Row],
         return read_rows(args.text, source, length, None, args.skip_bad_records)
     if not source.is_demo:
         return [], ""
-    rows = encode_rows([records.normalise(r, "sft") for r in demo.instruction_records(1, 200)], source, length)
+    examples = [records.normalise(record, "sft") for record in demo.instruction_records(1, 200)]
+    rows = encode_rows(examples, source, length)
     return rows, f"{len(rows)} records that the generator wrote for this, only answers predicted"
 
 
@@ -872,9 +929,11 @@ class Line(NamedTuple):
 
 
 def measure(model: Llama, method: str, source: Source, texts: list[Row], device) -> Line:
-    layers, element = quantized_layers(model).values(), weights.DTYPES[model.config.dtype].itemsize
+    layers = quantized_layers(model).values()
+    element = weights.DTYPES[model.config.dtype].itemsize
     quantized = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
     n = sum(layer.in_features * layer.out_features for layer in layers)
+    bits = 8 * quantized / n if n else 8 * element
     size = quantized + element * sum(p.numel() for p in model.parameters())
     value = perplexity(model, texts, device) if texts else None
     speed = gold = None
@@ -882,7 +941,7 @@ def measure(model: Llama, method: str, source: Source, texts: list[Row], device)
         speed = decoding_speed(model)
         if source.is_chain:
             gold = demo.measure(model, source.tokenizer, text.TEMPLATES[source.template])["gold"]
-    return Line(method, 8 * quantized / n if n else 8 * element, size, value, speed, gold)
+    return Line(method, bits, size, value, speed, gold)
 
 
 def decoding_speed(model: Llama, new: int = 32) -> float | None:
@@ -1001,8 +1060,9 @@ def show_block(i: int, report: list[dict], blocks: int, began: float) -> None:
     left = (time.perf_counter() - began) / done * (blocks - done)
     for row in report:
         if "gptq" in row:
-            leaf, rounded, gptq = row["layer"].rpartition(".")[2], 100 * row["rtn"], 100 * row["gptq"]
-            errors += f" {leaf} {rounded:.3f}>{gptq:.3f}"
+            leaf = row["layer"].rpartition(".")[2]
+            by_rtn, by_gptq = 100 * row["rtn"], 100 * row["gptq"]
+            errors += f" {leaf} {by_rtn:.3f}>{by_gptq:.3f}"
     errors = f" error in % of the output, RTN > GPTQ:{errors} |" if errors else ""
     print(f"block {done}/{blocks} |{errors} {left:.0f} s left", flush=True)
 
@@ -1053,9 +1113,10 @@ def main(argv: list[str] | None = None) -> dict:
     if source.is_chain:
         print(f"gold score on held-out instructions: {before.gold:.3f} before, {after.gold:.3f} after")
         figures |= {"gold_before": before.gold, "gold_after": after.gold}
-    figures |= {"perplexity_before": before.perplexity, "perplexity_after": after.perplexity, "perplexity_rtn": rounded,
-                "bytes_before": before.bytes, "bytes_after": after.bytes, "tokens_per_second": after.tokens_per_second,
-                "seconds": time.perf_counter() - started}
+    for when, line in (("before", before), ("after", after)):
+        figures |= {f"perplexity_{when}": line.perplexity, f"bytes_{when}": line.bytes}
+    figures |= {"perplexity_rtn": rounded, "tokens_per_second": after.tokens_per_second}
+    figures["seconds"] = time.perf_counter() - started
     if args.save_path:
         figures = run.write_summary(args, world, figures)
         seconds, of_them = figures["seconds"], figures["quantize_seconds"]

@@ -493,6 +493,9 @@ def test_fast_int4_is_the_layer_within_its_rounding(O, I, size):
 def test_fast_int8_is_the_layer_within_its_rounding(O, I, kernel):
     layer = layer_of(8, O, I)
     product = product_of(layer, kernel)
+    if kernel is Q.int8_weight_product and I % 16:
+        assert product is None
+        return
     for n in (1, 20):
         x = matrix(n, I, 7) * torch.logspace(-2, 2, n)[:, None]  # every row has a scale of its own
         assert ((product(x) - layer(x)).norm(dim=1) < 0.015 * layer(x).norm(dim=1)).all() and not product(0 * x).any()
@@ -963,11 +966,11 @@ PREFIX = "model.layers.0.self_attn.q_proj."
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (dict(bits=3), "has 3 bits in the layout gptq"),
-    (dict(bits=8), "has 8 bits in the layout gptq"),
-    (dict(group_size=0), "has group_size 0"),
-    (dict(quant_method="awq"), "is quantized by 'awq'"),
-    (dict(checkpoint_format="marlin"), "checkpoint_format 'marlin'"),
+    (dict(bits=3), "bits is 3, it must be 4 to be read here"),
+    (dict(bits=8), "bits is 8, it must be 4 to be read here"),
+    (dict(group_size=0), "group_size is 0, it must be a whole number above 0, or -1"),
+    (dict(quant_method="awq"), "quant_method is 'awq', it must be gptq or octet"),
+    (dict(checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
     (dict(group_size=64), r"qzeros is \(2, 8\) torch.int32, by the config it should be \(1, 8\) whole numbers"),
 ])
 def test_bad_settings_are_sentences(tmp_path, change, sentence):
