@@ -535,7 +535,7 @@ class CopyStream:
 # ---- the memory plan ------------------------------------------------------------------------------------------------
 
 CARDS = (8, 12, 16, 24, 32, 40, 80)          # GiB
-HEAP = 100_000_000     # on a CPU: torch's buffers, and holes between tensors; measured on mid, 2 x 256 tokens, glibc
+HEAP = 150_000_000     # on a CPU: torch's buffers, and holes between tensors; measured on mid, 2 x 256 tokens, glibc
 
 
 class Size(NamedTuple):
@@ -591,7 +591,8 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     device["logits"] = 4 * (4 * min(tokens, 512) * V + tokens * C + V * C * (not size.rank)) * size.head
     device["heap"] = HEAP * (not gpu)
     # Activations are freed while gradients are computed: the peak is where backward begins, or where it ends.
-    peak = sum(device.values()) - min(device["activations"] + device["logits"], device["gradient"])
+    begins, ends = device["activations"] + device["logits"], device["gradient"] + device["buckets"]
+    peak = sum(device.values()) - min(begins, ends)
     state["pinned"] = CopyStream.BUFFERS * 4 * -(-size.largest // shards)
     cpu = {key: n * offload for key, n in state.items()}
     rows = {f"device: {key}": n for key, n in device.items()} | {"device: peak at once": peak}
