@@ -1,28 +1,25 @@
 r"""LLaMA in one file: config, transformer, KV cache, sampling, generation.
 
-Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models" (arXiv 2302.13971). One block changes the
-residual stream x (B, T, C) twice:
+Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models" (arXiv 2302.13971). Each block changes the
+residual stream x (B, T, C) twice, and h = norm(x) is made anew before each change:
 
-    h = norm(x)       x = x + wo softmax(q k^T / sqrt(D) + causal) v       q = rope(wq h)   k = rope(wk h)   v = wv h
-    h = norm(x)       x = x + w2 (silu(w1 h) * w3 h)
+    x = x + wo softmax(q k^T / sqrt(D) + causal) v          q = rope(wq h)   k = rope(wk h)   v = wv h
+    x = x + w2 (silu(w1 h) * w3 h)
 
-with RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020) and no biases. Heads of a
-small model (SHAPES["tiny"]: C = 256, H = 8, D = 32), where H / K = 2 query heads share one key head:
+norm is RMSNorm (Zhang & Sennrich 2019), rope rotary embedding (Su et al. 2021), the second line SwiGLU (Shazeer 2020).
+There are no biases. H / K query heads share one key and one value head (Ainslie et al. 2023), two in SHAPES["tiny"]:
 
-    q (B, T, 256) -> (B, 8, T, 32)   q0 q1  q2 q3  q4 q5  q6 q7
-                                       \ /    \ /    \ /    \ /
-    k (B, T, 128) -> (B, 4, T, 32)     k0     k1     k2     k3         v likewise
+    wq h (B, T, 256) -> (B, 8, T, 32)    q0 q1  q2 q3  q4 q5  q6 q7
+                                           \ /    \ /    \ /    \ /
+    wk h (B, T, 128) -> (B, 4, T, 32)      k0     k1     k2     k3          wv h likewise
 
-    python model.py DIR "Once upon a time" [--max_new_tokens 200 --temperature 0]     prints prompts and their continuations
-    python model.py out/ppo --chat "Write a story about a fox and a kite."             answers by the directory's prompt template
-    python model.py convert IN OUT                                                     writes any layout in Hugging Face's
+    python model.py DIR "Once upon a time" [--temperature 0]                  prints prompts and their continuations
+    python model.py out/ppo --chat "Write a story about a fox and a kite."    answers by the directory's prompt template
+    python model.py convert IN OUT                                            writes any layout in Hugging Face's
 
-Where this differs from the paper: grouped-query attention (Ainslie et al. 2023), tied embeddings and linear scaling of
-positions (Chen et al. 2023) are read too, because later models of the family have them. Names are those of Meta's files
-(wq, w1, tok_embeddings, ...); rotary embedding is the half-rotation of Hugging Face's files (data/weights.py).
-
-Letters on reshaping lines: B batch, T time (tokens of this call), S slots of the cache that are in use (S = T without a
-cache), C channels (dim), H query heads, K key/value heads, D head dim, V vocabulary.
+The paper has no shared key heads, no tied embeddings and no scaling of positions (Chen et al. 2023); later LLaMAs do.
+Letters: B batch, T time (tokens of this call), S slots of the cache in use (T without a cache), C channels (dim),
+H query heads, K key/value heads, D head dim, V vocabulary. Names are those of Meta's files (wq, w1, ...).
 """
 
 import copy
@@ -81,9 +78,7 @@ class RMSNorm(nn.Module):
 
 def rope_table(config: LlamaConfig, device=None) -> tuple[Tensor, Tensor]:
     """cos and sin of position / rope_factor * theta^(-2i/D), each (max_seq_len, D), laid out as `rotate` takes them.
-
-    The operations come in transformers' order: at position 100,000 another rounding is another angle in the third decimal.
-    """
+    The order of operations is that of transformers: rounded otherwise, angles at position 100,000 differ by 0.001."""
     i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     frequency = 1.0 / config.rope_theta ** (i / config.head_dim) / config.rope_factor  # (D/2,)
     position = torch.arange(config.max_seq_len, device=device, dtype=torch.float32)
@@ -100,25 +95,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Where(NamedTuple):
     """Where the tokens (B, T) of one call stand. It is the same for all layers; `Transformer.locate` makes it."""
-    cos: Tensor                # (1 or B, 1, T, D), the angles of their positions
+    cos: Tensor                # (1 or B, 1, T, D), of the angles of their positions
     sin: Tensor
-    visible: Tensor | None     # (1 or B, 1, T, S), True where a token sees a slot; None: what is_causal says, or all
-    is_causal: bool            # token t sees tokens 0 .. t
-    row: Tensor                # (B, 1), numbers of the rows
-    position: Tensor           # (1 or B, T), also the slots of the cache that the tokens go into
+    visible: Tensor | None     # (1 or B, 1, T, S), True where a token sees a slot; None: see is_causal
+    is_causal: bool            # True: token t sees tokens 0 .. t; False without `visible`: a token sees all slots
+    position: Tensor           # (1 or B, T), also the slots of the cache that keys and values go into
     slots: int                 # S
 
 
 class Attention(nn.Module):
-    """Multi-head attention. H / K query heads share one key head and one value head."""
-
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.layer, self.n_heads, self.n_kv_heads, self.head_dim = layer, config.n_heads, config.n_kv_heads, config.head_dim
-        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        C, H, K, D = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
+        self.layer, self.n_heads, self.n_kv_heads, self.head_dim = layer, H, K, D
+        self.wq = nn.Linear(C, H * D, bias=False)
+        self.wk = nn.Linear(C, K * D, bias=False)
+        self.wv = nn.Linear(C, K * D, bias=False)
+        self.wo = nn.Linear(H * D, C, bias=False)
 
     def forward(self, x: Tensor, where: Where, cache: "KVCache | None" = None) -> Tensor:
         B, T, _ = x.shape
@@ -129,8 +122,9 @@ class Attention(nn.Module):
         q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
         if cache is not None:
             k, v = cache.write(self.layer, k, v, where)                   # (B, K, S, D), all that the rows have so far
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=where.visible, is_causal=where.is_causal, enable_gqa=H != K)
-        return self.wo(y.transpose(1, 2).reshape(B, T, H * D))            # (B, H, T, D) -> (B, T, C)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=where.visible, is_causal=where.is_causal,
+                                           enable_gqa=H != K)             # (B, H, T, D)
+        return self.wo(y.transpose(1, 2).reshape(B, T, H * D))            # (B, T, C)
 
 
 class FeedForward(nn.Module):
@@ -178,9 +172,8 @@ class Transformer(nn.Module):
             self.make_rope()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draws matrices from N(0, 1/dim). The two of a block that write to the residual stream (wo, w2) get 1/sqrt(2L) of
-        that deviation, because its variance grows with the 2L additions (GPT-2). GPT-2's constant 0.02 fits a width of
-        2500; the demo's 192 learns three times slower with it."""
+        """Draws matrices from N(0, 1/dim). wo and w2, which write to the residual stream, get 1/sqrt(2L) of the
+        deviation, since 2L of them are added up (GPT-2, whose constant 0.02 fits a width of 2500)."""
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 nn.init.ones_(p)
@@ -210,57 +203,54 @@ class Transformer(nn.Module):
         x = self.tok_embeddings(tokens)                                     # (B, T, C)
         for layer in self.layers:
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(layer, x, where, use_reentrant=False)        # non-reentrant: the embedding may be frozen (LoRA)
+                x = checkpoint(layer, x, where, use_reentrant=False)        # reentrant: the embedding must be trained
             else:
                 x = layer(x, where, cache)
         return self.norm(x)
 
     def locate(self, tokens: Tensor, mask: Tensor | None = None, start: list[int] | None = None) -> Where:
-        """Works out positions, angles and visibility, once a call for all layers.
+        """Works out where the tokens (B, T) stand and what they see, once a call for all layers.
 
-            mask (. is padding)          with a cache and start = [3, 1]: the tokens new to row 0 are d and e
+            mask (. is padding)          with a cache and start = [3, 1], where the tokens are [[d, e], [b, c]]
             .  .  a  b  c                slot     0  1  2  3  4
             position 0  1  2             row 0    a  b  c  d  e       d (position 3) sees slots 0 .. 3, e sees 0 .. 4
             c sees a, b, c               row 1    a  b  c  .  .       b (position 1) sees slots 0 .. 1, c sees 0 .. 2
 
         Padding may stand on either side. On the right it needs no mask, since no real token looks to its right.
         """
-        (B, T), start = tokens.shape, start or [0] * len(tokens)
-        slots = max(start) + T                        # `start` is a list, so nothing waits for a GPU
-        even = min(start) == max(start)               # all rows stand at the same positions
+        B, T = tokens.shape
+        start = start or [0] * B
+        slots, even = max(start) + T, min(start) == max(start)                   # of a list: no GPU is waited for
         if slots > self.config.max_seq_len:
-            raise ValueError(f"{slots} tokens do not fit the model's context of {self.config.max_seq_len}: shorten the text "
-                             "or --max_len")
-        slot = torch.arange(slots, device=tokens.device)                                                 # (S,)
-        first = torch.tensor(start[:1] if even else start, device=tokens.device)                         # (1 or B,)
-        position = first[:, None] + slot[:T]                                                             # (1 or B, T)
-        is_causal, visible = mask is None and slots == T, None
-        sees_all = mask is None and even and T == 1   # one token a row, the last of its row
-        if not is_causal and not sees_all:
-            visible = slot <= position[:, None, :, None]                                                 # (1 or B, 1, T, S)
+            raise ValueError(f"{slots} tokens do not fit the model's context of {self.config.max_seq_len}: "
+                             "shorten the text or --max_len")
+        slot = torch.arange(slots, device=tokens.device)                                          # (S,)
+        first = torch.tensor(start[:1] if even else start, device=tokens.device)                  # (1 or B,)
+        position = first[:, None] + slot[:T]                                                      # (1 or B, T)
+        visible, is_causal = None, slots == T and mask is None
+        if mask is not None or not (is_causal or even and T == 1):               # one token a row sees all slots
+            visible = slot <= position[:, None, :, None]                                          # (1 or B, 1, T, S)
         if mask is not None:
-            itself = torch.eye(T, dtype=torch.bool, device=tokens.device)  # a softmax over no key would be NaN
-            visible = visible & mask[:, None, None, :] | itself                                          # (B, 1, T, T)
-            position = (mask.cumsum(1) - 1).clamp(min=0)                                                 # (B, T)
+            itself = torch.eye(T, dtype=torch.bool, device=tokens.device)        # softmax over no key would be NaN
+            visible = visible & mask[:, None, None] | itself                                      # (B, 1, T, T)
+            position = (mask.cumsum(1) - 1).clamp(min=0)                                          # (B, T)
         dtype = self.norm.weight.dtype
-        cos, sin = self.cos[position][:, None].to(dtype), self.sin[position][:, None].to(dtype)          # (1 or B, 1, T, D)
-        row = torch.arange(B, device=tokens.device)[:, None]                                             # (B, 1)
-        return Where(cos, sin, visible, is_causal, row, position, slots)
+        cos, sin = self.cos[position][:, None].to(dtype), self.sin[position][:, None].to(dtype)   # (1 or B, 1, T, D)
+        return Where(cos, sin, visible, is_causal, position, slots)
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
 
 class KVCache:
-    """The keys and values of all tokens so far, so that generation computes only those of the new ones.
+    """The keys and values of all tokens so far: a call computes only those of its new tokens.
 
-    One tensor a layer, (2, rows, K, S, D): keys and values. The token at position p of a row lies in slot p:
+    kv[layer] is (2, rows, K, slots, D), keys and values. The token at position p of a row lies in slot p:
 
         slot    0   1   2   3   4   5   6   7
         row 0   a   b   c   d   e   .   .   .      5 tokens so far: the next one goes into slot 5 and sees slots 0 .. 5
         row 1   a   b   x   x   x   .   .   .      2 tokens so far: the next one goes into slot 2 and sees slots 0 .. 2
 
-    So rows of different length need no padding on the left. x is padding on the right of the first call; a later token
-    overwrites it before any token can see it.
+    x is padding on the right of the first call. It is overwritten before a token can see it.
     """
 
     def __init__(self, config: LlamaConfig, rows: int, slots: int, dtype: torch.dtype, device):
@@ -269,10 +259,13 @@ class KVCache:
 
     def write(self, layer: int, k: Tensor, v: Tensor, where: Where) -> tuple[Tensor, Tensor]:
         """Stores k and v (B, K, T, D) at their positions; returns those of all slots in use, (B, K, S, D) each."""
-        kv = self.kv[layer]
-        kv[:, where.row, :, where.position] = torch.stack((k, v)).permute(1, 3, 0, 2, 4)   # (B, T, 2, K, D)
-        keys, values = kv[:, :, :, :where.slots]
-        return keys, values
+        kv, new = self.kv[layer], torch.stack((k, v))                                             # (2, B, K, T, D)
+        if len(where.position) == 1:            # all rows stand at the same positions: a plain copy is faster
+            kv[:, :, :, where.slots - new.shape[3]:where.slots] = new
+        else:
+            row = torch.arange(len(k), device=k.device)[:, None]                                  # (B, 1)
+            kv.transpose(2, 3)[:, row, where.position] = new.transpose(2, 3)                      # (2, B, T, K, D)
+        return kv[:, :, :, :where.slots].unbind()
 
     def rows(self, first: int, last: int) -> "KVCache":
         """A view of rows first .. last - 1: what is written to it is written to this cache."""
@@ -288,67 +281,61 @@ class KVCache:
 
 # ---- sampling and generation ----------------------------------------------------------------------------------------
 
-def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0) -> None:
-    """Raises ValueError naming the value that is out of range (NaN is out of every range)."""
-    for name, value, fits, rule in (
-            ("temperature", temperature, 0 <= temperature < math.inf, "a finite number of at least 0 (0 takes the likeliest token)"),
-            ("top_k", top_k, top_k >= 0, "at least 0 (0 keeps all tokens)"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (1 keeps all tokens)"),
-            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0 (1 changes nothing)")):
-        if not fits:
-            raise ValueError(f"{name} is {value}, it must be {rule}")
-
-
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Makes tokens less likely that occurred already (CTRL, Keskar et al. 2019). logits (B, V), seen (B, V) True where so."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Sets all logits (B, V) but the k largest to -inf. It goes by place: in bf16 many logits are equal, and a comparison
-    with the k-th value would keep more than k."""
-    kept = logits.topk(top_k)
-    return torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
-
-
-def keep_top_p(logits: Tensor, top_p: float | Tensor) -> Tensor:
-    """Keeps the smallest set of likeliest tokens whose probability reaches top_p, the token that crosses it included, and
-    sets the other logits (B, V) to -inf (nucleus sampling, Holtzman et al. 2020). top_p is a number, or (B, 1)."""
-    probs, order = logits.softmax(-1).sort(descending=True)     # (B, V), likeliest first
-    likelier = probs.cumsum(-1) - probs                         # probability of all likelier tokens
-    drop = (likelier >= top_p) & (top_p < 1)                    # rounding must not drop any at 1
-    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -math.inf)
-
-
 def sample(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0,
            generator: torch.Generator | None = None) -> Tensor:
-    """Draws one id a row from logits (B, V) -> (B,). Temperature 0 is argmax. A row with NaN or infinity in it gives -1."""
-    token = logits.argmax(-1)
+    """Draws one id a row from logits (B, V) -> (B,). Temperature 0 takes the likeliest, whatever top_k and top_p say.
+    A row with NaN or infinity in it gives -1."""
+    highest, token = logits.max(-1)                # (B,) each
     if temperature > 0:
         scaled = logits / max(temperature, 1e-30)  # 1e-40 would make logits infinite and probabilities NaN
         if 0 < top_k < logits.shape[-1]:
             scaled = keep_top_k(scaled, top_k)
         if top_p < 1:
             scaled = keep_top_p(scaled, top_p)
-        # argmax(p / e) with e ~ Exp(1) is a draw from p (the exponential race), and a GPU is not waited for.
+        # argmax(p / e) with e ~ Exp(1) is a draw from p (the exponential race). No GPU is waited for.
         race = torch.empty_like(scaled).exponential_(generator=generator)
         token = (scaled.softmax(-1) / race).argmax(-1)
-    return torch.where(logits.amax(-1).isfinite(), token, -1)  # NaN anywhere in a row is its maximum
+    return torch.where(highest.isfinite(), token, -1)  # NaN anywhere in a row is its maximum
+
+
+def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """Sets all but the k largest logits (B, V) to -inf. They are found by place, because in bf16 many logits are equal
+    and a comparison with the k-th would keep more than k."""
+    kept = logits.topk(top_k)
+    return torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
+
+
+def keep_top_p(logits: Tensor, top_p: float | Tensor) -> Tensor:
+    """Keeps the smallest set of likeliest tokens whose probability reaches top_p, the one that crosses it included, and
+    sets the other logits (B, V) to -inf (nucleus sampling, Holtzman et al. 2020). top_p is a number, or (B, 1)."""
+    probs, order = logits.softmax(-1).sort(descending=True)             # (B, V), likeliest first
+    likelier = probs.cumsum(-1) - probs                                 # the probability of all likelier tokens
+    drop = (likelier >= top_p) & (top_p < 1)                            # at 1 nothing is dropped by a rounded sum
+    return logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Makes the tokens that have occurred less likely (CTRL, Keskar et al. 2019). logits (B, V), seen (B, V) bool."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 class Llama(Transformer):
-    """The transformer as a language model: it writes text, and it is read from and written to directories."""
+    """The transformer as a language model, which continues prompts and lives in directories."""
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int | list[int], temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0, eos_id: int | Sequence[int] | None = None, generator: torch.Generator | None = None,
+    def generate(self, prompts: list[list[int]],
+                 max_new_tokens: int | list[int],                # one number, or one a prompt
+                 temperature: float = 1.0,                       # 0 takes the likeliest token
+                 top_k: int = 0,                                 # keep the k likeliest; 0: all
+                 top_p: float = 1.0,                             # keep the likeliest of this probability; 1: all
+                 eos_id: int | Sequence[int] | None = None,      # ids that end an answer; None: the config's, -1: none
+                 generator: torch.Generator | None = None,
                  repetition_penalty: float = 1.0) -> list[list[int]]:
-        """Continues each prompt; returns the new ids only, with EOS where it came.
+        """Continues each prompt. Returns the new ids only, EOS included where it came.
 
-        A row ends at eos_id (one id or any of several; None: the config's; -1: never), at max_new_tokens (one number, or
-        one a prompt), or where prompt and answer fill the context (a prompt that fills it alone gives no new token).
-        Raises ValueError for an empty prompt, one longer than the context, an id outside the vocabulary, or bad sampling
-        values. Dropout is off only in eval(), as everywhere.
+        A row ends at EOS, at max_new_tokens, or where prompt and answer fill the context (a prompt that fills it alone
+        gives no new token). Raises ValueError for an empty prompt, one longer than the context, an id outside the
+        vocabulary, or bad sampling values. Dropout is off only in eval(), as everywhere.
         """
         answers: list[list[int]] = [[] for _ in prompts]
         for rows, ids in self.generate_steps(prompts, max_new_tokens, temperature, top_k, top_p, eos_id, generator,
@@ -358,89 +345,93 @@ class Llama(Transformer):
         return answers
 
     @torch.inference_mode()
-    def generate_steps(self, prompts: list[list[int]], max_new_tokens: int | list[int], temperature: float = 1.0,
-                       top_k: int = 0, top_p: float = 1.0, eos_id: int | Sequence[int] | None = None,
+    def generate_steps(self, prompts: list[list[int]],
+                       max_new_tokens: int | list[int],
+                       temperature: float = 1.0,
+                       top_k: int = 0,
+                       top_p: float = 1.0,
+                       eos_id: int | Sequence[int] | None = None,
                        generator: torch.Generator | None = None,
                        repetition_penalty: float = 1.0) -> Iterator[tuple[list[int], list[int]]]:
-        """Yields (rows still running, their new ids) a step: first all prompts in one call, then one token a row and call.
-        A finished row is not reported again. Finished rows leave the batch as soon as they are half of it."""
+        """Yields (rows still running, their new ids) a step. The first step is a call with all prompts, each later one
+        a call with one token a row. Finished rows leave the batch as soon as they are half of it."""
         check_sampling(temperature, top_k, top_p, repetition_penalty)
-        limit, stops = self.room(prompts, max_new_tokens), self.stops(eos_id)
-        rows = [i for i in range(len(prompts)) if limit[i] > 0]           # rows[b]: the prompt in row b of the batch
+        left = self.room(prompts, max_new_tokens)                              # left[i]: tokens prompt i may still get
+        at = [len(prompt) for prompt in prompts]                               # at[i]: the position of its next token
+        rows = [i for i in range(len(prompts)) if left[i]]                     # rows[b]: the prompt in row b
+        stops = self.stops(eos_id)
         if not rows:
             return
-        tokens, real = (t.to(self.device) for t in text.pad([prompts[i] for i in rows]))                 # (B, T)
-        slots = max(len(prompts[i]) + limit[i] for i in rows)
+        slots = max(at[i] + left[i] for i in rows)
         cache = KVCache(self.config, len(rows), slots, self.norm.weight.dtype, self.device)
-        seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=self.device)      # (B, V)
+        seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=self.device)  # (B, V)
         for b, i in enumerate(rows):
             seen[b, prompts[i]] = True
-        h = self.hidden(tokens, cache=cache)                                                             # (B, T, C)
-        h = h[torch.arange(len(rows)), real.sum(1) - 1]                   # (B, C), of each row's last real token
-        made, running = [0] * len(prompts), set(rows)
+        tokens, _ = text.pad([prompts[i] for i in rows])                                             # (B, T)
+        h = self.hidden(tokens.to(self.device), cache=cache)                                         # (B, T, C)
+        h = torch.stack([h[b, at[i] - 1] for b, i in enumerate(rows)])         # (B, C), at each prompt's last token
         while True:
-            logits = self.output(h).float()                                                              # (B, V)
+            logits = self.output(h).float()                                                          # (B, V)
             if repetition_penalty != 1:
                 logits = penalize_repetition(logits, seen, repetition_penalty)
-            token = sample(logits, temperature, top_k, top_p, generator)                                 # (B,)
-            ids = token.tolist()                                          # the one time a step that a GPU is waited for
+            token = sample(logits, temperature, top_k, top_p, generator)                             # (B,)
+            ids = token.tolist()                                               # the one wait for a GPU in a step
             if min(ids) < 0:
-                raise ValueError("the model gave non-finite logits: its weights or its dtype are broken (try --dtype fp32)")
-            live = [(i, new) for i, new in zip(rows, ids) if i in running]
-            yield [i for i, _ in live], [new for _, new in live]
-            for i, new in live:
-                made[i] += 1
-                if new in stops or made[i] == limit[i]:
-                    running.remove(i)
+                raise ValueError("the model gave non-finite logits: its weights or its dtype are broken "
+                                 "(try --dtype fp32)")
+            new = {i: one for i, one in zip(rows, ids) if left[i]}
+            yield list(new), list(new.values())
+            for i, one in new.items():
+                left[i] = 0 if one in stops else left[i] - 1
+            running = [b for b, i in enumerate(rows) if left[i]]
             if not running:
                 return
             seen.scatter_(1, token[:, None], True)
-            if 2 * len(running) <= len(rows):                             # not at every end: dropping rows copies the cache
-                kept = [b for b, i in enumerate(rows) if i in running]
-                rows, token, seen = [rows[b] for b in kept], token[kept], seen[kept]
-                cache.keep(kept)
-            start = [len(prompts[i]) + made[i] - 1 for i in rows]         # a finished row writes its last slot again
-            h = self.hidden(token[:, None], cache=cache, start=start)[:, 0]                              # (B, C)
+            if 2 * len(running) <= len(rows):                                  # at half, because it copies the cache
+                rows = [rows[b] for b in running]
+                token = token[running]
+                seen = seen[running]
+                cache.keep(running)
+            h = self.hidden(token[:, None], cache=cache, start=[at[i] for i in rows])[:, 0]          # (B, C)
+            for i in rows:
+                at[i] += left[i] > 0                                           # a finished row writes one slot again
 
-    def stops(self, eos_id: int | Sequence[int] | None) -> set[int]:
+    def stops(self, eos_id: int | Sequence[int] | None = None) -> set[int]:
         """The ids that end an answer."""
         eos_id = self.config.eos_id if eos_id is None else eos_id
-        if eos_id is None:
-            return set()
-        return {eos_id} if isinstance(eos_id, int) else set(eos_id)
+        return {eos_id} if isinstance(eos_id, int | None) else set(eos_id)
 
     def room(self, prompts: list[list[int]], max_new_tokens: int | list[int]) -> list[int]:
-        """How many new tokens each prompt may get: as asked, or as many as the context leaves. Raises on unusable prompts."""
-        context, vocab = self.config.max_seq_len, self.config.vocab_size
+        """How many new tokens each prompt may get: as asked, or as many as the context leaves. Refuses bad prompts."""
+        context = self.config.max_seq_len
+        rows = self.config.vocab_size
         most = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
         if len(most) != len(prompts) or any(n < 0 for n in most):
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, it must be at least 0: one number, or a list of one for each of "
-                             f"{len(prompts)} prompts")
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, it must be at least 0: one number, or a list of one "
+                             f"for each of {len(prompts)} prompts")
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {i} is empty: give it at least the BOS id")
-            if len(prompt) > context:
-                raise ValueError(f"prompt {i} has {len(prompt)} tokens, the model's context is {context}: shorten the prompt")
-            if min(prompt) < 0 or max(prompt) >= vocab:  # on CUDA the embedding's own check kills the process
-                raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, the embedding has rows 0 to "
-                                 f"{vocab - 1}: the tokenizer is another model's")
+            n = len(prompt)
+            if n > context:
+                raise ValueError(f"prompt {i} has {n} tokens, the model's context is {context}: shorten the prompt")
+            lowest = min(prompt)
+            highest = max(prompt)
+            if lowest < 0 or highest >= rows:  # on CUDA the embedding's own check kills the process
+                raise ValueError(f"prompt {i} has ids from {lowest} to {highest}, the embedding has only {rows} rows: "
+                                 "the tokenizer is another model's")
         return [min(n, context - len(prompt)) for n, prompt in zip(most, prompts)]
 
-    # ---- directories -------------------------------------------------------------------------------------------------
-
     @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None, device="cpu", head: bool = True) -> "Llama":
-        """Reads a plain Hugging Face or Meta directory; dtype None keeps the file's. Raises ValueError or FileNotFoundError
-        with a sentence when anything is missing, left over, cut short, or of another architecture."""
-        if weights.quantization(directory):
-            raise ValueError(f"{directory} is quantized: open it with quantize.open_model, not as a plain model")
-        if not (Path(directory) / "config.json").exists() and (Path(directory) / "adapter_config.json").exists():
-            raise ValueError(f"{directory} holds an adapter, not a model: open it with quantize.open_model, or merge it first "
-                             f"with `python lora.py merge {directory} OUT`")
-        config = LlamaConfig(**weights.read_config(directory))
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None, device="cpu",
+                        head: bool = True) -> "Llama":
+        """Reads a plain Hugging Face or Meta directory; dtype None keeps the file's. Raises ValueError or
+        FileNotFoundError when anything is missing, left over, cut short, or of another architecture."""
+        config = plain_config(directory)
         tensors = weights.read_tensors(directory, vars(config))
         if head and "score.weight" in tensors:  # with tied embeddings it would open as a language model, and babble
-            raise ValueError(f"{directory} is a reward model, it has no words: open it with RewardModel.from_pretrained of rm.py")
+            raise ValueError(f"{directory} is a reward model, it has no words: open it with "
+                             "RewardModel.from_pretrained of rm.py")
         with torch.device("meta"):
             model = cls(config, head)
         weights.fill(model, tensors, dtype, device, directory, () if head else ("output.weight", "score.weight"))
@@ -448,10 +439,24 @@ class Llama(Transformer):
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json and model.safetensors in Hugging Face layout, in the dtype of the file that was read."""
+        """Writes config.json and model.safetensors in Hugging Face's layout, in the dtype of the file that was read."""
         if self.quantized:
             raise ValueError("the model is quantized: write it with quantize.save")
         weights.write_model(directory, vars(self.config), dict(self.named_parameters()))  # a tied head appears once
+
+
+# ---- directories ----------------------------------------------------------------------------------------------------
+
+def plain_config(directory: str | Path) -> LlamaConfig:
+    """The config of a plain directory, which is what `Llama.from_pretrained` opens."""
+    directory = Path(directory)
+    opener = f"open it with quantize.open_model, or on the command line with `python serve.py {directory} --say TEXT`"
+    if weights.quantization(directory):
+        raise ValueError(f"{directory} is quantized: {opener}")
+    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+        raise ValueError(f"{directory} holds an adapter, not a model: {opener}, or merge it first with "
+                         f"`python lora.py merge {directory} OUT`")
+    return LlamaConfig(**weights.read_config(directory))
 
 
 def random_model(config: LlamaConfig, dtype: torch.dtype, device, head: bool = True) -> Llama:
@@ -464,9 +469,9 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device, head: bool = T
     return model
 
 
-def shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int, vocab_size: int = 32000,
-          context: int = 2048) -> LlamaConfig:
-    return LlamaConfig(dim, n_layers, n_heads, n_kv_heads, dim // n_heads, ffn_dim, vocab_size, context)
+def shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int, **more: int) -> LlamaConfig:
+    sizes = {"vocab_size": 32000, "max_seq_len": 2048} | more
+    return LlamaConfig(dim, n_layers, n_heads, n_kv_heads, dim // n_heads, ffn_dim, **sizes)
 
 
 # Shapes to measure with, and LLaMA's own (Touvron et al. 2023, table 2). big is TinyLlama-1.1B.
@@ -479,8 +484,19 @@ SHAPES = {
     "13B": shape(5120, 40, 40, 40, 13824),
     "33B": shape(6656, 60, 52, 52, 17920),
     "65B": shape(8192, 80, 64, 64, 22016),
-    "70B": shape(8192, 80, 64, 8, 28672, context=4096),
+    "70B": shape(8192, 80, 64, 8, 28672, max_seq_len=4096),
 }
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0) -> None:
+    """Raises ValueError naming the value that is out of range (NaN is out of every range)."""
+    for name, value, fits, rule in (
+            ("temperature", temperature, 0 <= temperature < math.inf, "finite and at least 0 (0 takes the likeliest)"),
+            ("top_k", top_k, top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (1 keeps all tokens)"),
+            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0 (1 is none)")):
+        if not fits:
+            raise ValueError(f"{name} is {value}, it must be {rule}")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -488,55 +504,53 @@ SHAPES = {
 @torch.no_grad()
 def convert(argv: list[str]) -> None:
     """Writes a directory of any layout in Hugging Face's, in its own dtype, and compares the logits of both."""
-    parser = run.Parser("Write a model of any plain layout in Hugging Face's (safetensors).", prog="model.py convert")
+    parser = run.Parser("Write a plain model of any layout in Hugging Face's (safetensors).", prog="model.py convert")
     parser.add_argument("source", type=Path, metavar="IN", help="weights directory to read")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write, new or empty")
     args = parser.parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"{args.out} is there already and not empty: name a new directory")
+    config = plain_config(args.source)
     tokenizer = text.Tokenizer(args.source)
     model = Llama.from_pretrained(args.source).eval()
-    tokens = torch.arange(min(64, model.config.max_seq_len))[None] % model.config.vocab_size             # (1, T), a fixed text
+    tokens = torch.arange(min(64, config.max_seq_len))[None] % config.vocab_size                  # (1, T), any text
     before = model(tokens)
     model.save_pretrained(args.out)
     tokenizer.save(args.out, text.read_template(args.source))
-    del model  # never two
+    del model  # two do not fit where one does
     if not torch.equal(Llama.from_pretrained(args.out).eval()(tokens), before):
-        raise ValueError(f"{args.out} does not give the logits of {args.source}: this is a fault of ours, do not use it")
+        raise ValueError(f"{args.out} does not give the logits of {args.source}: a fault of ours, do not use it")
     print(f"wrote {args.out} in Hugging Face layout, {before.shape[1]} tokens have the same logits to the bit")
 
 
 def parse(argv: list[str]):
     parser = run.Parser("Continue prompts with a LLaMA. `model.py convert IN OUT` writes any layout in Hugging Face's.")
-    parser.add_argument("directory", type=Path, help="weights directory, Hugging Face or Meta layout")
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="text to continue; several are continued one after the other")
-    parser.add_argument("--chat", action="store_true",
-                        help="each PROMPT is an instruction: put it into the directory's prompt template, print the answer alone")
-    parser.add_argument("--max_new_tokens", type=run.whole(0), default=200, help="longest continuation in tokens")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens (0 = all)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens that make up this probability (1 = all)")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes tokens already seen less likely")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-                        help="auto: bf16 on CUDA, fp32 elsewhere")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-                        help="auto: cuda where there is one, else cpu")
+    flag = parser.add_argument
+    flag("directory", type=Path,
+         help="weights directory in Hugging Face's or Meta's layout")
+    flag("prompts", nargs="+", metavar="PROMPT",
+         help="text to continue; several are continued one after the other")
+    flag("--chat", action="store_true",
+         help="each PROMPT is an instruction: put it into the directory's prompt template, print the answer alone")
+    flag("--max_new_tokens", type=run.whole(0), default=200,
+         help="longest continuation in tokens")
+    flag("--temperature", type=float, default=1.0,
+         help="0 takes the likeliest token")
+    flag("--top_k", type=int, default=0,
+         help="keep the k likeliest tokens (0 = all)")
+    flag("--top_p", type=float, default=1.0,
+         help="keep the likeliest tokens that make up this probability (1 = all)")
+    flag("--repetition_penalty", type=float, default=1.0,
+         help="above 1 makes tokens already seen less likely")
+    flag("--seed", type=int, default=0,
+         help="of sampling")
+    flag("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+         help="auto: bf16 on CUDA, fp32 elsewhere")
+    flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+         help="auto: cuda where there is one, else cpu")
     args = parser.parse_intermixed_args(argv)  # a prompt may follow a flag
-    check_sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)  # before minutes of loading
+    check_sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     return args
-
-
-def open_plain(directory: Path, dtype: torch.dtype, device: torch.device) -> tuple[Llama, text.Tokenizer]:
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} does not exist: name a weights directory")
-    if weights.quantization(directory) or (directory / "adapter_config.json").exists():
-        raise ValueError(f"{directory} is quantized or holds an adapter, here only plain models are opened: "
-                         f"python serve.py {directory} --say \"...\"")
-    tokenizer = text.Tokenizer(directory)
-    model = Llama.from_pretrained(directory, dtype, device).eval()
-    text.check_tokenizer(tokenizer, model.config.vocab_size)
-    return model, tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -544,19 +558,31 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ["convert"]:
         return convert(argv[1:])
     args = parse(argv)
+    config = plain_config(args.directory)
+    tokenizer = text.Tokenizer(args.directory)
+    text.check_tokenizer(tokenizer, config.vocab_size)
+    template = text.read_template(args.directory) if args.chat else "plain"
+    if template not in text.TEMPLATES:
+        print(f"note: {args.directory} names no known prompt template, the plain one is used", file=sys.stderr)
+        template = "plain"
     device = run.choose_device(args.device)
-    model, tokenizer = open_plain(args.directory, run.choose_dtype(args.dtype, device), device)
-    named = text.read_template(args.directory) if args.chat else None
-    template = text.TEMPLATES.get(named, text.TEMPLATES["plain"])
+    dtype = run.choose_dtype(args.dtype, device)
+    if dtype == torch.bfloat16 and device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16") is False:
+        print("note: this processor has no instructions for bf16, --dtype fp32 is faster", file=sys.stderr)
+    model = Llama.from_pretrained(args.directory, dtype, device).eval()
+    stops = [tokenizer.eos_id, *model.stops()]
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in args.prompts:
-        ids = shown = tokenizer.encode(prompt)
         if args.chat:
-            ids, shown = text.encode_prompt([{"role": "user", "content": prompt}], tokenizer, template), []
-        steps = model.generate_steps([ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                                     [tokenizer.eos_id, *model.stops(None)], generator, args.repetition_penalty)
-        # Decoding prompt and answer as one stream keeps the space between them.
-        for piece in tokenizer.stream(itertools.chain(shown, (token for _, new in steps for token in new))):
+            messages = [{"role": "user", "content": prompt}]
+            ids = text.encode_prompt(messages, tokenizer, text.TEMPLATES[template])
+        else:
+            ids = tokenizer.encode(prompt)
+        steps = model.generate_steps([ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, stops,
+                                     generator, args.repetition_penalty)
+        answer = (one for _, new in steps for one in new)
+        # A prompt that is shown is decoded with its answer as one stream, which keeps the space between them.
+        for piece in tokenizer.stream(answer if args.chat else itertools.chain(ids, answer)):
             print(piece, end="", flush=True)
         print()
 

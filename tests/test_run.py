@@ -58,6 +58,13 @@ def test_numbers_outside_their_range(kind, given, message):
         kind(given)
 
 
+def test_errors_of_the_system_are_told_without_their_number(tmp_path):
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "x").read_text()
+    assert run.sentence(caught.value) == f"{tmp_path}/x: no such file or directory"
+    assert run.sentence(FileNotFoundError("x is missing")) == "x is missing"
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--warmup 100", "--warmup: must be at least 0 and at most 1, not 100"),
     ("--lr 20", "--lr: must be at least 0 and at most 1"),
