@@ -10,7 +10,8 @@
 
 The engine repeats one step (Yu et al. 2022, "Orca": continuous batching). Answers begin and end at any step. A step is
 1. one forward call for one token of every answer that is being written, so the weights are read once for all of them;
-2. one forward call for a chunk of one prompt, so a long prompt delays the answers by no more than a chunk at a time.
+2. a forward call for a chunk of a prompt, so a long prompt delays the answers by no more than a chunk at a time.
+   Short prompts share a chunk, with a call for each.
 Call 1 takes rows of the cache as they lie, because the answers that are being written always have the first ones:
 
     a row of the cache holds the keys and values of           in this step the model reads
@@ -191,18 +192,20 @@ class Engine:
 
     def run(self) -> bool:
         """Steps until `stop` was called and nothing is left, or its time is over. Returns whether nothing was left."""
-        while self.end == math.inf or self.busy() and time.monotonic() < self.end:
-            try:
-                self.step()
-            except Exception as error:  # a fault of ours, or no memory: it ends the requests that this step was about
-                traceback.print_exc()
-                self.held = [[] for _ in self.held]  # a row may be half written
-                why = f"the engine failed ({type(error).__name__}): see the server's log"
-                self.fail(self.running + self.reading, Refusal(500, why))
-        rest = self.running + self.reading
-        while self.waiting.qsize():
-            rest.append(self.waiting.get())
-        self.fail(rest, Refusal(503, "the server was shut down before the answer was complete"))
+        try:
+            while self.end == math.inf or self.busy() and time.monotonic() < self.end:
+                try:
+                    self.step()
+                except Exception as error:  # a fault of ours, or no memory: it ends the requests of this step
+                    traceback.print_exc()
+                    self.held = [[] for _ in self.held]  # a row may be half written
+                    why = f"the engine failed ({type(error).__name__}): see the server's log"
+                    self.fail(self.running + self.reading, Refusal(500, why))
+        finally:
+            self.end, rest = 0.0, self.running + self.reading
+            while self.waiting.qsize():
+                rest.append(self.waiting.get())
+            self.fail(rest, Refusal(503, "the server was shut down before the answer was complete"))
         return not rest
 
     def busy(self) -> bool:
@@ -210,7 +213,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """The two forward calls of the picture above, once the rows of requests that are over are free."""
+        """The forward calls of the picture above, once the rows of requests that are over are free."""
         for answer in [answer for answer in self.running if answer.job.over]:
             self.release(answer)
         self.reading = [answer for answer in self.reading if not answer.job.over]
@@ -218,12 +221,13 @@ class Engine:
         if self.running:
             logits = self.forward(0, [answer.made[-1:] for answer in self.running])    # (B, V)
             self.sample(self.running.copy(), logits)
-        # 2. One chunk of a prompt; behind its last chunk, the first token of its answer.
-        if self.reading or self.seat():
+        # 2. A chunk of the prompts; behind the last token of a prompt, the first one of its answer.
+        left = CHUNK if self.running and self.model.device.type == "cpu" else CHUNK_MOST
+        while left and (self.reading or self.seat()):
             answer, done = self.reading[0], len(self.held[self.row])
-            size = CHUNK if self.running and self.model.device.type == "cpu" else CHUNK_MOST
-            chunk = answer.prompt[done:done + size]
+            chunk = answer.prompt[done:done + left]
             logits = self.forward(self.row, [chunk])                                   # (1, V)
+            left -= len(chunk)
             self.counters["prompt_tokens"] += len(chunk)
             if done + len(chunk) == len(answer.prompt):
                 self.swap(self.row, len(self.running))
@@ -481,16 +485,16 @@ def shown(value: object) -> str:
 
 
 def need(value: object, param: str, check: Check):
-    """Returns the value. The one place that refuses one."""
+    """Returns the value. The one place that refuses one. `param` is empty for the whole body."""
     if not check.fits(value):
         what = "missing" if value is None else shown(value)
-        raise Refusal(400, f"{param} is {what}, it must be {check.words}", param)
+        raise Refusal(400, f"{param or 'the body'} is {what}, it must be {check.words}", param or None)
     return value
 
 
 def read(value: object, fields: dict[str, Check], at: str = "") -> dict:
     """Returns the fields of an object that are given, each checked. Null is as good as missing."""
-    for name, x in need(value, at or "the body", OBJECT).items():
+    for name, x in need(value, at, OBJECT).items():
         if name not in fields and x is not None and x not in NEUTRAL.get(name, []):
             does = "asks for what this server does not do" if name in NEUTRAL else "is no field that this server knows"
             raise Refusal(400, f"{at}{shown(name)} {does}: leave it out", at or name[:60])
@@ -671,7 +675,7 @@ def read_curves(folder: Path, points: int = 400) -> list[dict]:
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
 
-BODY_BYTES, MAX_CONNECTIONS = 2**20, 1024
+BODY_BYTES, MAX_THREADS = 2**20, 2048  # a connection has a thread, and while its request is read another one
 STREAM_PAUSE = 0.01    # seconds between two looks for more of a stream: each look takes the engine's Python time
 FORMS = {"/v1/completions": False, "/v1/chat/completions": True}  # path, is it a chat
 
@@ -857,7 +861,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self.sent:  # else it is in the middle of an answer
             self.send(refusal.status, to_json(refusal.body), **refusal.headers)
             self.connection.shutdown(socket.SHUT_WR)
-            while self.rfile.read1():
+            deadline = time.monotonic() + 5
+            while time.monotonic() < deadline and self.rfile.read1():
                 pass
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
@@ -884,7 +889,8 @@ class Server(socketserver.ThreadingTCPServer):
     def __init__(self, engine: Engine, args: argparse.Namespace, port: int, verbose: bool = False):
         self.engine, self.served, self.args, self.verbose = engine, engine.served, args, verbose
         self.jobs: set[Job] = set()  # those that are not answered yet
-        self.names = {"localhost", args.http_host.lower(), socket.gethostname().lower(), *args.allow_host}
+        self.names = {"localhost", args.http_host.lower(), socket.gethostname().lower(),
+                      *map(str.lower, args.allow_host)}
         self.headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
         if args.cors:
             self.headers |= {"Access-Control-Allow-Origin": args.cors, "Access-Control-Expose-Headers": "Retry-After"}
@@ -900,7 +906,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.url = f"http://{host}:{self.server_address[1]}"
 
     def process_request(self, request: socket.socket, client_address: tuple) -> None:
-        if threading.active_count() < MAX_CONNECTIONS:
+        if threading.active_count() < MAX_THREADS:
             return super().process_request(request, client_address)
         self.shutdown_request(request)
 
@@ -1120,7 +1126,7 @@ def open_served(args: argparse.Namespace) -> Served:
 def say(served: Served, said: str) -> dict:
     """Answers once, on the terminal."""
     prompt = text.encode_prompt([{"role": "user", "content": said}], served.tokenizer, served.template)
-    steps = served.model.generate_steps([prompt], served.context, eos_id=list(served.stops))
+    steps = served.model.generate_steps([prompt], served.context - len(prompt), eos_id=list(served.stops))
     for piece in served.tokenizer.stream(token for _, (token,) in steps):
         print(piece, end="", flush=True)
     print()
