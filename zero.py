@@ -190,7 +190,8 @@ class ZeRO2:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.sharded = self.world > 1 and self.strategy.startswith("zero2")
         self.device = next(iter(names)).device
-        self.betas, self.eps, self.max_norm, self.trace = betas, eps, max_norm, trace
+        self.betas, self.eps, self.max_norm = betas, eps, max_norm
+        self.trace = trace and self.rank == 0
         offload = self.strategy == "zero2_cpu" and self.device.type == "cuda"
         home = torch.device("cpu") if offload else self.device
         shards, own = (self.world, self.rank) if self.sharded else (1, 0)
@@ -358,12 +359,12 @@ class ZeRO2:
 
     def mark(self, what: str, bucket: Bucket | None = None) -> None:
         """Under trace, prints when an event of the first step happened, and how many bytes were being sent then."""
-        if self.trace and self.rank == 0:
+        if self.trace:
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()                # the program is ahead of the GPU
-            number = self.buckets.index(bucket) if bucket else ""
-            sent = sum(bucket.flat.nbytes for bucket, *_ in self.pending)
-            print(f"{time.perf_counter():12.4f} s  {what:<22}{number:>4}{sent / 1e6:9.1f} MB being sent", flush=True)
+            now, number = time.perf_counter(), self.buckets.index(bucket) if bucket else ""
+            megabytes = sum(bucket.flat.nbytes for bucket, *_ in self.pending) / 1e6
+            print(f"{now:12.4f} s  {what:<22}{number:>4}{megabytes:9.1f} MB being sent", flush=True)
 
     # ---- state ----
 
@@ -404,21 +405,22 @@ class ZeRO2:
 
         Raises ValueError when they are of other parameters."""
         states = [states] if isinstance(states, dict) else states
-        other = set(self.params) ^ {name for state in states for name in state["pieces"]}
+        other = sorted(set(self.params) ^ {name for state in states for name in state["pieces"]})
         if other:
+            some = ", ".join(other[:5])
             raise ValueError("the checkpoint's optimizer holds other parameters than this model trains, for instance "
-                             f"{', '.join(sorted(other)[:5])}: resume with the flags of the first run")
+                             f"{some}: resume with the flags of the first run")
         for bucket in self.buckets:
             for name, p, place, start in pieces(bucket):
                 saved = [state["pieces"][name] for state in states if name in state["pieces"]]
                 saved.sort(key=lambda piece: piece["start"])
-                shape, held = tuple(saved[0]["shape"]), sum(len(piece["m"]) for piece in saved)
-                if shape != p.shape:
-                    raise ValueError(f"{name} is {shape} in the checkpoint and {tuple(p.shape)} here: resume the same "
-                                     "model")
-                if held != p.numel():
-                    raise ValueError(f"the checkpoint holds {held} of the {p.numel()} numbers of {name}: the file of a "
-                                     "process is missing")
+                shape, here, n = tuple(saved[0]["shape"]), tuple(p.shape), p.numel()
+                if shape != here:
+                    raise ValueError(f"{name} is {shape} in the checkpoint and {here} here: resume the same model")
+                held = sum(len(piece["m"]) for piece in saved)
+                if held != n:
+                    raise ValueError(f"the checkpoint holds {held} of the {n} numbers of {name}: the file of a process "
+                                     "is missing")
                 for key in ("master", "m", "v"):
                     whole = torch.cat([piece[key] for piece in saved])              # (elements of p,)
                     getattr(bucket, key)[place].copy_(whole[start:][:place.stop - place.start])
@@ -490,7 +492,8 @@ class CopyStream:
     def __init__(self, buckets: list[Bucket]):
         self.device = buckets[0].flat.device
         self.stream = torch.cuda.Stream(self.device)
-        size, pin = max(len(bucket.m) for bucket in buckets), self.device.type == "cuda"
+        size = max(len(bucket.m) for bucket in buckets)
+        pin = self.device.type == "cuda"
         self.buffers = deque(torch.empty(size, pin_memory=pin) for _ in range(self.BUFFERS))    # the next one first
         self.running = deque()               # copies, oldest first: (event of the end, target, bucket of a gradient)
         self.seconds = 0.0
@@ -564,7 +567,8 @@ def activation_bytes(size: Size, tokens: int, element: int, grad_checkpoint: boo
     output; w1 x, silu(w1 x), w3 x and their product; what goes into each B of an adapter. With gradient checkpointing
     only the input of every block, and all of the block that is recomputed."""
     c = size.config
-    C, Q, K, F = c.dim, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.ffn_dim
+    C, F = c.dim, c.ffn_dim
+    Q, K = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     quotient = 0 if size.rank else 4                           # a CPU keeps fp32 input, and quotient for a trained norm
     norm = element * C if gpu else (4 + quotient) * C
     block = 2 * norm + element * (2 * C + 2 * Q + 2 * K + 4 * F + 7 * size.rank)
@@ -591,7 +595,8 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     device["logits"] = 4 * (4 * min(tokens, 512) * V + tokens * C + V * C * (not size.rank)) * size.head
     device["heap"] = HEAP * (not gpu)
     # Activations are freed while gradients are computed: the peak is where backward begins, or where it ends.
-    begins, ends = device["activations"] + device["logits"], device["gradient"] + device["buckets"]
+    begins = device["activations"] + device["logits"]
+    ends = device["gradient"] + device["buckets"]
     peak = sum(device.values()) - min(begins, ends)
     state["pinned"] = CopyStream.BUFFERS * 4 * -(-size.largest // shards)
     cpu = {key: n * offload for key, n in state.items()}
@@ -614,20 +619,21 @@ def run_plan(trained: list[tuple[nn.Module, LlamaConfig]], frozen: list[nn.Modul
     size = Size(config, head, sum(stored.values()) // dtype.itemsize, sum(numel), max(numel), lora_rank)
     gpu = world.device.type == "cuda"
     rows = plan(size, strategy, world.world, tokens, dtype.itemsize, grad_checkpoint, gpu=gpu)
-    figures = [f"{row.removeprefix('device: ')} {gb(n)}" for row, n in rows.items() if n >= 5e6]
-    return f"memory of a process: {', '.join(figures)}", rows["device: peak at once"]
+    figures = ", ".join(row.removeprefix("device: ") + " " + gb(n) for row, n in rows.items() if n >= 5e6)
+    return f"memory of a process: {figures}", rows["device: peak at once"]
 
 
-def gb(n: float) -> str:
-    return f"{n / 1e9:.2f} GB" if n else "-"
+def gb(n: int) -> str:
+    gigabytes = n / 1e9
+    return f"{gigabytes:.2f} GB" if n else "-"
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
-    parser = run.Parser("What a training run needs of memory.")
-    parser.add_argument("--plan", metavar="MODEL", help="print the bytes that a process needs: a weights directory, or "
-                        f"one of {' '.join(SHAPES)}")
+    parser, shapes = run.Parser("What a training run needs of memory."), " ".join(SHAPES)
+    parser.add_argument("--plan", metavar="MODEL",
+                        help=f"print the bytes that a process needs: a weights directory, or one of {shapes}")
     parser.add_argument("--nproc", type=run.whole(1), default=1, help="processes")
     parser.add_argument("--strategy", choices=run.STRATEGIES, help="only this one")
     parser.add_argument("--batch_size", type=run.whole(1), default=4, help="examples a process and micro-batch")
@@ -640,17 +646,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan is None:
         return parser.print_help()
     if args.plan not in SHAPES and not Path(args.plan).is_dir():
-        raise ValueError(f"--plan {args.plan}: neither a weights directory nor one of {' '.join(SHAPES)}")
+        raise ValueError(f"--plan {args.plan}: neither a weights directory nor one of {shapes}")
     config = SHAPES.get(args.plan) or LlamaConfig(**weights.read_config(args.plan))
     size, element = size_of(config, args.lora_rank), weights.DTYPES[args.dtype].itemsize
-    names = [args.strategy] if args.strategy else ["naive" if args.nproc == 1 else "ddp", "zero2", "zero2_cpu"]
+    usual = "naive" if args.nproc == 1 else "ddp"
+    names = [args.strategy] if args.strategy else [usual, "zero2", "zero2_cpu"]
     plans = [plan(size, name, args.nproc, args.batch_size * args.max_len, element, args.grad_checkpoint,
                   args.accumulation_steps) for name in names]
     table = {"": names} | {row: [gb(rows[row]) for rows in plans] for row in plans[0]}
     # A gigabyte is for the CUDA context, cuBLAS and what the allocator cannot use.
     needed = [rows["device: peak at once"] / 2**30 + 1 for rows in plans]
     table["fits a card of"] = [next((f"{card} GB" for card in CARDS if gib <= card), "none") for gib in needed]
-    print(f"LLaMA {args.plan}, {size.total / 1e9:.2f} G parameters, {size.trained / 1e6:,.1f} M trained, {args.dtype}, "
+    billions, millions = size.total / 1e9, size.trained / 1e6
+    print(f"LLaMA {args.plan}, {billions:.2f} G parameters, {millions:,.1f} M trained, {args.dtype}, "
           f"{args.nproc} processes, micro-batches of {args.batch_size} x {args.max_len} tokens: bytes of one process")
     for row, cells in table.items():
         print(f"  {row:<24}" + "".join(f"{cell:>12}" for cell in cells))
