@@ -605,9 +605,10 @@ SIZES = (16, 32, 64, 128, 256, 512, 1024)  # of groups in other programs, which 
 
 def save(model: Llama, directory: str | Path) -> None:
     """Write a quantized model: 4 bits as AutoGPTQ has it, 8 bits in our two tensors a layer, and how in config.json."""
-    q, layers = model.quantized, quantized_layers(model)
+    q = model.quantized
     if not q:
         raise ValueError("the model is not quantized: write it with save_pretrained")
+    layers = quantized_layers(model)
     if q["bits"] == 4 and any(isinstance(layer, Linear8) for layer in layers.values()):
         raise ValueError("this model was rounded at load, with a head in 8 bits, for which 4-bit files have no place: "
                          "use quantize_model, or quantize.py")
@@ -626,7 +627,8 @@ def save(model: Llama, directory: str | Path) -> None:
 def say_limits(q: dict, layers: Collection[QuantizedLinear]) -> None:
     """Print what other programs cannot read of a 4-bit model, as seen with gptqmodel 7.6 and transformers 5.24."""
     odd = [layer for layer in layers if layer.out_features % 8 or layer.in_features % 8]
-    size, limits = q["group_size"], []
+    size = q["group_size"]
+    limits = []
     if odd:
         limits.append(f"of {len(layers)} matrices, {len(odd)} have a side that 8 does not divide: gptqmodel reads "
                       "them, llama.cpp does not")
@@ -684,7 +686,8 @@ def read_layer(linear: nn.Linear, name: str, tensors: dict[str, weights.Stored],
                directory: Path) -> QuantizedLinear | None:
     """The quantized layer in the place of `linear`, its tensors taken out of the dictionary; None where it is plain."""
     I, O, S = linear.in_features, linear.out_features, scheme["group_size"]
-    G, shown = 1 if S == -1 else -(-I // S), weights.hf_name(name)
+    G = 1 if S == -1 else -(-I // S)
+    shown = weights.hf_name(name)
     words = lambda n: -(-n // 8)
     kind, shapes = Linear8, {"scale": (O,), "weight": (O, I)}
     if scheme["bits"] == 4:
@@ -722,16 +725,19 @@ Product = Callable[[Tensor], Tensor]  # x (..., I) -> y (..., O)
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
+def packed(model: nn.Module, keep: bool = True) -> Iterator[None]:
     """Inside, every linear of the model runs on the fastest kernel that works here. On leaving, all is as before.
 
-    The weights are held twice meanwhile. A layer whose input needs a gradient runs as outside."""
+    The weights are held twice meanwhile. A layer whose input needs a gradient runs as outside. keep=False gives up each
+    weight that is packed, for a server that needs the memory: the model is of no use afterwards."""
     layers = []
     try:
         for layer in model.modules():
             if "forward" not in vars(layer) and (product := fast_product(layer)) is not None:
                 layer.forward = functools.partial(fast_forward, layer, product)
                 layers.append(layer)
+                for tensors in () if keep else (layer._parameters, layer._buffers):
+                    tensors.update(dict.fromkeys(tensors))
         yield
     finally:
         for layer in layers:
@@ -754,7 +760,8 @@ def int4_product(layer: Linear4) -> Product | None:
 
     It reads runs of 32 columns that share a grid, so columns are brought in the order of their groups. None where
     groups are no such runs. Inputs are padded to whole runs, outputs to blocks of 64."""
-    m, (O, I) = layer.quantized(), (layer.out_features, layer.in_features)
+    m = layer.quantized()
+    O, I = m.q.shape
     order = torch.argsort(m.group, stable=True)
     columns, rows = (0, -I % 32), (0, -O % 64)                                         # what is padded
     group = F.pad(m.group[order], columns, value=len(layer.scales) - 1)                # (I,)
@@ -779,13 +786,14 @@ def int8_product(layer: Linear8) -> Product:
     """int8 times int8: every row of x is rounded to int8 by its own largest entry, products are summed in int32, both
     scales are multiplied in afterwards. oneDNN's kernel takes x as unsigned bytes only, so 128 stands for 0."""
     weight = torch.ops.onednn.qlinear_prepack(layer.weight, None)
+    scale = layer.scale
     zero = torch.zeros(layer.out_features, dtype=torch.int64)
     multiply = torch.ops.onednn.qlinear_pointwise
 
     def product(x: Tensor) -> Tensor:
         unit = x.float().abs().amax(-1, keepdim=True).clamp_(min=1e-30) / 127          # (..., 1)
         q = (x / unit + 128.5).to(torch.uint8)                                         # + 0.5 and cut off is rounding
-        y = multiply(q, 1.0, 128, weight, layer.scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
+        y = multiply(q, 1.0, 128, weight, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
         return (y * unit).to(x.dtype)                                                  # (..., O)
     return product
 
@@ -795,11 +803,12 @@ def int8_weight_product(layer: Linear8) -> Product | None:
     16 does not divide the inputs: it reads past the end of such rows."""
     if layer.in_features % 16:
         return None
+    weight, scale = layer.weight, layer.scale
     ones = torch.ones(layer.out_features, dtype=torch.bfloat16)
 
     def product(x: Tensor) -> Tensor:
-        y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), layer.weight, ones)  # (N, O)
-        return (y.float() * layer.scale).to(x.dtype).unflatten(0, x.shape[:-1])         # (..., O)
+        y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), weight, ones)       # (N, O)
+        return (y.float() * scale).to(x.dtype).unflatten(0, x.shape[:-1])              # (..., O)
     return product
 
 
@@ -873,7 +882,8 @@ def open_source(path: Path | None) -> Source:
     base = lora.base_path(path) if lora.is_adapter(path) else path
     config = LlamaConfig(**weights.read_config(base))
     home = lora.home(path)
-    tokenizer, template = text.Tokenizer(home), text.read_template(home)
+    template = text.read_template(home)
+    tokenizer = text.Tokenizer(home)
     text.check_tokenizer(tokenizer, config.vocab_size)
     if template not in text.TEMPLATES:
         template = "alpaca"
@@ -899,7 +909,8 @@ def read_rows(path: Path, source: Source, length: int, most: int | None, skip_ba
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}), nor named .json or .jsonl: "
                          "name a text file") from None
-    rows, width = windows(ids, length, source.tokenizer.bos_id, most), length - 1
+    rows = windows(ids, length, source.tokenizer.bos_id, most)
+    width = length - 1
     if not rows:
         raise ValueError(f"{path} is too short: it has {len(ids)} ids, one window takes {width}; "
                          "name a longer text or lower --max_len")
@@ -1072,9 +1083,11 @@ def main(argv: list[str] | None = None) -> dict:
     # 1. The flags, the directory but for its weights, and the texts.
     args = parse(argv)
     world = run.start(args.device, "naive")
-    dtype, device = run.choose_dtype(args.dtype, world.device), world.device
+    device = world.device
+    dtype = run.choose_dtype(args.dtype, device)
     source = open_source(args.pretrain)
-    args.pretrain, length = source.path, min(args.max_len, source.config.max_seq_len)
+    args.pretrain = source.path
+    length = min(args.max_len, source.config.max_seq_len)
     texts, cut = read_texts(args, source, length)
     if args.eval:
         return evaluate(args, source, texts, cut, dtype, device) | {"seconds": time.perf_counter() - started}
@@ -1091,7 +1104,8 @@ def main(argv: list[str] | None = None) -> dict:
     open_plain = functools.partial(open_model, source.path, dtype, adapter="merge")
     before = measure(open_plain(), source.config.dtype, source, texts, device)
     # 3. The quantized model.
-    model, began = open_plain(), time.perf_counter()
+    model = open_plain()
+    began = time.perf_counter()
     progress = functools.partial(show_block, blocks=source.config.n_layers, began=began)
     figures = {"layers": quantize_model(model, scheme, rows, device, progress)}
     figures["quantize_seconds"] = time.perf_counter() - began
@@ -1100,7 +1114,8 @@ def main(argv: list[str] | None = None) -> dict:
         source.tokenizer.save(args.save_path, text.read_template(lora.home(source.path)))
     after = measure(model, f"{scheme.method} {scheme}", source, texts, device)
     # 4. What rounding alone would have given.
-    table, rounded = [before, after], after.perplexity
+    table = [before, after]
+    rounded = after.perplexity
     if texts and (scheme.method == "gptq" or scheme.clip):
         model = open_plain()
         quantize_model(model, scheme._replace(method="rtn", clip=False), device=device)

@@ -219,7 +219,8 @@ def test_grids_count_errors_as_gptq_does(act_order):
     expected, zero = Q.grids(w, 4, 16, False, True, importance)
     m = gptq(w, H, 4, 16, False, act_order, clip=True)
     assert (m.scale == expected).float().mean() > 0.97 and (m.zero == zero).float().mean() > 0.97
-    assert (Q.grids(w, 4, 16, False, True, torch.ones(64))[0] == expected).float().mean() < 0.9  # weights of 1 choose others
+    others = Q.grids(w, 4, 16, False, True, torch.ones(64))[0]
+    assert (others == expected).float().mean() < 0.9
 
 
 @pytest.mark.lesson
@@ -548,7 +549,7 @@ def test_layers_without_a_kernel_fall_back(monkeypatch):
 def test_packed_is_left_as_it_was_entered(scheme, monkeypatch):
     """PPO's rollouts: the kernels run while it generates and no longer, also where that fails, inside another `packed`,
     and not where a gradient is needed; names and weights stay the same meanwhile."""
-    model, used = quantized(scheme), []
+    model, used = quantized(scheme, ffn_dim=176), []  # 16 divides every side, so every kernel takes it
     lora.attach(model, 2)
     names, before = list(model.state_dict()), model(TOKENS)
     if Q.fast_product(model.layers[0].attention.wq.base) is None:
@@ -571,6 +572,22 @@ def test_packed_is_left_as_it_was_entered(scheme, monkeypatch):
         assert torch.equal(layer(x), x @ layer.dequantize(torch.float32).T) and layer(x).requires_grad
     assert torch.equal(model(TOKENS), before) and len(used) == 5 * 14 + 2
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("scheme", [None, BY_32, BY_ROWS])
+def test_packed_weights_can_be_given_up(scheme, monkeypatch):
+    """A server holds each weight once. A tied embedding stays, and the answers are the same."""
+    monkeypatch.setattr(Q, "WORTH", 0)
+    model = tiny(tie_embeddings=True)
+    if scheme:
+        Q.quantize_model(model, scheme)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | Q.QuantizedLinear) and Q.fast_product(m)]
+    prompt = [TOKENS[0, :5].tolist()]
+    with packed(model):
+        answer = model.generate(prompt, 8, temperature=0)
+    with packed(model, keep=False):
+        assert model.generate(prompt, 8, temperature=0) == answer and model.tok_embeddings.weight is not None
+        assert not any(m.state_dict() for m in linears)
 
 
 @pytest.mark.parametrize("scheme", [BY_32, BY_ROWS])
@@ -673,7 +690,7 @@ def test_open_a_reward_model(tmp_path):
     del tensors["lm_head.weight"]
     safetensors.torch.save_file(tensors | {"score.weight": torch.ones(1, 64)}, base / "model.safetensors")
     lora.attach(model, 2, generator=seeded(2))
-    lora.save_adapter(model, tmp_path / "adapter", str(plain))
+    lora.save_adapter(model, tmp_path / "adapter", str(write_demo(tmp_path / "language")))
     for directory in (plain, base, tmp_path / "adapter"):
         with pytest.raises(ValueError, match="it has no words: open it with RewardModel.from_pretrained"):
             open_model(directory)
