@@ -330,7 +330,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 # ---- a whole model, block by block ----------------------------------------------------------------------------------
 
 TOKENS = 4096  # of a batch that passes through a block
-# Of the halves of a block: the norm before it, the linears that read the normed x, and the one that reads theirs.
+# Each half of a block: its norm, the linears that read the normalized x, and the linear that reads their outputs.
 HALVES = {
     "attention": ("attention_norm", ("wq", "wk", "wv"), "wo"),
     "feed_forward": ("ffn_norm", ("w1", "w3"), "w2"),
@@ -432,7 +432,8 @@ def quantize_half(block: Block, half: str, where: str, scheme: Scheme, batches: 
     # 1. wq, wk and wv, or w1 and w3, read the normalized x.
     H = hessian(norm(b.x)[b.mask] for b in batches)
     report = quantize_linears(module, first, where, scheme, H)
-    # 2. wo, or w2, reads what these make of it, quantized. With Identity in its place, the half returns just that.
+    # 2. The inputs of wo, or w2, come from the quantized linears before it. With Identity in its place, the half
+    #    returns exactly these inputs.
     linear = getattr(module, last)
     setattr(module, last, nn.Identity())
     ys = []                                                                            # (B, T, I) each
