@@ -220,17 +220,16 @@ def read_rankings(args: Namespace, tokenizer: Tokenizer, world: World,
                                  partial(run.say, world))
     template = text.TEMPLATES[args.template]
     encode = partial(text.encode_preference, tokenizer=tokenizer, template=template, max_len=args.max_len)
-    encoded, dropped = text.encode_all(found, encode, "rankings")
+    rankings, dropped = text.encode_all(found, encode, "rankings")
     n = len(found)
     if dropped:
         run.say(world, f"note: {dropped} of {n} rankings have a prompt of --max_len {args.max_len} tokens or responses "
                        "that are equal up to there: left out")
-    rankings = [rows for rows, _ in encoded]
     if not is_demo:
         return *text.split_held_out(rankings, args.eval_size, args.seed), found
     clean = demo.preference_records(1, 150, noise=0.0, held=True)
     held, _ = text.encode_all([records.normalise(record, "preference") for record in clean], encode, "rankings")
-    return rankings, [rows for rows, _ in held], found
+    return rankings, held, found
 
 
 def main(argv: list[str] | None = None) -> dict:

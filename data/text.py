@@ -4,7 +4,7 @@ A model reads and writes ids. A tokenizer of the LLaMA family (sentencepiece) cu
 its place in the vocabulary. The vocabulary was learnt by byte pair encoding: it began with single characters, and again
 and again the two neighbouring pieces that stood together most often were merged into a new one. Spaces belong to the
 pieces, written "▁", so the ids alone give the text back. A character without a piece becomes its UTF-8 bytes, so every
-text has ids. LLaMA's own tokenizer, and what TextStream gives out as the ids arrive one by one:
+text has ids. This is what LLaMA's own tokenizer gives, and what TextStream returns as the ids arrive one by one:
 
     text           a fox 🦊
     pieces         <s>    ▁a   ▁fo      x      ▁ <0xF0> <0x9F> <0xA6> <0x8A>   </s>
@@ -20,10 +20,12 @@ Choices that raise no error when they are made wrongly:
 1. Markers such as [INST] are text. Only BOS and EOS are ids: a user who types "</s>" gets ordinary pieces.
 2. Only the replies of a conversation are targets. A reply ends in EOS, unless max_len cut it: cut text is not an end.
 3. Segments are tokenized one by one, so a prompt is the exact beginning of its training example. A reply encoded alone
-   begins with "▁". So it does in "### Response: reply" encoded as one text, as other servers do it (Hugging Face's
-   tokenizer in its default, "legacy" mode).
+   begins with "▁". Other servers encode "### Response: reply" as one text, and there the reply begins with "▁" too
+   (Hugging Face's tokenizer in its default, "legacy" mode).
 4. Masks come from lengths, never from comparing ids, so padding may have any id, even that of EOS.
 5. The order of an epoch depends on seed, epoch and global batch only: the same steps on 1 process and on 8.
+
+Letters: B rows of a batch, T time.
 """
 
 import codecs
@@ -62,12 +64,13 @@ class Tokenizer:
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{file} defines no BOS or no EOS piece: it is not a LLaMA tokenizer")
         first = self.sp.encode_as_pieces("a")[0]
-        self.space = b" " if first.startswith("▁") else b""  # what encoding puts before every text
+        self.space = b" " if first.startswith("▁") else b""  # encoding puts it before every text
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        """The ids of a text, BOS before them and EOS after them if asked for."""
         # Sentencepiece refuses a lone surrogate (half an emoji in broken JSON), so it becomes U+FFFD first.
         valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return [self.bos_id] * bos + self.sp.encode(valid) + [self.eos_id] * eos
+        return [self.bos_id] * bos + self.sp.encode(valid) + [self.eos_id] * eos  # 1. never parsed from the text
 
     def piece(self, i: int) -> str:
         """The piece of an id as the vocabulary has it: "▁fox" or "<0xF0>"."""
@@ -108,8 +111,8 @@ class TextStream:
     """Ids go in and text comes out, one id at a time. Joined, the parts are the text of all ids.
 
     A character has up to four bytes in UTF-8, and each byte may come in an id of its own. Half a character is not text.
-    So the bytes of the ids go to a UTF-8 decoder, which gives out a character when its last byte is there and keeps the
-    bytes of an unfinished one. If the next byte does not continue that character, U+FFFD takes its place.
+    So the bytes of the ids go to a UTF-8 decoder. It returns a character when its last byte is there, and keeps the
+    bytes of an unfinished one. If the next byte does not continue that character, U+FFFD takes the character's place.
 
     before: ids whose text is known already, such as a prompt. The stream goes on after them.
     """
@@ -117,7 +120,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
         self.token_bytes = tokenizer.token_bytes
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.space = tokenizer.space  # the first text of all begins with it, and it is not part of the text
+        self.space = tokenizer.space  # to be dropped from the first bytes
         for i in before:
             self.push(i)
 
@@ -135,7 +138,7 @@ class TextStream:
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """vocab_size: rows of the model's embedding. It may have more rows than the tokenizer has pieces, but not fewer."""
+    """Raises ValueError if the tokenizer has more pieces than the model's embedding has rows (vocab_size)."""
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model's embedding {vocab_size} rows: "
                          "use the tokenizer.model that came with the model")
@@ -145,17 +148,17 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 class Segment(NamedTuple):
-    """A part of a conversation that is tokenized on its own. The first segment opens with BOS whatever it says."""
+    """A part of a conversation that is tokenized on its own. BOS always opens the first segment of a conversation."""
 
     text: str
-    reply: bool = False  # the assistant's: a target, and always followed by EOS
+    reply: bool = False  # text of the assistant: a target, and always followed by EOS
     bos: bool = False    # opened by BOS
     eos: bool = False    # closed by an EOS that is not a target
 
 
 class Template(NamedTuple):
-    """The words around a conversation. {system}, {question}, {input} and {reply} are what people said, <s> and </s> are
-    the ids BOS and EOS, and {opening} is what stands before a question."""
+    """The words around a conversation. {system}, {question}, {input} and {reply} are what its messages say. {opening}
+    stands before a question. <s> and </s> are the ids BOS and EOS."""
 
     question: str             # a user's turn, up to where the reply goes on
     jinja: str                # the template as a chat_template for other servers (only Alpaca's knows "input")
@@ -168,7 +171,7 @@ class Template(NamedTuple):
     strip: bool = False       # opening and question together, and replies, lose the white space around them
 
     def render(self, messages: list[dict]) -> list[Segment]:
-        """Checked messages -> segments."""
+        """Checked messages -> segments. A reply is one segment. A question is cut after each </s> of its wording."""
         segments, opening, system = [], self.opening, None
         if "input" in messages[0]:
             opening = self.opening_input or opening
@@ -176,7 +179,7 @@ class Template(NamedTuple):
             said = message["content"]
             if "input" in message:
                 said += self.input.format(input=message["input"])
-            if self.strip:
+            if self.strip:  # white space between an opening and a question is inside the two, and stays
                 said = said.rstrip() if opening else said.strip()
             if message["role"] == "system":
                 opening, system = self.system, message["content"]
@@ -282,15 +285,15 @@ def encode_messages(messages: list[dict], tokenizer: Tokenizer, template: Templa
         line_break = "\n" if segment.reply and before.endswith("\n") else ""
         dropped = len(tokenizer.encode(line_break, bos=False))
         bos, eos = segment.bos or not ids, segment.eos or segment.reply
-        new = tokenizer.encode(line_break + segment.text, bos, eos)[dropped:]
+        new = tokenizer.encode(line_break + segment.text, bos, eos)[dropped:]  # 3. every segment by itself
         ids += new
-        target += [segment.reply] * len(new)
+        target += [segment.reply] * len(new)  # 2. replies alone, with their EOS
         before = segment.text
     return ids, target
 
 
 def encode_prompt(messages: list[dict], tokenizer: Tokenizer, template: Template) -> list[int]:
-    """BOS and the prompt, up to where the reply goes on: the beginning of encode_example's ids for this conversation.
+    """The ids of a prompt, BOS first, up to where the reply begins. The ids of its training example begin with them.
     ValueError where check_messages(messages, "user") finds fault."""
     ids, _ = encode_messages(check_messages(messages, "user"), tokenizer, template)
     return ids
@@ -308,24 +311,23 @@ def encode_example(record: dict, tokenizer: Tokenizer, template: Template,
     return (ids[:max_len], target[:max_len]) if any(target[:max_len]) else None
 
 
-def encode_preference(record: dict, tokenizer: Tokenizer, template: Template,
-                      max_len: int) -> tuple[list[list[int]], int] | None:
-    """A preference record -> the ids of prompt + response + EOS, at most max_len, of each response, best first, and the
-    length of the prompt. A response that the cut made equal to a better one is left out: it would teach nothing (loss
-    ln 2, gradient 0). None if fewer than two remain, for example because the prompt alone fills max_len."""
+def encode_preference(record: dict, tokenizer: Tokenizer, template: Template, max_len: int) -> list[list[int]] | None:
+    """A preference record -> for each response, best first, the ids of prompt + response + EOS, at most max_len.
+
+    A response that the cut made equal to a better one is left out: it would teach nothing (loss ln 2, gradient 0). None
+    if fewer than two remain, for example because the prompt alone fills max_len."""
     rows = []
     for response in record["responses"]:
         answered = [*record["messages"], {"role": "assistant", "content": response}]
         ids, _ = encode_messages(answered, tokenizer, template)
         if ids[:max_len] not in rows:
             rows.append(ids[:max_len])
-    prompt = encode_prompt(record["messages"], tokenizer, template)
-    return (rows, len(prompt)) if len(rows) > 1 else None
+    return rows if len(rows) > 1 else None
 
 
 def encode_all(records: list[dict], encode: Callable, what: str) -> tuple[list, int]:
-    """encode(record) of each record, without the None, and the number of the None. ValueError if all are None; there
-    `what` names the records ("preferences")."""
+    """encode(record) of each record that gives one, and the number of records that give None. ValueError if all give
+    None; in its sentence `what` names the records ("preferences")."""
     encoded = [example for example in map(encode, records) if example is not None]
     total = len(records)
     if records and not encoded:
@@ -339,9 +341,10 @@ def encode_all(records: list[dict], encode: Callable, what: str) -> tuple[list, 
 # Global batches whose examples are sorted by length together: enough for little padding, few enough to mix the lengths
 # over an epoch.
 WINDOW = 50
-# Neighbours in length that stay together. A global batch of many chunks mixes all lengths, and so all kinds of text. If
-# whole batches had one length, a bilingual set would give all-Chinese and all-English steps in turn, and training would
-# swing between them. Micro-batches are cut from a sorted global batch, so padding stays small if --batch_size is small.
+# Examples of a sorted window that stay together. A global batch of many chunks mixes all lengths, and so all kinds of
+# text. If whole batches had one length, a bilingual set would give all-Chinese and all-English steps in turn, and
+# training would swing between them. Micro-batches are cut from a sorted global batch, so padding stays small if
+# --batch_size is small.
 CHUNK = 8
 
 
@@ -360,7 +363,7 @@ def epoch_order(lengths: list[int], batch: int, seed: int, epoch: int) -> list[i
     """The order of a whole epoch. The examples are shuffled and cut into windows; a small last window joins the one
     before it. A window is sorted by length, so that neighbours need little padding, and cut into chunks, which are
     shuffled again, a smaller one last."""
-    rng = random.Random(f"{seed} {epoch}")  # a string is hashed by SHA-512: the same order on every platform
+    rng = random.Random(f"{seed} {epoch}")  # 5. a string is hashed by SHA-512: the same order on every platform
     shuffled = list(range(len(lengths)))
     rng.shuffle(shuffled)
     windows = chunks(shuffled, WINDOW * batch)
@@ -408,7 +411,8 @@ def micro_batches(indices: list[int], lengths: list[int], batch_size: int, rank:
 def padding_share(rows: list[list[int]], batches: list[list[list[int]]]) -> float:
     """The share of padding among all tokens, 0 to 1.
 
-    rows: the lengths of the rows of each example. batches: lists of micro-batches, none of them empty."""
+    rows: for each example the lengths of its rows. batches: for each global batch its micro-batches of indices, none of
+    them empty."""
     micro = [[n for i in indices for n in rows[i]] for batch in batches for indices in batch]
     return 1 - sum(map(sum, micro)) / sum(len(lengths) * max(lengths) for lengths in micro)
 
@@ -418,13 +422,13 @@ def pad(rows: list[list[int]], filler: int = 0) -> tuple[Tensor, Tensor]:
     tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
     tokens = pad_sequence(tensors, batch_first=True, padding_value=filler)  # (B, T)
     lengths = torch.tensor([len(row) for row in rows])[:, None]             # (B, 1)
-    return tokens, torch.arange(tokens.shape[1]) < lengths                  # (B, T)
+    return tokens, torch.arange(tokens.shape[1]) < lengths                  # (B, T) 4.
 
 
 def collate(examples: list[tuple[list[int], list[bool]]], filler: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """encode_example's results -> tokens, mask, target, each (B, T). target is True where the token is a target."""
-    tokens, mask = pad([ids for ids, _ in examples], filler)
-    target, _ = pad([flags for _, flags in examples])
+    tokens, mask = pad([ids for ids, _ in examples], filler)    # (B, T)
+    target, _ = pad([flags for _, flags in examples])           # (B, T)
     return tokens, mask, target.bool()
 
 

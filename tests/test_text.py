@@ -283,7 +283,7 @@ def test_preferences_that_the_cut_makes_equal(responses, room, rows):
     """OpenRLHF/OpenRLHF#1311 (loss ln 2, gradient 0), huggingface/trl PR#6472 (one answer begins the other)."""
     record = {"messages": [user("hi")], "responses": responses}
     prompt = encode_prompt(record["messages"], Bytes(), TEMPLATES["plain"])
-    expected = rows and ([prompt + [2 if c == "$" else 3 + ord(c) for c in row] for row in rows], len(prompt))
+    expected = rows and [prompt + [2 if c == "$" else 3 + ord(c) for c in row] for row in rows]
     assert encode_preference(record, Bytes(), TEMPLATES["plain"], len(prompt) + room) == expected
 
 
