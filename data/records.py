@@ -1,13 +1,13 @@
 r"""Files of examples -> conversations, preference pairs, prompts.
 
-A file is a JSON list or JSON lines, either of them gzipped. Its content decides, not its name. A sample of every form:
+A file is a JSON list or JSON lines, gzipped or not. Its content tells which, not its name. A sample of every form:
 
 sft         {"instruction": "Add the numbers.", "input": "2, 3", "output": "5"}     Alpaca; the input is optional
 sft         {"instruction": "Add the numbers.", "context": "2, 3", "response": "5"}                            Dolly
 sft         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
 sft         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}          ShareGPT
 sft         {"prompt": "Hi", "completion": " Hello."}                               TRL
-sft         {"text": "Once upon a time."}                                           every token learnt: pretraining, ptx
+sft         {"text": "Once upon a time."}                                           every token a target: pretraining
 preference  {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello.", "rejected": " No."}                 rm-static
 preference  {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}    HH-RLHF
 preference  {"prompt": "Hi", "responses": ["Hello.", "Hm.", "No."]}                 best first
@@ -42,8 +42,8 @@ class Form(NamedTuple):
 class Kind(NamedTuple):
     """The records that one stage reads. A record is read by the first form that fits."""
 
-    noun: str
-    stage: str
+    noun: str   # what a message calls such records
+    stage: str  # the script, or the flag of it, that reads them
     forms: tuple[Form, ...]
 
 
@@ -75,6 +75,7 @@ REFUSED = {"history": 'write its turns into "messages"'}  # LLaMA-Factory's earl
 
 
 def find_form(record: object, kind: str) -> Form | None:
+    """The first form of this kind whose keys the record has."""
     keys = set(record) if isinstance(record, dict) else set()
     return next((form for form in KINDS[kind].forms if keys.issuperset((form.question, *form.answers))), None)
 
@@ -85,7 +86,7 @@ def normalise(record: object, kind: str) -> dict:
     try:
         form = find_form(record, kind)
         if form is None:
-            others = [other for name, other in KINDS.items() if find_form(record, name)]
+            others = [other for name, other in KINDS.items() if find_form(record, name)]  # for another stage?
             raise ValueError(f"these are {others[0].noun}, for {others[0].stage}" if others else "unknown form")
         return read_form(record, form, kind)
     except ValueError as error:
@@ -99,7 +100,7 @@ def normalise(record: object, kind: str) -> dict:
 
 
 def read_form(record: dict, form: Form, kind: str) -> dict:
-    """The record as read_records gives it."""
+    """The record of this form in the shape that read_records documents."""
     for key, remedy in REFUSED.items():
         if record.get(key):
             raise ValueError(f'"{key}" is not read here: {remedy}')
@@ -118,18 +119,18 @@ def read_form(record: dict, form: Form, kind: str) -> dict:
             messages += read_answer(record[key], key)
         return {"messages": check_messages(messages, "assistant")}
     if form.question != "prompt" and messages and messages[-1]["role"] == "assistant":
-        messages.pop()  # PPO answers anew
+        messages.pop()  # PPO samples an answer of its own
     return {"messages": check_messages(messages, "user")}
 
 
 def read_ranking(record: dict, form: Form, system: list[dict]) -> dict:
-    """A preference record. Every answer ends a conversation of its own, and these agree up to their last reply."""
+    """A preference record. Every answer ends a conversation; these conversations are equal up to their last reply."""
     answers = [(key, record[key]) for key in form.answers]
     if form.answers == ("responses",):
         if not isinstance(record["responses"], list) or len(record["responses"]) < 2:
             raise ValueError('"responses" must be a list of at least two texts, the best first')
         answers = [("responses", answer) for answer in record["responses"]]
-    prompt, read = system, read_turns
+    prompt, read = system, read_turns  # HH-RLHF: every answer is a whole conversation
     if form.question == "prompt":
         prompt, read = system + read_question(record, "prompt"), read_answer
     conversations = []
@@ -166,7 +167,7 @@ def read_answer(value: object, key: str) -> list[dict]:
         return read_turns(value, key)
     said = read_text(value, key)
     if key == "completion":
-        said = said.strip()  # it begins with the space behind the prompt
+        said = said.strip()  # a completion begins with the space that follows the prompt
     return [{"role": "assistant", "content": said}]
 
 
@@ -175,12 +176,12 @@ TURN = re.compile(r"\n\n(Human|Assistant):")  # HH-RLHF's mark; the blank line t
 
 
 def read_turns(value: object, key: str) -> list[dict]:
-    r"""Messages, ShareGPT's messages or a transcript "\n\nHuman: ...\n\nAssistant: ..." -> messages, unchecked."""
+    r"""Messages, ShareGPT's turns or a transcript "\n\nHuman: ...\n\nAssistant: ..." -> messages, unchecked."""
     turns = value
     if isinstance(value, str):
         before, *parts = TURN.split("\n\n" + read_text(value, key).strip())
         turns = [{"role": who.lower(), "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
-        turns = None if before else turns
+        turns = None if before else turns  # text before the first turn: no transcript
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f'"{key}" is no conversation, which is a list of {{"role", "content"}} or a transcript that '
                          'begins with "Human:"')
@@ -215,7 +216,7 @@ GAP = re.compile(r"[\s,]*")  # what may stand between two items of a list
 
 def list_items(text: str) -> Iterator[tuple[int, object]]:
     """(line, value) for each item of a JSON list."""
-    json.loads(text)  # finds what is broken, but does not tell on which line an item begins: hence the second pass
+    json.loads(text)  # raises if the list is broken; it gives no line of an item, so a second pass follows
     decode, at = json.JSONDecoder().raw_decode, text.index("[") + 1
     start = GAP.match(text, at).end()
     line = 1 + text.count("\n", 0, start)
@@ -227,7 +228,7 @@ def list_items(text: str) -> Iterator[tuple[int, object]]:
 
 
 def read_items(path: Path) -> Iterator[tuple[int, object]]:
-    """(line, value) for each item of a JSON list, or (line, bytes) for each line of JSON lines, not parsed yet."""
+    """(line, value) for each item of a JSON list, or (line, bytes), not parsed yet, for each line of JSON lines."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; check the path of the data set")
     if path.is_dir():
@@ -240,7 +241,7 @@ def read_items(path: Path) -> Iterator[tuple[int, object]]:
             raise ValueError(f"{path} is a damaged gzip file ({error}); fetch it again") from None
     data = data.removeprefix(codecs.BOM_UTF8)
     if not data.lstrip().startswith(b"["):
-        # Lines of bytes: splitlines of a text would also cut at the U+2028 in people's texts.
+        # Bytes are split at "\n" alone. str.splitlines would also split at a U+2028 inside a text.
         yield from ((line, raw) for line, raw in enumerate(data.split(b"\n"), 1) if raw.strip())
         return
     try:
@@ -256,6 +257,7 @@ def read_items(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def parse_line(raw: bytes) -> object:
+    """The value of one line of JSON lines."""
     try:
         return json.loads(raw.decode())
     except UnicodeDecodeError:
@@ -266,7 +268,7 @@ def parse_line(raw: bytes) -> object:
 
 
 def read_file(path: Path, kind: str, skip_bad: bool, limit: int | None, say: Callable[[str], object]) -> list[dict]:
-    """read_records of one file."""
+    """The records of one file, at most `limit`; otherwise as read_records."""
     records, faults = [], []
     for line, item in read_items(path):
         if len(records) == limit:
@@ -289,12 +291,16 @@ def read_file(path: Path, kind: str, skip_bad: bool, limit: int | None, say: Cal
 
 def read_records(paths: list[str | Path], kind: str, skip_bad: bool = False, limit: int | None = None,
                  say: Callable[[str], object] = print) -> list[dict]:
-    """The records of some files, normalised; with limit the first so many good ones over all files.
+    """The records of some files, normalised. With a limit they are the first `limit` good ones over all files.
 
-    kind "sft" gives {"text"} or {"messages": [..., assistant]}, "preference" {"messages": [..., user], "responses":
-    [best, ..., worst]}, "prompt" {"messages": [..., user]}; a user's message perhaps has "input" beside its "content".
-    A bad record raises ValueError with file, line, reason and keys, or with skip_bad is skipped: `say` gets one line
-    with their number for each file. A file that is missing (FileNotFoundError) or has no good record is not skipped."""
+    kind            a record it gives
+    "sft"           {"messages": [..., assistant]} or {"text"}
+    "preference"    {"messages": [..., user], "responses": [best, ..., worst]}
+    "prompt"        {"messages": [..., user]}
+
+    A user's message may have "input" beside its "content". A bad record raises ValueError with file, line, reason and
+    keys. With skip_bad it is skipped, and `say` gets one line for each file with the number of those skipped. A file
+    that is missing (FileNotFoundError) or has no good record is not skipped."""
     records = []
     for path in map(Path, paths):
         if len(records) == limit:
