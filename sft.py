@@ -8,16 +8,18 @@
 Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), section 3.5, first step.
 
     tokens    BOS  p   p   p   a   a   a  EOS  .   .        p prompt, a answer, . padding
-    target     -   -   -   -   x   x   x   x   -   -        x learnt, from the hidden state one place before it
+    target     -   -   -   -   x   x   x   x   -   -        x target, predicted from the hidden state one place before
+
+    loss = sum over targets of -log p(token | all tokens before it) / number of targets
 
 What matters and is easy to get wrong:
 
-1. Only answers are learnt, EOS included: a model that never sees EOS as a target never stops.
+1. Only answers are targets, EOS included: a model that never sees EOS as a target never stops.
 2. The loss of a step is the sum over all its target tokens divided by their number, over all micro-batches and
    processes. A mean of means would weigh a token of a short answer more, and change with --accumulation_steps.
-3. The order of the data depends on seed and epoch alone, so 1 process with batch 8 and 2 with batch 4 take the same
-   steps.
-4. `--resume` continues bit for bit: weights, moments, schedule, position and random states are those of the
+3. The order of the data depends on seed, epoch and global batch size alone, so 1 process with batch 8 and 2 with
+   batch 4 take the same steps.
+4. `--resume` continues bit for bit: weights, moments, schedule, position in the data and random states are those of the
    interrupted run.
 
 Letters: B batch, T time, C channels, V vocabulary, N target tokens of a micro-batch, n rows of a chunk of them.
@@ -28,7 +30,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,29 +45,20 @@ from data.run import World
 from data.text import Tokenizer
 from model import Llama, LlamaConfig
 
-# The demo's preset, used only when the input is the demo world; real weights get FINETUNE.
-DEMO = {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "lr": 2e-3, "batch_size": 16, "accumulation_steps": 1,
-        "max_epochs": 2, "max_len": 160, "weight_decay": 0.1}
-# Coati: lr 5e-6, 3 epochs. 2e-5 and no decay are Alpaca's for full fine-tuning.
-FINETUNE = {"lr": 2e-5, "batch_size": 4, "accumulation_steps": 8, "max_epochs": 3, "weight_decay": 0.0}
-# Most of the demo's task is to copy words of the instruction: with tied embeddings one table is enough to learn that.
-DEMO_MODEL = LlamaConfig(dim=192, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=512, vocab_size=1280,
-                         max_seq_len=256, tie_embeddings=True)
-
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
 
 def lm_loss(model: Llama, tokens: Tensor, target: Tensor) -> Tensor:
     """Returns the sum of -log p over the target tokens.
 
-    tokens (B, T) are ids, padded on the right. target (B, T) is True where a token is learnt, never in column 0.
-    Both may be on the CPU: the places are picked there, so that no GPU is waited for.
+    tokens (B, T) are ids, padded on the right. target (B, T) is True at target tokens, never in column 0. Both may be
+    on the CPU: then the targets are found without waiting for the GPU.
     """
-    # 1. Hidden states before target tokens are all that the head sees: no logits are computed for prompts or padding.
-    index = target[:, 1:].flatten().nonzero().flatten()                 # (N,) of B * (T - 1) places
-    answer = tokens[:, 1:].flatten()[index].to(model.device)            # (N,) the token to predict ...
-    h = model.hidden(tokens.to(model.device))[:, :-1].flatten(0, 1)     # (B * (T - 1), C)
-    h = h.index_select(0, index.to(model.device))                       # (N, C) ... from the place before it
+    # 1. The head sees the hidden states before target tokens only: no logits are computed for prompts or padding.
+    index = target[:, 1:].flatten().nonzero().flatten()                 # (N,) targets, among B * (T - 1) places
+    answer = tokens[:, 1:].flatten()[index].to(model.device)            # (N,) their ids
+    h = model.hidden(tokens.to(model.device))[:, :-1].flatten(0, 1)     # (B * (T - 1), C) one place before each token
+    h = h.index_select(0, index.to(model.device))                       # (N, C)
     if torch.is_grad_enabled() and isinstance(model.output, nn.Linear):
         return HeadLoss.apply(h, model.output.weight, answer)
     return quantize.head_nll(model.output, h, answer)                   # evaluation, or a head with adapters
@@ -75,22 +67,22 @@ def lm_loss(model: Llama, tokens: Tensor, target: Tensor) -> Tensor:
 class HeadLoss(torch.autograd.Function):
     """Head and cross-entropy in one: the sum over rows of -log softmax(h W^T)[answer]; h (N, C), W (V, C), answer (N,).
 
-    Logits are the largest tensor of a step, and autograd would keep them several times. But the loss is the last thing
-    that is computed, so the gradient of the logits, softmax - onehot(answer), is known at once. Forward takes 512 rows
-    at a time through loss and gradient, the full logits never exist, and backward only scales."""
+    Logits are the largest tensor of a step, and autograd would keep several copies of them. But nothing is computed
+    after the loss, so the gradient of the logits, softmax - onehot(answer), is known in forward already. Forward takes
+    512 rows at a time through loss and gradient, so the full logits never exist. Backward only scales the gradients."""
 
-    ROWS = 512      # the products run at full speed; the logits of a chunk in fp32 are 65 MB with 32,000 pieces
+    ROWS = 512      # enough for matrix products at full speed; with 32,000 pieces a chunk's fp32 logits are 65 MB
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, answer: Tensor) -> Tensor:
         if h.dtype == torch.float16:            # it cannot hold the probability of a rare piece
             h, weight = h.float(), weight.float()
-        loss, dh = torch.zeros((), device=h.device), torch.empty_like(h)
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for rows, right, d_rows in zip(*(x.split(HeadLoss.ROWS) for x in (h, answer, dh))):
+        loss, dh = torch.zeros((), device=h.device), torch.empty_like(h)        # (), (N, C)
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None      # (V, C); a frozen head needs none
+        for rows, ids, d_rows in zip(*(x.split(HeadLoss.ROWS) for x in (h, answer, dh))):       # d_rows: a view of dh
             logits = (rows @ weight.T).requires_grad_()                 # (n, V)
             with torch.enable_grad():
-                part = F.cross_entropy(logits.float(), right, reduction="sum")
+                part = F.cross_entropy(logits.float(), ids, reduction="sum")
             d_logits, = torch.autograd.grad(part, logits)               # (n, V)
             loss += part.detach()
             d_rows.copy_(d_logits @ weight)                             # (n, C)
@@ -100,15 +92,16 @@ class HeadLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         dh, dw = ctx.saved_tensors
-        return dh.mul_(d), dw if dw is None else dw.mul_(d), None
+        return dh.mul_(d_loss), dw if dw is None else dw.mul_(d_loss), None
 
 
 def cosine_lr(update: int, total: int, peak: float, warmup: float, floor: float = 0.1) -> float:
     """Returns the learning rate of an update (1 .. total).
 
-    It rises to peak over the first `warmup` share of the updates, and falls along half a cosine to floor * peak."""
+    It rises linearly to peak over the first `warmup` share of the updates, then falls along half a cosine to
+    floor * peak."""
     rising = max(1, math.ceil(warmup * total))
     if update <= rising:
         return peak * update / rising
@@ -119,28 +112,29 @@ def cosine_lr(update: int, total: int, peak: float, warmup: float, floor: float 
 # ---- the training loop of stages 1 and 2 ----------------------------------------------------------------------------
 
 class Task(NamedTuple):
-    """What the loop must know of a stage."""
+    """What the loop must know of a stage. An example has one row of tokens in stage 1, one a response in stage 2."""
     examples: list                                      # to train on
     held: list                                          # held out, to evaluate on
-    rows: Callable[[object], list[int]]                 # example -> tokens of each of its rows: one, or one a response
-    units: Callable[[object], int]                      # example -> what the loss is divided by: target tokens, or 1
+    rows: Callable[[object], list[int]]                 # example -> length of each of its rows
+    units: Callable[[object], int]                      # example -> its part of the loss's divisor: target tokens, or 1
     sums: Callable[[list], dict[str, Tensor]]           # micro-batch -> sums over it: "loss" and what `figures` needs
-    names: tuple[str, ...] = ("loss",)                  # of these sums
+    names: tuple[str, ...] = ("loss",)                  # names of these sums
     figures: Callable[[dict], dict] = lambda sums: {}   # sums over a batch -> the stage's own metrics
 
     def lengths(self, examples: list) -> list[int]:
-        """Returns the longest row of each example: examples of like length are put together."""
+        """Returns the length of the longest row of each example, by which micro-batches are sorted."""
         return [max(self.rows(example)) for example in examples]
 
 
 def batches(task: Task, batch: int, args: Namespace, position: dict) -> Iterator[list]:
     """Yields the examples of every update that is left from a position on.
 
-    position["batch"] is the batch size for which the epoch under way was shuffled: a resumed run may have another."""
+    batch is the global batch size, position["batch"] the one for which the current epoch was shuffled. They differ if a
+    resumed run has another batch size."""
     lengths = task.lengths(task.examples)
     first, seen = divmod(position["consumed"], len(lengths))
     for epoch in range(first, args.max_epochs):
-        # 3. The order follows from seed and epoch.
+        # 3. The order follows from seed, epoch and batch size.
         for indices in text.global_batches(lengths, batch, args.seed, epoch, seen, position["batch"]):
             yield [task.examples[i] for i in indices]
         seen = 0
@@ -148,13 +142,15 @@ def batches(task: Task, batch: int, args: Namespace, position: dict) -> Iterator
 
 def run_batch(task: Task, examples: list, args: Namespace, world: World,
               optimizer: zero.ZeRO2 | None = None) -> dict[str, float]:
-    """Runs a batch, shared out over the processes, forward and with an optimizer backward. Returns loss and metrics."""
-    divisor = sum(map(task.units, examples))        # 2. Every process knows the whole batch and divides by all of it.
+    """Runs this process's share of a batch: forward, and with an optimizer backward.
+
+    Returns loss and metrics of the whole batch."""
+    divisor = sum(map(task.units, examples))        # 2. of the whole batch, on every process
     sums = dict.fromkeys(task.names, torch.zeros((), device=world.device))
     indices, lengths = list(range(len(examples))), task.lengths(examples)
     mine = text.micro_batches(indices, lengths, args.batch_size, world.rank, world.world)
     for number, micro in enumerate(mine, 1):
-        loss = None                                 # without examples this process still joins the collectives
+        loss = None                                 # a process without examples still calls backward: see zero.py
         if micro:
             new = task.sums([examples[i] for i in micro])
             loss = new["loss"] / divisor
@@ -167,7 +163,10 @@ def run_batch(task: Task, examples: list, args: Namespace, world: World,
 
 def train(model: nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict, args: Namespace,
           world: World) -> dict:
-    """Trains to the end. Returns what summary.json takes: last loss, steps, seconds, tokens_per_second, ..."""
+    """Trains to the end. Returns what summary.json takes: last loss, steps, seconds, tokens_per_second, ...
+
+    marks tell which model, data and seed a checkpoint is of (run.fingerprint). position is where the run is: its step,
+    the examples consumed, the batch size of the current epoch, and the evaluation before the first step."""
     batch = args.batch_size * args.accumulation_steps * world.world
     if args.resume:
         position = restore(optimizer, marks, args, world)
@@ -209,7 +208,7 @@ def train(model: nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict, args
             append(row)
         position |= {"step": step, "consumed": position["consumed"] + len(examples)}
         if position["consumed"] % len(task.examples) == 0:
-            position["batch"] = batch       # the next epoch is shuffled for this one
+            position["batch"] = batch       # the next epoch is shuffled for this run's batch size
         if args.save_interval and (step % args.save_interval == 0 or step == args.max_steps):
             meta = position | {"marks": marks, "strategy": optimizer.strategy}
             run.save_checkpoint(args.save_path, world, meta, optimizer.state_dict())
@@ -231,7 +230,7 @@ def restore(optimizer: zero.ZeRO2, marks: dict, args: Namespace, world: World) -
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, args: Namespace, world: World) -> dict:
     """Returns eval_loss and the stage's own metrics over the held-out examples; all are None without any."""
-    if not task.held:
+    if not task.held:   # figures of zeros tell the names
         return dict.fromkeys(["eval_loss", *task.figures(dict.fromkeys(task.names, 0.0))])
     model.eval()
     figures = run_batch(task, task.held, args, world)
@@ -249,7 +248,7 @@ def describe(row: dict, figures: dict) -> str:
 def say_plan(model: nn.Module, task: Task, batch: int, total: int, args: Namespace, world: World) -> int:
     """Prints what the run will do and need. Returns the planned peak of memory above start-up, in bytes."""
     lengths, rows = task.lengths(task.examples), [task.rows(example) for example in task.examples]
-    epoch = text.global_batches(lengths, batch, args.seed, 0)
+    epoch = text.global_batches(lengths, batch, args.seed, 0)                       # of all processes
     micro_batches = [text.micro_batches(indices, lengths, args.batch_size, 0, 1) for indices in epoch]
     padding = 100 * text.padding_share(rows, micro_batches)
     trainable, everything = lora.trainable_report(model)
@@ -291,7 +290,9 @@ def open_tokenizer(args: Namespace, directory: Path | None, world: World) -> Tok
 
 
 def open_llama(directory: Path, dtype: torch.dtype | None, world: World, head: bool = True) -> Llama:
-    """Opens --pretrain to train it. dtype None keeps the file's: all weights are trained, from fp32 masters."""
+    """Opens --pretrain to train it: an adapter is merged into its base.
+
+    dtype None keeps the file's dtype. It is for training all weights, whose fp32 masters are made from the file's."""
     base = lora.base_path(directory) if lora.is_adapter(directory) else directory
     if weights.quantization(base) is not None:
         if dtype is None and base == directory:
@@ -304,16 +305,17 @@ def open_llama(directory: Path, dtype: torch.dtype | None, world: World, head: b
 
 
 def add_adapters(model: nn.Module, args: Namespace) -> None:
-    """Freezes the model and puts adapters on it, the same on every process."""
+    """Freezes the model and puts adapters on it, with the same numbers on every process."""
     generator = torch.Generator(model.device).manual_seed(args.seed)
     lora.attach(model, args.lora_rank, args.lora_alpha, args.lora_dropout, dtype=torch.float32, generator=generator)
 
 
 def set_up(model: Llama, args: Namespace) -> None:
+    """Applies --grad_checkpoint and --compile."""
     model.grad_checkpoint = args.grad_checkpoint
     if args.compile:
         for layer in model.layers:
-            layer.compile()     # with dynamic shapes from the second length on
+            layer.compile()     # from the second batch length on, with dynamic shapes
 
 
 def make_optimizer(model: nn.Module, args: Namespace, dtype: torch.dtype) -> zero.ZeRO2:
@@ -322,9 +324,9 @@ def make_optimizer(model: nn.Module, args: Namespace, dtype: torch.dtype) -> zer
 
 
 def base_for_adapter(model: Llama, args: Namespace, tokenizer: Tokenizer, world: World) -> str:
-    """Returns what a new adapter will name as its base: --pretrain, or for an adapter the merged model.
+    """Returns what a new adapter will name as its base: --pretrain, or "base" if --pretrain is an adapter itself.
 
-    That one is written to SAVE_PATH/base."""
+    Then the merged model is written to SAVE_PATH/base."""
     if not lora.is_adapter(args.pretrain):
         return str(args.pretrain.resolve())
     if world.rank == 0:
@@ -335,7 +337,7 @@ def base_for_adapter(model: Llama, args: Namespace, tokenizer: Tokenizer, world:
 
 def save_model(model: nn.Module, optimizer: zero.ZeRO2, args: Namespace, tokenizer: Tokenizer,
                base: str | None, world: World, extra: dict | None = None) -> None:
-    """Writes the model, or with a base its adapter, and removes what an earlier run of the other kind left there."""
+    """Writes the model, or with a base its adapter. Removes an adapter, or a model, that an earlier run left there."""
     adapter = base is not None
     with optimizer.masters():
         if world.rank == 0 and adapter:
@@ -352,6 +354,16 @@ def save_model(model: nn.Module, optimizer: zero.ZeRO2, args: Namespace, tokeniz
 
 # ---- stage 1: files, flags, main ------------------------------------------------------------------------------------
 
+# The defaults for the demo world; real weights get FINETUNE.
+DEMO = {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "lr": 2e-3, "batch_size": 16, "accumulation_steps": 1,
+        "max_epochs": 2, "max_len": 160, "weight_decay": 0.1}
+# Coati: lr 5e-6, 3 epochs. 2e-5 and no decay are Alpaca's for full fine-tuning.
+FINETUNE = {"lr": 2e-5, "batch_size": 4, "accumulation_steps": 8, "max_epochs": 3, "weight_decay": 0.0}
+# The demo's task is mostly to copy words of the instruction. Tied embeddings learn that from one table.
+DEMO_MODEL = LlamaConfig(dim=192, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=512, vocab_size=1280,
+                         max_seq_len=256, tie_embeddings=True)
+
+
 def add_loop_flags(parser: run.Parser, examples: str, held: int) -> None:
     """The flags of the training loop of stages 1 and 2."""
     flag = parser.add_argument
@@ -366,6 +378,7 @@ def add_loop_flags(parser: run.Parser, examples: str, held: int) -> None:
 
 
 def parse(argv: list[str] | None) -> Namespace:
+    """Returns the flags of stage 1. Those that depend on the input are None until run.resolve fills them in."""
     parser = run.training_parser("Stage 1: supervised fine-tuning. Without flags, the demo: a small LLaMA from "
                                  "scratch on data/demo.", "out/sft")
     parser.add_argument("--dataset", type=Path, nargs="+",
@@ -385,10 +398,10 @@ def parse(argv: list[str] | None) -> Namespace:
 def open_model(args: Namespace, tokenizer: Tokenizer, world: World) -> tuple[Llama, str | None]:
     """Opens --pretrain or makes the demo's model. Returns it, and the base that an adapter on it will name."""
     if args.pretrain is None:
-        # Made on the CPU whatever the device, so that it starts the same everywhere.
+        # The weights are drawn on the CPU, so that they are the same on every device.
         model = Llama(DEMO_MODEL, generator=torch.Generator().manual_seed(args.seed))
         return model.to(world.device), None
-    # With adapters the model is frozen and only computed with, so the compute dtype is enough.
+    # With adapters the model itself is frozen, so the compute dtype is enough.
     dtype = run.choose_dtype(args.dtype, world.device) if args.lora_rank else None
     model = open_llama(args.pretrain, dtype, world)
     text.check_tokenizer(tokenizer, model.config.vocab_size)
@@ -400,6 +413,7 @@ def open_model(args: Namespace, tokenizer: Tokenizer, world: World) -> tuple[Lla
 
 
 def resolve_max_len(args: Namespace, config: LlamaConfig) -> None:
+    """Fills in --max_len, which may not be beyond the model's context."""
     run.resolve(args, {"max_len": min(512, config.max_seq_len)})
     if args.max_len > config.max_seq_len:
         raise ValueError(f"--max_len {args.max_len} is beyond the model's context of {config.max_seq_len} tokens")
