@@ -12,13 +12,16 @@ Ouyang et al. 2022 (arXiv 2203.02155), section 3.5, second step; Stiennon et al.
     p p p p  b b b EOS  .   .   .           r(B) ----+--> -log sigmoid(r(A) - r(B)),  A was preferred
                         padding, on the right: causal attention never looks there
 
+    loss of one prompt with K responses = mean over its pairs of -log sigmoid(r(better) - r(worse))
+
 1. All responses to a prompt are scored in one batch, each at its own last token (found by length, never by comparing
    ids).
-2. A ranking of K responses is all K(K-1)/2 pairs, weighted 1 / that number: pairs of one prompt are not independent.
-3. log_sig is -log sigmoid(d), log_exp is log(1 + exp(-d)), Coati's two names for the same function; both are computed
-   in the form that does not overflow.
-4. The head starts with standard deviation 1/sqrt(dim + 1) (Coati: 1/(dim + 1), which gives scores too alike to learn
-   from).
+2. A ranking of K responses gives K(K-1)/2 pairs. The weight of each is 1 / that number, so every prompt counts the
+   same: pairs of one prompt are not independent.
+3. With d = r(better) - r(worse), log_sig is -log sigmoid(d) and log_exp is log(1 + exp(-d)). They are Coati's two names
+   for one function; both are computed in a form that does not overflow.
+4. The head starts with standard deviation 1/sqrt(dim + 1). (Coati: 1/(dim + 1), which gives scores too alike to learn
+   from.)
 5. After training the mean score of the SFT model's own answers is stored as `reward_mean` and subtracted from every
    score, so that PPO starts near zero and a positive reward means "better than before".
 
@@ -42,11 +45,6 @@ from data.run import World
 from data.text import Tokenizer
 from model import Llama
 
-DEMO = {"dataset": [demo.FOLDER / "preferences.jsonl.gz"], "lr": 1e-3, "batch_size": 4, "accumulation_steps": 2,
-        "max_epochs": 1, "max_len": 160, "weight_decay": 0.1}
-# Coati: lr 9e-6, 1 epoch, batch 1. One epoch is InstructGPT's: reward models overfit in the second.
-FINETUNE = {"lr": 9e-6, "batch_size": 4, "accumulation_steps": 8, "max_epochs": 1, "weight_decay": 0.0}
-
 
 # ---- the model ------------------------------------------------------------------------------------------------------
 
@@ -68,7 +66,9 @@ class RewardModel(nn.Module):
         return self.config.extra.get("reward_mean", 0.0)
 
     def values(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns a score after every token, (B, T), in fp32: the critic's view. Padding on the right needs no mask."""
+        """Returns a score after every token, (B, T), in fp32. The critic of ppo.py needs all, a reward the last alone.
+
+        Padding on the right needs no mask."""
         h = self.trunk.hidden(tokens, mask)                                         # (B, T, C)
         scores = F.linear(h.float(), self.score.weight.float()).squeeze(-1)         # (B, T)
         return scores - self.reward_mean                                            # 5.
@@ -102,17 +102,13 @@ class RewardModel(nn.Module):
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the layout of LlamaForSequenceClassification.
-
-        That class scores the last id that differs from pad_token_id, so this is 0, which no text has, and not EOS."""
+        """Writes the layout of transformers' LlamaForSequenceClassification."""
         tensors = {name.removeprefix("trunk."): p for name, p in self.named_parameters()}
-        labels = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-        weights.write_model(directory, vars(self.config), tensors, "LlamaForSequenceClassification",
-                            {"pad_token_id": 0} | labels)
+        weights.write_model(directory, vars(self.config), tensors, "LlamaForSequenceClassification")
 
 
 def at_last(x: Tensor, mask: Tensor) -> Tensor:
-    """Returns the entry of x (B, T) at each row's last True of mask (B, T) -> (B,)."""
+    """Returns the entry (B,) of x (B, T) at each row's last True of mask (B, T)."""
     place = torch.arange(mask.shape[1], device=mask.device)                         # (T,)
     last = torch.where(mask, place, -1).amax(1, keepdim=True)                       # (B, 1)
     return x.gather(1, last).squeeze(1)                                             # (B,)
@@ -136,8 +132,8 @@ LOSSES = {"log_sig": log_sig, "log_exp": log_exp}       # 3.
 def pairs(sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the row of the better response, that of the worse one, and the weight of every pair, (P,) each.
 
-    Rankings of `sizes` responses, best first, have their rows one after the other. sizes [3, 2] gives
-    better 0 0 1 3, worse 1 2 2 4, weight 1/3 1/3 1/3 1."""
+    sizes are the numbers of responses of the rankings. Their rows follow one another, best first in each ranking.
+    sizes [3, 2] gives better 0 0 1 3, worse 1 2 2 4, weight 1/3 1/3 1/3 1."""
     better, worse, weight, start = [], [], [], 0
     for size in sizes:
         for i, j in combinations(range(start, start + size), 2):
@@ -150,19 +146,20 @@ def pairs(sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 def score_rankings(model: RewardModel, rankings: list[list[list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
     """Scores all responses of some rankings in one batch. Returns chosen, rejected, weight of all pairs, each (P,)."""
-    tokens, mask = text.pad([row for ranking in rankings for row in ranking])
+    tokens, mask = text.pad([row for ranking in rankings for row in ranking])       # (B, T)
     scores = at_last(model.values(tokens.to(model.device)), mask.to(model.device))  # (B,) 1.
-    better, worse, weight = (x.to(model.device) for x in pairs(list(map(len, rankings))))
+    better, worse, weight = (x.to(model.device) for x in pairs(list(map(len, rankings))))       # (P,)
     return scores[better], scores[worse], weight
 
 
 def pair_sums(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """Returns what accuracy and mean margin are made of. A tie is not right."""
-    d = chosen - rejected       # (P,)
+    """Returns the sums from which pair_figures makes accuracy and mean margin. A tie is not right."""
+    d = chosen - rejected                                                           # (P,)
     return {"right": (d > 0).sum(), "margin": d.sum(), "pairs": d.new_tensor(len(d))}
 
 
 def pair_figures(sums: dict[str, float]) -> dict[str, float]:
+    """Returns the share of pairs with the better response ahead, and their mean score difference."""
     n = max(sums["pairs"], 1)
     return {"accuracy": sums["right"] / n, "margin": sums["margin"] / n}
 
@@ -171,21 +168,21 @@ def pair_figures(sums: dict[str, float]) -> dict[str, float]:
 
 def sample_answers(model: Llama, prompts: list[dict], tokenizer: Tokenizer, args: Namespace,
                    n: int = 64) -> list[list[int]]:
-    """Returns the SFT model's own answers to the first n prompts that leave room for one, prompt included.
+    """Returns prompt and answer for the first n prompts that leave room for one; the SFT model answers.
 
-    Every process draws the same."""
+    Every process samples the same."""
     template = text.TEMPLATES[args.template]
     encoded = (text.encode_prompt(record["messages"], tokenizer, template) for record in prompts)
     rows = list(islice((row for row in encoded if len(row) < args.max_len), n))
     generator = torch.Generator(model.device).manual_seed(args.seed)
-    room = [args.max_len - len(row) for row in rows]
+    room = [args.max_len - len(row) for row in rows]        # tokens of each answer at most
     answers = model.generate(rows, room, eos_id=tokenizer.eos_id, generator=generator)
     return [row + answer for row, answer in zip(rows, answers)]
 
 
 @torch.no_grad()
 def mean_score(model: RewardModel, rows: list[list[int]]) -> float:
-    """Returns the mean score of some token rows, no mean subtracted."""
+    """Returns the mean score of some token rows before reward_mean is subtracted."""
     model.eval()
     total = 0.0
     for i in range(0, len(rows), 16):
@@ -196,7 +193,14 @@ def mean_score(model: RewardModel, rows: list[list[int]]) -> float:
 
 # ---- files, flags, main ---------------------------------------------------------------------------------------------
 
+DEMO = {"dataset": [demo.FOLDER / "preferences.jsonl.gz"], "lr": 1e-3, "batch_size": 4, "accumulation_steps": 2,
+        "max_epochs": 1, "max_len": 160, "weight_decay": 0.1}
+# Coati: lr 9e-6, 1 epoch, batch 1. One epoch is InstructGPT's: reward models overfit in the second.
+FINETUNE = {"lr": 9e-6, "batch_size": 4, "accumulation_steps": 8, "max_epochs": 1, "weight_decay": 0.0}
+
+
 def parse(argv: list[str] | None) -> Namespace:
+    """Returns the flags of stage 2. Those that depend on the input are None until run.resolve fills them in."""
     parser = run.training_parser("Stage 2: the reward model. Without flags, the demo: reads out/sft, writes out/rm.",
                                  "out/rm")
     parser.add_argument("--dataset", type=Path, nargs="+",
@@ -238,6 +242,7 @@ def main(argv: list[str] | None = None) -> dict:
     is_demo = args.dataset is None and demo.is_demo(args.pretrain)
     run.check_save_path(args.save_path, sft.inputs_of(args))
     tokenizer = sft.open_tokenizer(args, args.pretrain, world)
+    # Coati's command has no --dataset; the demo's preferences stand in.
     run.resolve(args, DEMO if is_demo else {"dataset": DEMO["dataset"]} | FINETUNE)
     dtype = run.choose_dtype(args.dtype, world.device)
     trunk = sft.open_llama(args.pretrain, dtype if args.lora_rank else None, world)
@@ -245,9 +250,9 @@ def main(argv: list[str] | None = None) -> dict:
     sft.resolve_max_len(args, trunk.config)
     rankings, held, found = read_rankings(args, tokenizer, world, is_demo)
     run.say_flags(world, args)
-    answers = sample_answers(trunk, found, tokenizer, args)
+    answers = sample_answers(trunk, found, tokenizer, args)             # 5. while the trunk still has its language head
     base = sft.base_for_adapter(trunk, args, tokenizer, world) if args.lora_rank else None
-    trunk.output = None                                 # the language head is no longer needed
+    trunk.output = None
     model = RewardModel(trunk, torch.Generator(trunk.device).manual_seed(args.seed))
     model.config.extra.pop("reward_mean", None)
     if args.lora_rank:

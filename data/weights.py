@@ -478,6 +478,7 @@ def hf_config(fields: dict, architecture: str) -> dict:
         scaling = {"type": "linear", "rope_type": "linear", "factor": fields["rope_factor"]}
         rope |= {"rope_type": "linear", "factor": fields["rope_factor"]}
     constants = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    # A reward model is read at the last id that differs from pad_token_id. No text has the id 0; EOS would be skipped.
     reward = {"pad_token_id": 0, "num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     return {
         "architectures": [architecture],
