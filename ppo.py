@@ -9,8 +9,9 @@ Schulman et al. 2017, "PPO" (arXiv 1707.06347); Schulman et al. 2016, "GAE" (150
 (1909.08593) for the KL reward; Ouyang et al. 2022 (2203.02155) for ptx; Huang et al. 2024 (2403.17031) for the details
 that decide.
 
-Four models: the actor (policy) starts as the SFT model, ref stays it; the critic starts as the reward model, reward
-stays it. With --lora_rank there are two: ref is the actor with its adapter off, reward the critic with its adapter off.
+Four models: the actor (policy) starts as the SFT model, and ref is the SFT model unchanged; the critic starts as the
+reward model, and reward is the reward model unchanged. With --lora_rank only two are in memory: ref is the actor with
+its adapter off, reward the critic with its adapter off and the first head.
 
 A row is prompt | response | padding, all padding on the right, so no model needs a mask. Prompt of 3, response of 4:
 
@@ -22,8 +23,8 @@ A row is prompt | response | padding, all padding on the right, so no model need
 
 One update, with the papers' letters (x prompt, y response, beta = --kl_coef):
     1. rollout   y ~ pi(. | x) with the KV cache
-    2. scoring   logp, ref_logp, value, score r(x, y); less --eos_penalty where y never ended
-    3. reward_t = -beta * (logp_t - ref_logp_t), and + r at the last token of y
+    2. scoring   logp, ref_logp, value V, score r(x, y), which is --eos_penalty lower where y never ended
+    3. reward_t = -beta * (logp_t - ref_logp_t), plus r at the last token of y
     4. delta_t = reward_t + gamma V_{t+1} - V_t;  adv_t = sum_l (gamma lam)^l delta_{t+l};  ret = adv + V;  adv whitened
     5. for --max_epochs, in minibatches, with rho = pi / pi_old: maximise min(rho adv, clip(rho, 1 - eps, 1 + eps) adv);
        fit V to ret;  ptx: the SFT loss on a batch of --pretrain_dataset is mixed in
@@ -36,11 +37,13 @@ Departures and choices:
     the difference.
  3. --temperature divides the logits in the scores too: the policy that is improved is the one that was sampled from.
  4. Dropout is off throughout: with it, the ratio would be noise.
- 5. gamma = 1: an answer is good or not as a whole. Advantages are whitened over all response tokens of all processes.
+ 5. gamma = 1: the score judges the answer as a whole. Advantages are whitened over the response tokens of all
+    processes.
  6. A response that reached the limit keeps its tokens; no EOS is invented. Its score is read where it stopped, less the
     penalty.
 
-Letters: B rows, T columns, R longest response, N response tokens of a batch, C channels, V vocabulary.
+Letters: B rows, b rows of a micro-batch, T columns, R longest response, N response tokens of a batch, C channels,
+V vocabulary (in the steps above, V is the value).
 """
 
 import argparse
@@ -77,7 +80,7 @@ class Models(NamedTuple):
 
 @contextmanager
 def frozen(models: Models) -> Iterator[None]:
-    """Within it, ref and reward are what they were at the start."""
+    """Inside, ref and reward are what they were at the start: with LoRA, the adapters are off."""
     if models.ref is not models.actor:
         yield
     else:
@@ -106,10 +109,10 @@ class Experience(NamedTuple):
 
 
 def select(e: Experience, rows: Tensor) -> Experience:
-    """Some rows, without the columns that are padding in all of them."""
-    e = Experience(*(x[rows] for x in e if x is not None))
+    """Returns these rows (b,), without the columns of tokens that are padding in all of them."""
+    e = Experience(*(x[rows] for x in e if x is not None))      # fields are filled in order, so the None are the last
     longest = (e.prompt_len + e.mask.sum(1)).max()
-    return e._replace(tokens=e.tokens[:, :longest])
+    return e._replace(tokens=e.tokens[:, :longest])             # (b, T)
 
 
 class Stage(NamedTuple):
@@ -132,7 +135,7 @@ def seeded(*purpose: object, device: torch.device | str = "cpu") -> torch.Genera
 
 
 def rollout(actor: Llama, prompts: list[list[int]], purpose: tuple, stage: Stage, announce: bool = False) -> Experience:
-    """Step 1: answers this process's share of the prompts, --experience_batch_size at a time. purpose seeds them."""
+    """Step 1: answers this process's share of the prompts, --experience_batch_size at a time. purpose: see seeded."""
     args, eos_id = stage.args, stage.tokenizer.eos_id
     rank, world, device, _ = stage.world
     prompts = prompts[rank::world] or prompts[:1]       # fewer prompts than processes: the first is answered again
@@ -155,15 +158,15 @@ def rollout(actor: Llama, prompts: list[list[int]], purpose: tuple, stage: Stage
 # ---- 2. scoring -----------------------------------------------------------------------------------------------------
 
 def response_places(e: Experience) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, place in the response, and column of every response token, (N,) each."""
-    row, place = e.mask.nonzero(as_tuple=True)
+    """Row, place in the response, and column of every response token, (N,) each. Padding costs no logits."""
+    row, place = e.mask.nonzero(as_tuple=True)                                  # (N,), (N,)
     return row, place, e.prompt_len[row] + place
 
 
 def logprobs(model: Llama, e: Experience, temperature: float = 1.0) -> Tensor:
     """Log-probability of every response token under softmax(logits / temperature), (B, R), zero elsewhere."""
     row, place, column = response_places(e)
-    h = model.hidden(e.tokens)[row, column - 1]                                 # (N, C): the column before predicts
+    h = model.hidden(e.tokens)[row, column - 1]                                 # (B, T, C) -> (N, C): see the picture
     logits = model.output(h).float() / temperature                              # (N, V)
     sampled = e.tokens[row, column]                                             # (N,)
     logp = -F.cross_entropy(logits, sampled, reduction="none")                  # (N,)
@@ -173,14 +176,14 @@ def logprobs(model: Llama, e: Experience, temperature: float = 1.0) -> Tensor:
 def critic_values(critic: RewardModel, e: Experience) -> Tensor:
     """Value of the state before each response token, (B, R), zero elsewhere."""
     row, place, column = response_places(e)
-    value = critic.values(e.tokens)[row, column - 1]                            # (N,)
+    value = critic.values(e.tokens)[row, column - 1]                            # (B, T) -> (N,)
     return value.new_zeros(e.mask.shape).index_put((row, place), value)         # (B, R)
 
 
 def reward_scores(reward: RewardModel, e: Experience) -> Tensor:
     """The reward model's score at the last response token, (B,)."""
     last = e.prompt_len + e.mask.sum(1) - 1                                     # (B,)
-    return reward.values(e.tokens).gather(1, last[:, None]).squeeze(1)
+    return reward.values(e.tokens).gather(1, last[:, None]).squeeze(1)          # (B, T) -> (B,)
 
 
 def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -212,16 +215,16 @@ def token_rewards(kl: Tensor, score: Tensor, mask: Tensor, kl_coef: float) -> Te
 def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation: reward, value (B, R), mask (B, R) True at response tokens -> adv, ret (B, R).
 
-    Nothing at a masked place, value or reward, reaches a real one. After the last token comes value 0: the answer is
-    over."""
+    Values and rewards at masked places change nothing at response tokens. After the last token the value is 0: the
+    answer is over."""
     value, reward = torch.where(mask, value, 0.0), torch.where(mask, reward, 0.0)
     adv = torch.zeros_like(value)
     next_adv = next_value = torch.zeros_like(value[:, 0])                       # (B,)
     for t in reversed(range(value.shape[1])):
-        delta = reward[:, t] + gamma * next_value - value[:, t]
+        delta = reward[:, t] + gamma * next_value - value[:, t]                 # (B,)
         next_adv = torch.where(mask[:, t], delta + gamma * lam * next_adv, 0.0)
         next_value = value[:, t]
-        adv[:, t] = next_adv
+        adv[:, t] = next_adv                                                    # adv_t = delta_t + gamma lam adv_{t+1}
     return adv, adv + value
 
 
@@ -230,7 +233,7 @@ def whiten(x: Tensor, mask: Tensor, all_reduce: Callable[[Tensor], Tensor] = lam
 
     With all_reduce (a sum over processes) mean and std are those of all processes. std divides by n, so one token or
     equal tokens give zeros, not NaN."""
-    x = torch.where(mask, x, 0.0)
+    x = torch.where(mask, x, 0.0)                                               # (B, R)
     n, total = all_reduce(torch.stack((mask.sum().to(x.dtype), x.sum())))
     centred = torch.where(mask, x - total / n.clamp(min=1), 0.0)
     variance = all_reduce(centred.square().sum()) / n.clamp(min=1)
@@ -272,34 +275,34 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def policy_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """Clipped surrogate, to be minimised: mean over response tokens of max(-rho adv, -clip(rho) adv).
 
-    rho = pi / pi_old, all (B, R). Returns the loss and the share of tokens where the clipped term was the larger. These
-    tokens and masked ones have gradient 0, and leave the graph before the exponential: where that is infinity or NaN,
-    its backward would multiply it by this 0, which is NaN."""
+    rho = pi / pi_old, all (B, R). Returns the loss and clipfrac, the share of tokens where the clipped term is larger.
+    Clipped and masked tokens have gradient 0. They leave the graph before the exponential: if it overflowed, backward
+    would compute 0 * infinity, which is NaN."""
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     ratio = log_ratio.detach().exp()
     clipped = -adv * ratio.clamp(1 - clip, 1 + clip)
     is_clipped = clipped > -adv * ratio
-    free = -adv * log_ratio.masked_fill(is_clipped, 0.0).exp()
-    worse = torch.where(is_clipped, clipped, free)      # max(-rho adv, -clip(rho) adv)
+    unclipped = -adv * log_ratio.masked_fill(is_clipped, 0.0).exp()
+    worse = torch.where(is_clipped, clipped, unclipped)         # max(-rho adv, -clip(rho) adv)
     return masked_mean(worse, mask), masked_mean(is_clipped.float(), mask)
 
 
 def value_loss(value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """0.5 * mean over response tokens of the worse of (V - ret)^2 and (V kept within `clip` of V_old - ret)^2.
+    """0.5 * mean over response tokens of max((V - ret)^2, (V_clipped - ret)^2), all (B, R).
 
-    All (B, R)."""
+    V_clipped is V, kept within `clip` of V_old."""
     value, old_value, ret = (torch.where(mask, x, 0.0) for x in (value, old_value, ret))
-    near = old_value + (value - old_value).clamp(-clip, clip)
-    worse = torch.maximum((value - ret).square(), (near - ret).square())
+    clipped = old_value + (value - old_value).clamp(-clip, clip)
+    worse = torch.maximum((value - ret).square(), (clipped - ret).square())
     return 0.5 * masked_mean(worse, mask)
 
 
 def micro_batches(e: Experience, minibatch: Tensor, size: int) -> Iterator[tuple[Experience, float, bool]]:
-    """Cuts a minibatch into parts of `size` rows: the rows, their share of the tokens, and whether they are the last.
+    """Cuts a minibatch into parts of `size` rows. Yields the part, its share of the tokens, and whether it is the last.
 
     A loss is a mean over the tokens of a part. Times the share, and summed over parts and processes, it is the mean
     over the tokens of all processes. Every process has equally many rows, so equally many parts."""
-    tokens = run.all_reduce(e.mask[minibatch].sum())
+    tokens = run.all_reduce(e.mask[minibatch].sum())            # of all processes
     parts = minibatch.split(size)
     for rows in parts:
         share = e.mask[rows].sum() / tokens
@@ -308,9 +311,10 @@ def micro_batches(e: Experience, minibatch: Tensor, size: int) -> Iterator[tuple
 
 def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[list], schedule: float, step: int,
            stage: Stage) -> dict[str, float]:
-    """Steps 4 (whitening) and 5 on the experience of update `step`, at `schedule` times each learning rate.
+    """Steps 4 (whitening) and 5 on the experience of update `step`.
 
-    ptx: a stream of batches of examples. Returns means over the minibatches, by their names in metrics.jsonl."""
+    ptx: a stream of batches of examples. schedule: the share of each peak learning rate. Returns means over the
+    minibatches, by their names in metrics.jsonl."""
     args, logged = stage.args, []
     adv = whiten(e.adv, e.mask, run.all_reduce)                                     # 4. advantages
     e = e._replace(adv=adv)
@@ -320,18 +324,18 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
         for minibatch in order.split(args.train_batch_size * args.accumulation_steps):
             sums = {"loss/ptx_avg": e.adv.new_zeros(())}
             for old, share, last in micro_batches(e, minibatch, args.train_batch_size):
-                logp = logprobs(models.actor, old, args.temperature)                # (B, R)
-                policy, clipfrac = policy_loss(logp, old.logp, old.adv, old.mask, args.clip)
-                optimizers.actor.backward((1 - args.ptx_coef) * share * policy, last=last and not args.ptx_coef)
-                value = critic_values(models.critic, old)                           # (B, R)
-                squares = value_loss(value, old.value, old.ret, old.mask, args.value_clip)
-                optimizers.critic.backward(args.vf_coef * share * squares, last=last)
+                logp = logprobs(models.actor, old, args.temperature)                # (b, R)
+                pg_loss, clipfrac = policy_loss(logp, old.logp, old.adv, old.mask, args.clip)
+                optimizers.actor.backward((1 - args.ptx_coef) * share * pg_loss, last=last and not args.ptx_coef)
+                value = critic_values(models.critic, old)                           # (b, R)
+                vf_loss = value_loss(value, old.value, old.ret, old.mask, args.value_clip)
+                optimizers.critic.backward(args.vf_coef * share * vf_loss, last=last)
                 logp = logp.detach()
                 if step == 1 and not logged:
                     check_ratio((logp - old.logp)[old.mask].abs(), stage)
                 figures = {
-                    "loss/policy_avg": policy.detach(),
-                    "loss/value_avg": squares.detach(),
+                    "loss/policy_avg": pg_loss.detach(),
+                    "loss/value_avg": vf_loss.detach(),
                     "policy/clipfrac_avg": clipfrac,
                     "policy/approxkl_avg": masked_mean(kl_k3(old.logp, logp), old.mask),
                     "val/ratio": masked_mean((logp - old.logp).exp(), old.mask),
@@ -354,7 +358,9 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
 
 
 def check_ratio(change: Tensor, stage: Stage) -> None:
-    """Before the first update the ratio is exp(0) = 1. change (N,): |logp - old_logp|, not 0 in coarse dtypes."""
+    """Departure 2: before the first update the ratio is exp(0) = 1. Raises FloatingPointError if it is not.
+
+    change (N,) is |logp - old_logp|. In coarse dtypes it is not exactly 0, so a large one only warns."""
     if stage.dtype == torch.float32 and change.max() > 1e-4:
         raise FloatingPointError("the ratio is not 1 before the first update: log-probabilities differ by "
                                  f"{change.max():.2e}; scoring and update compute different things")
@@ -393,9 +399,10 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
           stage: Stage) -> dict:
     """The updates after meta["step"]. meta: what a checkpoint holds beside weights. Returns figures of the summary."""
     args, world, first = stage.args, stage.world, meta["step"]
-    rollout_size = args.experience_batch_size * world.world     # over all processes, as the other sizes
-    size = args.update_timesteps * rollout_size
-    ptx_size = args.ptx_batch_size * world.world
+    # Sizes are over all processes.
+    rollout_size = args.experience_batch_size * world.world     # prompts of a rollout
+    size = args.update_timesteps * rollout_size                 # prompts of an update
+    ptx_size = args.ptx_batch_size * world.world                # ptx examples of a minibatch
     asked = batches(prompts, [0] * len(prompts), size, args.seed, meta["prompts_seen"])     # not sorted by length
     ptx = batches(examples, [len(ids) for ids, _ in examples], ptx_size, args.seed, meta["ptx_seen"])
     append = run.open_metrics(args.save_path, world, first)
@@ -467,7 +474,7 @@ def evaluate(models: Models, prompts: list[list[int]], when: str, stage: Stage) 
 
 # ---- what is printed and logged -------------------------------------------------------------------------------------
 
-KL_WARNING = 30.0   # nats an answer; beyond it, samples are text that the reward model has never seen
+KL_WARNING = 30.0   # nats an answer; answers this far from the SFT model are text that the reward model never saw
 
 
 def split(e: Experience) -> list[tuple[list[int], list[int]]]:
@@ -493,7 +500,7 @@ def objective(e: Experience, stage: Stage) -> dict[str, float]:
         "response_length": e.mask,
         "distinct_answers": e.score.new_tensor(distinct),
     }
-    if stage.is_demo:   # Nothing learns from it. The reward parts from it in the end (Gao et al. 2022, 2210.10760).
+    if stage.is_demo:   # only logged: the reward parts from the gold score in the end (Gao et al. 2022, 2210.10760)
         gold = [demo.gold(decode(x), decode(y), ended) for (x, y), ended in zip(ids, e.ended.tolist())]
         sums["objective/gold"] = e.score.new_tensor(gold)
     totals = run.reduce_sums({name: x.sum() for name, x in sums.items()})
@@ -576,8 +583,7 @@ def print_table(args: argparse.Namespace, summary: dict, world: run.World) -> No
 # ---- models and data ------------------------------------------------------------------------------------------------
 
 def frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy that is only computed with. Parameters alone are cast: rotary tables in bf16 could not tell far positions
-    apart."""
+    """A copy that is not trained. Parameters alone are cast: bf16 rotary tables could not tell far positions apart."""
     model = copy.deepcopy(model).requires_grad_(False)
     for p in model.parameters():
         p.data = p.data.to(dtype)
@@ -614,6 +620,7 @@ def open_models(args: argparse.Namespace, tokenizer: text.Tokenizer, world: run.
 
 
 def check_lengths(args: argparse.Namespace, models: Models) -> None:
+    """Raises ValueError if an answer does not fit into --max_seq_len, or that not into the models' context."""
     context = min(models.actor.config.max_seq_len, models.critic.config.max_seq_len)
     if args.max_seq_len > context:
         raise ValueError(f"--max_seq_len {args.max_seq_len} is beyond the models' context of {context} tokens")
@@ -637,7 +644,9 @@ def encode_prompts(found: list[dict], stage: Stage) -> list[list[int]]:
 
 
 def read_ptx(stage: Stage) -> list:
-    """The examples of --pretrain_dataset as stage 1 encodes them. Where ptx is off there are none: no file is read."""
+    """The examples of --pretrain_dataset as stage 1 encodes them. Without that flag, --ptx_coef becomes 0.
+
+    With --ptx_coef 0 there are none, and no file is read."""
     args = stage.args
     if args.pretrain_dataset is None or args.ptx_coef == 0:
         args.ptx_coef = 0.0
@@ -679,7 +688,7 @@ FLAGS = (
     ("vf_coef",                number(),               1.0,   1.0,   "of the critic's loss; only --clip_grad feels it"),
     ("ptx_coef",               number(0, 1),           0.9,   0.02,  "ptx_coef * ptx + (1 - ptx_coef) * policy"),
 )
-# Coati has the usual values too, but for both learning rates 7e-6.
+# "usual" are Coati's values, except for the learning rates, which are 7e-6 there.
 FINETUNE = {name: usual for name, _, usual, _, _ in FLAGS} | {
     "lr": 5e-6,
     "accumulation_steps": 1,
@@ -693,6 +702,7 @@ DEMO = FINETUNE | {name: value for name, _, _, value, _ in FLAGS} | {
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Returns the flags of stage 3. Those that depend on the input are None until run.resolve fills them in."""
     parser = run.training_parser("Stage 3: PPO and PPO-ptx. Without flags, the demo: reads out/sft and out/rm, writes "
                                  "out/ppo.", "out/ppo")
     parser.add_argument("--rm_path", type=Path, help="the reward model that rm.py wrote")
