@@ -1,8 +1,11 @@
 """LoRA in one file: train two thin matrices beside a frozen one, switch them off, merge them, store them as PEFT does.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). A fine-tuned matrix is W + dW,
-and dW turns out to need little rank, so it is trained and stored as a product B A. Sizes in this file are those of
-W (6, 8) and r = 2:
+and dW turns out to need little rank, so it is trained and stored as a product of two thin matrices:
+
+    y = W x + alpha / r * B A x
+
+The shapes beside the code of this file are those of W (6, 8) and r = 2:
 
     x (..., 8) ---+------------------+
                   |                  |
@@ -23,10 +26,12 @@ Where this differs from the paper:
 1. All seven matrices of a block are adapted. The paper's experiments adapt wq and wv; Dettmers et al. 2023 found that
    it takes all of them to match full fine-tuning.
 2. A is uniform in +-1/sqrt(in), not Gaussian: what the authors' code does, and PEFT.
-3. Merging is a function that one calls, not a side effect of eval() as in the authors' code: PPO alternates train and
-   eval at every step, and in bf16 W + BA - BA is not W. The original is kept, and unmerge puts it back to the bit.
-4. alpha is 2 r unless given. (The paper fixes alpha at the first r tried and leaves it.)
-Read besides: rsLoRA's scaling alpha / sqrt(r) (Kalajdzievski 2023). Refused: DoRA, trained biases, embeddings in full.
+3. Merging is a function that one calls, not a side effect of eval() as in the authors' code: in bf16 W + BA - BA is not
+   W, and a loop that alternates train and eval would change W each time. merge keeps the original, and unmerge puts it
+   back to the bit.
+4. alpha is 2 r unless given. (The paper sets alpha to the first r that was tried and does not tune it.)
+Adapters with rsLoRA's scaling alpha / sqrt(r) (Kalajdzievski 2023) are read too. DoRA, trained biases and embeddings in
+full are refused.
 """
 
 import math
@@ -53,9 +58,9 @@ LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 class LoRALinear(nn.Module):
     """y = base(x) + alpha / r * B A dropout(x), for x (..., in) and y (..., out).
 
-    base is a linear, plain or quantized; only merging looks at its weight. A (r, in) and B (out, r) have `dtype`, or
-    that of base's weight. The product runs in x's dtype, so fp32 masters may sit on a bf16 base. A is drawn in fp32
-    from `generator`: the same numbers on every process, device and dtype.
+    base is a linear, plain or quantized; only merging reads its weight. A (r, in) and B (out, r) have `dtype`, or that
+    of base's weight. The product is computed in x's dtype, so A and B may be fp32 masters on a bf16 base. A is drawn in
+    fp32 from `generator`, so it is the same on every process and in every dtype.
     """
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, dtype: torch.dtype | None = None,
@@ -70,12 +75,12 @@ class LoRALinear(nn.Module):
         if dtype is None:
             dtype = base.weight.dtype if is_plain(base) else torch.float32
         device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
-        A = torch.empty(rank, self.in_features, device=generator.device if generator else "cpu")
+        A = torch.empty(rank, self.in_features, device=generator.device if generator else "cpu")    # (2, 8)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # a = sqrt(5): uniform in +-1/sqrt(in)
         B = torch.zeros(self.out_features, rank, device=device, dtype=dtype)
         self.lora_A = nn.Parameter(A.to(device, dtype))                                         # (2, 8)
         self.lora_B = nn.Parameter(B)                                                           # (6, 2)
-        self.train(base.training)  # a new module trains: in a model in eval mode its dropout would run
+        self.train(base.training)  # a new module is in train mode: in a model in eval mode its dropout would be on
 
     @property
     def merged(self) -> bool:
@@ -105,7 +110,7 @@ def add_product(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Tells whether the weight of a linear is floats. A quantized linear has integers there, or no weight."""
+    """Tells whether a linear has a weight of floats. A quantized one has a weight of integers, or none."""
     weight = getattr(linear, "weight", None)
     return weight is not None and weight.is_floating_point()
 
@@ -145,7 +150,7 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base; afterwards every adapter is as it was, also after an exception and when nested.
 
-    Raises ValueError without adapters (the "reference" would be the policy itself, its KL always 0) and while merged.
+    Raises ValueError while merged, and without adapters: the reference model would be the policy, and the KL always 0.
     """
     layers = required(model)
     if any(layer.merged for layer in layers):
@@ -162,9 +167,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module) -> None:
-    """Puts W + alpha / r * B A in the place of every W, so that adapters cost no time; a second call does nothing.
+    """Replaces every W by W + alpha / r * B A, so that adapters cost no time; a second call does nothing.
 
-    The originals stay in memory for unmerge. Training A and B has no effect while merged. ValueError without adapters.
+    The originals stay in memory for unmerge. While merged, A and B have no gradient. ValueError without adapters.
     """
     for layer in required(model):
         if not layer.merged:
@@ -191,7 +196,7 @@ def fold(model: nn.Module) -> None:
         trunk.quantized = None
         dtype = next(trunk.parameters()).dtype
         for name, module in list(model.named_modules()):
-            if hasattr(module, "plain"):
+            if hasattr(module, "plain"):  # a quantized linear; plain() is an nn.Linear with its weights
                 replace(model, name, module.plain(dtype))
     for name, layer in adapters(model).items():
         layer.base.weight.data = layer.merged_weight()
@@ -217,10 +222,12 @@ def required(model: nn.Module) -> list[LoRALinear]:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the linear layers by name: plain, quantized or adapted."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
 
 
 def last(name: str) -> str:
+    """Returns the last part of a module's name: layers.0.attention.wq -> wq."""
     return name.rpartition(".")[2]
 
 
@@ -252,12 +259,12 @@ PREFIX = "base_model.model."  # of every tensor in PEFT's files
 
 
 def peft_name(name: str) -> str:
-    """Returns PEFT's name of a module, without the prefix. A reward model's trunk has the names of a causal model."""
+    """Returns PEFT's name of a module, without the prefix. In a reward model it is that of the causal model."""
     return weights.hf_name(name.removeprefix("trunk."))
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns A and B of each adapted matrix, and a reward model's head in full, under PEFT's names; no copies."""
+    """Returns A and B of each adapted matrix, and a reward model's head, under PEFT's names; they are not copied."""
     state = {}
     for name, layer in adapters(model).items():
         for half in ("lora_A", "lora_B"):
@@ -275,9 +282,9 @@ def save_adapter(model: nn.Module, path: str | Path, base: str, extra: dict | No
     """
     required(model)
     layers = {peft_name(name): layer for name, layer in adapters(model).items()}
-    # One rank and alpha stand for all, but where an adapter read from a file has its own.
+    # "r" and "lora_alpha" are the first layer's. A layer with others (read from a file) is listed in a pattern.
     first = next(iter(layers.values()))
-    # q_proj stands for every q_proj of the model; where one has no adapter, the others are listed in full.
+    # q_proj means every q_proj of the model. If one of them has no adapter, all adapted layers are listed by full name.
     bare = {last(name) for name, module in linears(model).items() if not isinstance(module, LoRALinear)}
     partly = bare & {last(name) for name in adapters(model)}
     reward = hasattr(model, "score")
@@ -302,7 +309,7 @@ def save_adapter(model: nn.Module, path: str | Path, base: str, extra: dict | No
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
     write = partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"})
     weights.write_file(Path(path) / WEIGHTS, write)
-    # The config last: a folder that has one is an adapter.
+    # The config is written last, since a folder that has one counts as an adapter.
     weights.write_json(Path(path) / CONFIG, config | (extra or {}))
 
 
@@ -310,8 +317,9 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-# What adapter_config.json may hold where it is not null. What asks for more than a plain B A is refused by name: it
-# changes what the layer computes, what the file holds, or the base, from which B A was taken out first.
+# CHECKS: what the keys of adapter_config.json may hold, unless they are null. A key of LEFT_OUT asks for more than a
+# plain B A: it changes what the layer computes, or what the file holds. An init_lora_weights of ALTERS_BASE changes the
+# base too, from which it takes the first B A out.
 PLAIN = ", lora.py adds a plain B A: merge the adapter with PEFT's merge_and_unload and use the merged model"
 ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 LEFT_OUT = (
@@ -357,7 +365,7 @@ CHECKS = {
 
 
 def read_adapter_config(path: str | Path) -> dict:
-    """adapter_config.json without its nulls. Raises ValueError where it asks for what we do not compute."""
+    """Returns adapter_config.json without its nulls. Raises ValueError where it asks for what we do not compute."""
     file = Path(path) / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no {CONFIG}: name the folder of a LoRA adapter")
@@ -404,7 +412,7 @@ def read_adapter(path: str | Path) -> dict[str, Tensor]:
 def targeted(targets: str | list[str], name: str) -> bool:
     """Tells whether PEFT's target_modules mean the module of this Hugging Face name."""
     if name == "score":
-        return False  # modules_to_save has it
+        return False  # modules_to_save names it
     if targets == "all-linear":
         return name != "lm_head"
     if isinstance(targets, str):
@@ -444,7 +452,7 @@ def load_adapter(model: nn.Module, path: str | Path, dtype: torch.dtype | None =
         raise ValueError(f"{path} targets no matrix of this model: correct target_modules in {CONFIG}")
     if dtype is None:
         dtype = next(tensor.dtype for name, tensor in tensors.items() if "lora_A" in name)
-    # Its own generator: what it draws is overwritten at once, and the caller's random numbers stay what they were.
+    # A is drawn here and overwritten below. A generator of its own leaves the caller's random state as it was.
     install(model, plan, config.get("lora_dropout", 0.0), dtype, torch.Generator())
     for name, parameter in adapter_state(model).items():
         parameter.copy_(tensors[name.removeprefix(PREFIX)])
@@ -454,7 +462,7 @@ def load_adapter(model: nn.Module, path: str | Path, dtype: torch.dtype | None =
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def sum_of(W: weights.Stored, A: Tensor, B: Tensor, scaling: float) -> weights.Stored:
-    """Returns W + scaling * B A in fp32, which is computed when it is written, and rounded then."""
+    """Returns W + scaling * B A as a Stored, so that write_model computes it in fp32 when it writes it."""
     return W._replace(dtype=torch.float32, read=lambda: add_product(W.read(), A, B, scaling))
 
 
@@ -477,7 +485,7 @@ def main(argv: list[str] | None = None) -> dict:
     reward = config.get("task_type") == "SEQ_CLS"
     fields = weights.read_config(base)
     tensors = weights.read_tensors(base, fields)
-    with torch.device("meta"):  # a model without memory: do base and adapter fit, and what is called what?
+    with torch.device("meta"):  # a model without memory: it checks that base and adapter fit, and gives the names
         model = Llama(LlamaConfig(**fields), head=not reward)
     weights.check_tensors(model, tensors, base, ignore=("output.weight", "score.weight") if reward else ())
     written = {name: tensors[name] for name, _ in model.named_parameters()}
@@ -494,7 +502,8 @@ def main(argv: list[str] | None = None) -> dict:
     weights.write_model(args.out, fields, written,
                         "LlamaForSequenceClassification" if reward else "LlamaForCausalLM")
     for name in ("tokenizer.model", "tokenizer_config.json"):
-        # The last one wins: the adapter's names the template it was trained with; Meta's stands beside the folder 7B.
+        # The last folder that has the file wins. The adapter's config names the template it was trained with. Meta's
+        # tokenizer lies beside the folder 7B.
         for folder in (base.parent, base, args.adapter):
             if (folder / name).is_file():
                 weights.write_file(args.out / name, (folder / name).read_bytes())
