@@ -17,7 +17,7 @@ A run leaves in SAVE_PATH
     resume/step-N     the newest checkpoint: meta.json, and of each process rank-R.pt with its part of the optimizer
     summary.json      final figures and every flag
 
-and ends with exit code 0, with 2 for bad input, with 1 when it broke, or with 130 after Ctrl-C.
+and ends with exit code 0, with 2 after bad input, with 1 after a failure, or with 130 after Ctrl-C.
 """
 
 import argparse
@@ -63,11 +63,11 @@ class World(NamedTuple):
     rank: int               # of this process, 0 .. world - 1
     world: int              # number of processes
     device: torch.device
-    idle: int = 0           # bytes that this process had taken before it loaded anything
+    idle: int = 0           # peak memory in bytes before this process loaded anything
 
 
 def start(device: str = "auto", strategy: str = "ddp") -> World:
-    """Joins the processes that a launcher started; without a launcher this process is the whole world."""
+    """Joins the processes that a launcher started; without a launcher this process is the only one."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if strategy == "naive" and world > 1:
         raise ValueError(f"--strategy naive is for one process and {world} were started: they would train {world} "
@@ -77,14 +77,15 @@ def start(device: str = "auto", strategy: str = "ddp") -> World:
     chosen = choose_device(device)
     keep_freed_memory()
     if world > 1 and not dist.is_initialized():
-        # The longest that a process waits for the others. While process 0 writes a model they wait in a barrier, which
-        # takes minutes for a large one; without a limit they would wait for ever where one hangs.
+        # How long a process waits for the others. While process 0 writes a large model, they wait in a barrier for
+        # minutes. Without a limit they would wait for ever for a process that hangs.
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         signal.signal(signal.SIGTERM, told_to_stop)
     return World(rank, world, chosen, peak_memory_bytes(chosen))
 
 
 def stop() -> None:
+    """Leaves the group of processes, when all have come to the end."""
     if dist.is_initialized():
         dist.barrier()      # after it no process uses the group any more
         dist.destroy_process_group()
@@ -118,8 +119,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def keep_freed_memory() -> None:
     """Lets glibc keep the memory that a step frees for the next step.
 
-    By default it returns large blocks to the system, which then zeroes their pages anew in every step. The numbers are
-    those of malloc.h. A single arena, because other arenas hold no block above 64 MB."""
+    By default glibc returns large blocks to the system, which then zeroes their pages anew in every step. The first
+    arguments are the constants of malloc.h. One arena only, because other arenas hold no block above 64 MB."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:                 # musl has none
         mallopt(-4, 0)                      # M_MMAP_MAX: no block has a mapping of its own
@@ -136,7 +137,7 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def reduce_sums(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Returns named sums (one number each), added up over all processes."""
+    """Adds up named numbers over all processes. Takes tensors (), returns floats."""
     return dict(zip(sums, all_reduce(torch.stack(list(sums.values()))).tolist()))
 
 
@@ -154,7 +155,7 @@ def broadcast_object(x):
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The high-water mark of this process: allocated memory on a GPU, resident memory elsewhere."""
+    """The peak memory of this process so far: allocated memory on a GPU, resident memory elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -166,16 +167,18 @@ def peak_memory_bytes(device: torch.device) -> int:
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 class WrongFlag(ValueError):
-    """A command line that cannot be: every process has the same one."""
+    """A command line that is refused. Every process has the same one, so process 0 alone prints the sentence."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the default of each flag that has one."""
+
     def _get_help_string(self, action: argparse.Action) -> str:
         return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for all scripts: a wrong flag is one sentence without the usage, and --help gives defaults."""
+    """argparse for all scripts: a wrong flag gives one sentence without the usage text, and --help gives defaults."""
 
     def __init__(self, description: str, **more):
         super().__init__(description=description, formatter_class=Help, **more)
@@ -198,12 +201,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def shown(value) -> str:
+    """Returns a flag's value as it is typed."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def number(at_least: float = 0, at_most: float | None = None, above: bool = False, read: Callable = float,
            kind: str = "finite number") -> Callable[[str], float]:
-    """The type of a flag that takes numbers within bounds; `above` leaves at_least itself out."""
+    """The type of a flag that takes numbers from at_least to at_most; with `above` at_least itself is not allowed."""
     bounds = f"above {at_least}" if above else f"at least {at_least}"
     if at_most is not None:
         bounds += f" and at most {at_most}"
@@ -222,11 +226,12 @@ def number(at_least: float = 0, at_most: float | None = None, above: bool = Fals
 
 
 def whole(at_least: int, at_most: int | None = None) -> Callable[[str], int]:
+    """The same for whole numbers."""
     return number(at_least, at_most, read=int, kind="whole number")
 
 
 def training_parser(description: str, save_path: str) -> Parser:
-    """The flags that sft.py, rm.py and ppo.py share. `resolve` fills in the defaults of None."""
+    """The flags that sft.py, rm.py and ppo.py share. A flag without a default is None until `resolve` fills it in."""
     parser = Parser(description)
     flag = parser.add_argument
     # input and output
@@ -305,7 +310,7 @@ def check_save_path(save_path: Path, inputs: list[Path]) -> None:
 def command(main: Callable[[list[str] | None], object], argv: list[str] | None = None) -> None:
     """A script's entry. Bad input ends with one sentence and exit code 2, a broken run with one sentence and 1.
 
-    `python -X dev` shows the traceback instead. Errors that are none of these are ours, and always show it."""
+    `python -X dev` shows the traceback instead. Any other error is a fault of the code and shows it always."""
     name, rank = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0))
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")        # a terminal that knows no Chinese must not end the run
@@ -322,7 +327,7 @@ def command(main: Callable[[list[str] | None], object], argv: list[str] | None =
         lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in text
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not lost:
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # this sentence is enough
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's SIGTERM would add told_to_stop's sentence
         if lost:
             reason = text.partition(". ")[0]
             text = f"process {rank} stops: it lost the connection to another one, which has failed ({reason})"
@@ -333,7 +338,7 @@ def command(main: Callable[[list[str] | None], object], argv: list[str] | None =
 
 
 def sentence(error: Exception) -> str:
-    """Returns an error in words. Those of the system begin with a number: "[Errno 13] Permission denied: 'x'"."""
+    """Returns an error in words, without the number of a system error: "[Errno 13] Permission denied: 'x'"."""
     if not (isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno")):
         return str(error)
     reason = error.strerror.lower()
@@ -341,7 +346,9 @@ def sentence(error: Exception) -> str:
 
 
 def said_already(text: str) -> bool:
-    """Notes that this process says a sentence. Returns whether another one has said it: all may meet the same error."""
+    """Records that this process prints a sentence. Returns whether another one has printed it before.
+
+    All processes may meet the same error; the sentence is counted in the store that they share."""
     with suppress(RuntimeError, ValueError):        # without a group, or after process 0 has ended with the store
         store = dist.distributed_c10d._get_default_store()
         store.set("said", "something")
@@ -350,7 +357,7 @@ def said_already(text: str) -> bool:
 
 
 def told_to_stop(signal_number: int, frame) -> None:
-    """Ends this process at SIGTERM, with a sentence if no other one has said why."""
+    """Ends this process at SIGTERM. It prints a sentence unless another process has printed one."""
     with suppress(RuntimeError):
         if dist.distributed_c10d._get_default_store().check(["said"]):
             os._exit(1)     # the usual exit could wait for the other processes
@@ -371,7 +378,7 @@ def say_flags(world: World, args: argparse.Namespace) -> None:
 
 
 def progress(world: World, step: int, total: int, started: float, text: str, log: bool, first: int = 0) -> None:
-    """Prints a line that updates itself on a terminal; elsewhere a plain line where `log` says so."""
+    """Prints the progress line: on a terminal over the one before, elsewhere as a line of its own if `log`."""
     seconds = (time.perf_counter() - started) / max(step - first, 1) * (total - step)
     minutes = seconds / 60
     left = f"{minutes:.1f} min left" if minutes > 1.5 else f"{seconds:.0f} s left"
@@ -396,7 +403,7 @@ def random_state(world: World) -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor] | None, world: World) -> None:
-    """None, as of a checkpoint of other processes, changes nothing."""
+    """Sets the random state of a checkpoint; does nothing with None, where other processes wrote the checkpoint."""
     if state is None:
         return
     torch.set_rng_state(state["cpu"])
@@ -405,7 +412,7 @@ def set_random_state(state: dict[str, Tensor] | None, world: World) -> None:
 
 
 def fingerprint(model: nn.Module, examples: list, seed: int) -> dict[str, str]:
-    """What a resumed run must have in common with the first one. 64 numbers of each tensor tell models apart."""
+    """Marks that a resumed run must have in common with the first one. 64 numbers of a tensor stand for all of it."""
     tensors, ids = hashlib.sha256(), hashlib.sha256(json.dumps(examples).encode())
     for name, p in (*model.named_parameters(), *model.named_buffers()):         # quantized weights are buffers
         numbers = p.detach().flatten()[:64].float().cpu().numpy()
@@ -415,14 +422,14 @@ def fingerprint(model: nn.Module, examples: list, seed: int) -> dict[str, str]:
 
 
 def checkpoints(save_path: Path) -> list[Path]:
-    """Returns the whole checkpoints, the newest last. A kill in the middle of writing leaves a .tmp."""
+    """Returns the complete checkpoints, the newest last. A kill in the middle of writing leaves a .tmp."""
     return sorted(path for path in (save_path / "resume").glob("step-*") if path.suffix != ".tmp")
 
 
 def save_checkpoint(save_path: Path, world: World, meta: dict, state: dict) -> None:
-    """Writes SAVE_PATH/resume/step-N under another name and renames it when whole; only then removes the previous one.
+    """Writes SAVE_PATH/resume/step-N.tmp, renames it to step-N when complete, and then removes the previous one.
 
-    So a kill at any moment leaves a whole checkpoint."""
+    So a kill at any moment leaves a complete checkpoint."""
     folder = save_path / "resume"
     new = folder / f"step-{meta['step']:08d}"
     temporary, part = new.with_suffix(".tmp"), {"optimizer": state, "random": random_state(world)}
@@ -473,7 +480,7 @@ def load_checkpoint(save_path: Path, world: World, marks: dict[str, str],
 
 @contextmanager
 def resumable(args: argparse.Namespace) -> Iterator[None]:
-    """Adds to Ctrl-C within it what is left of the run."""
+    """Inside, a Ctrl-C (KeyboardInterrupt) gets a sentence on how to resume the run."""
     try:
         yield
     except KeyboardInterrupt:
@@ -485,6 +492,7 @@ def resumable(args: argparse.Namespace) -> Iterator[None]:
 
 
 def stop_if_broken(loss: float, step: int, lr: float, save_path: Path) -> None:
+    """Raises FloatingPointError if the loss is not finite."""
     if not math.isfinite(loss):
         kept = checkpoints(save_path)
         left = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
@@ -510,10 +518,11 @@ def open_metrics(save_path: Path, world: World, step: int) -> Callable[[dict], N
         write_file(file, "".join(kept).encode())
 
     def append(row: dict) -> None:
+        # JSON has no Infinity, such as the gradient norm of a skipped step: it is written as null.
         finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
         if world.rank == 0:
             with file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(finite) + "\n")    # JSON has no Infinity, the gradient norm of a skipped step
+                out.write(json.dumps(finite) + "\n")
     return append
 
 
