@@ -18,7 +18,7 @@ The rows of wq and wk are permuted where Meta's files are read, here and nowhere
 A file may be damaged, foreign or hostile. Sizes in a config must lie in a range. Shapes are compared before a tensor is
 read. An index may name files of its own directory only. Pickles are opened with weights_only=True, which runs no code.
 
-Letters: H query heads, D head dim, C dim.
+Letters: H heads of wq (or of wk), D head dim, C dim.
 """
 
 import json
@@ -66,7 +66,7 @@ HF_NAMES = {
     "output": "lm_head",
 }
 OUR_NAMES = {theirs: ours for ours, theirs in HF_NAMES.items()}
-# Old files hold these buffers too, which follow from the config.
+# Buffers in old files. They follow from the config and are not read.
 DERIVED = re.compile(r"(rotary_emb\.inv_freq|rope\.freqs)$")
 
 
@@ -123,7 +123,7 @@ def open_tensors(file: Path) -> dict[str, Stored]:
         for name in handle.keys():
             header = handle.get_slice(name)
             shape = tuple(header.get_shape())
-            nothing = header[:0] if shape else header[...]  # reads no data, and has the dtype
+            nothing = header[:0] if shape else header[...]  # an empty slice: it tells the dtype without reading data
             tensors[name] = Stored(shape, nothing.dtype, lambda name=name: handle.get_tensor(name).clone())
     except Exception as error:  # SafetensorError derives from Exception alone
         raise ValueError(f"{file} is cut short or not safetensors: copy it again ({error})") from None
@@ -158,7 +158,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def indexed_files(index: Path, pattern: str) -> list[Path]:
-    """Returns the files that an index names. They and no other shards must be there."""
+    """Returns the files that an index names. Raises ValueError if one is missing, or if there are other shards."""
     weight_map = read_json(index).get("weight_map")
     named = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
     if not named or any(name != Path(name).name for name in named):  # a path would open a file of another model
@@ -185,6 +185,7 @@ def meta_parts(directory: Path) -> list[dict[str, Tensor]]:
 
 
 def join_parts(parts: list[dict[str, Tensor]], head_dim: int) -> dict[str, Stored]:
+    """Returns the whole tensors of Meta's parts. Each is joined when it is read."""
     tensors = {}
     for name, first in parts[0].items():
         shape = list(first.shape)
@@ -205,7 +206,8 @@ def join(name: str, parts: list[Tensor], head_dim: int) -> Tensor:
     if parts[0].dim() != 2:
         return parts[0].clone()
     if name.endswith(("wq.weight", "wk.weight")):
-        pairs = [part.view(-1, head_dim // 2, 2, part.shape[1]) for part in parts]      # (H*D, C) -> (H, D/2, 2, C)
+        # Each of P parts has the rows of H/P heads.
+        pairs = [part.view(-1, head_dim // 2, 2, part.shape[1]) for part in parts]      # (H/P, D/2, 2, C) each
         halves = torch.cat([pair.transpose(1, 2) for pair in pairs])                    # (H, 2, D/2, C)
         return halves.flatten(0, 2)                                                     # (H*D, C)
     return torch.cat(parts, dim=cut_side(name))
@@ -255,7 +257,7 @@ def fill(model: nn.Module, tensors: dict[str, Stored], dtype: torch.dtype | None
 
 # ---- config ---------------------------------------------------------------------------------------------------------
 
-Rule = tuple[str, Callable[[object], bool]]     # in words, and as a test
+Rule = tuple[str, Callable[[object], bool]]     # what a value must be: in words, and as a test
 
 
 def check(values: dict, rules: dict[str, Rule], source: str | Path, advice: str = "") -> None:
@@ -410,8 +412,8 @@ OPTIONS = {
 
 
 def fields_from_hf(config: dict, directory: Path) -> dict:
-    """Takes defaults from transformers for what config.json does not say."""
-    # transformers 5 has rope_parameters, which took in rope_theta; before, there were rope_theta and rope_scaling.
+    """Returns the fields of a config.json, with transformers' defaults for the keys that it lacks."""
+    # Since transformers 5, rope_parameters holds what rope_theta and rope_scaling held before.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{directory}/config.json has {rope!r} as rope_parameters or rope_scaling: copy it again")
@@ -437,7 +439,7 @@ def fields_from_hf(config: dict, directory: Path) -> dict:
 
 
 def fields_from_meta(params: dict, directory: Path) -> dict:
-    """Takes from the shapes what params.json does not say."""
+    """Returns the fields of a params.json, with those that it lacks from the shapes of the tensors."""
     if params.get("use_scaled_rope"):
         raise ValueError(f"{directory}: params.json has use_scaled_rope, the rotary scaling of Llama 3.1, which is not "
                          "supported")
@@ -538,6 +540,8 @@ def in_memory(tensor: Tensor | Stored, dtype: torch.dtype) -> Tensor:
     return tensor.to("cpu", dtype).contiguous()
 
 
+# ---- JSON, and files that are written whole --------------------------------------------------------------------------
+
 def read_json(file: str | Path) -> dict:
     """Returns a JSON object; raises ValueError with the file's name where there is none."""
     try:
@@ -554,7 +558,7 @@ def write_json(file: str | Path, value: object) -> None:
 
 
 def write_file(file: str | Path, content: bytes | Callable[[Path], object]) -> None:
-    """Writes under a temporary name and renames, so that a reader sees the old file or the new one, never a part.
+    """Writes a file under a temporary name and renames it, so that readers see the old file or the new one, whole.
 
     content is the bytes, or a function that writes them to the path that it gets:
     write_file(file, lambda path: torch.save(state, path)).
@@ -564,12 +568,12 @@ def write_file(file: str | Path, content: bytes | Callable[[Path], object]) -> N
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(b"" if callable(content) else content)
-        mode = temporary.stat().st_mode  # what the umask allows; safetensors closes its files to all others
+        mode = temporary.stat().st_mode  # the mode of the umask; safetensors would make it 0600
         if callable(content):
             content(temporary)
         temporary.chmod(mode)
         os.replace(temporary, file)
-    # A full disk is a RuntimeError of torch.save, and of safetensors an error that derives from Exception alone.
+    # On a full disk torch.save raises RuntimeError, and safetensors an error that derives from Exception alone.
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise OSError(f"{file} cannot be written: make room or name another directory ({reason})") from None
