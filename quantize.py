@@ -720,7 +720,7 @@ def read_layer(linear: nn.Linear, name: str, tensors: dict[str, weights.Stored],
     return kind(I, O, **buffers)
 
 
-# ---- fast kernels on a CPU: nothing above needs them ----------------------------------------------------------------
+# ---- fast kernels: nothing above needs them -------------------------------------------------------------------------
 
 Product = Callable[[Tensor], Tensor]  # x (..., I) -> y (..., O)
 
@@ -760,11 +760,11 @@ def int4_product(layer: Linear4) -> Product | None:
     """PyTorch's int4 kernel (tinygemm): bf16 times (q - 8) * scale + offset, with offset = (8 - zero) * scale, in bf16.
 
     It reads runs of 32 columns that share a grid, so columns are brought in the order of their groups. None where
-    groups are no such runs. Inputs are padded to whole runs, outputs to blocks of 64."""
-    m = layer.quantized()
+    groups are no such runs. Inputs and outputs are padded to whole blocks of the kernel."""
+    m, cuda = layer.quantized(), layer.qweight.is_cuda
     O, I = m.q.shape
     order = torch.argsort(m.group, stable=True)
-    columns, rows = (0, -I % 32), (0, -O % 64)                                         # what is padded
+    columns, rows = (0, -I % (128 if cuda else 32)), (0, -O % (8 if cuda else 64))     # what is padded
     group = F.pad(m.group[order], columns, value=len(layer.scales) - 1)                # (I,)
     runs = group.view(-1, 32)                                                          # (G', 32)
     if (runs != runs[:, :1]).any():
@@ -772,13 +772,18 @@ def int4_product(layer: Linear4) -> Product | None:
     g = runs[:, 0].long()
     scale, zero = (F.pad(t.float()[:, g].T, rows) for t in (m.scale, m.zero))          # (G', O) each
     grid = torch.stack((scale, (8 - zero) * scale), dim=-1).bfloat16()                 # (G', O, 2)
-    codes = F.pad(m.q[:, order], columns + rows).int()                                 # (O, I)
-    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
+    codes = F.pad(m.q[:, order], columns + rows)                                       # (O, I)
+    if cuda:
+        multiply = torch.ops.aten._weight_int4pack_mm
+        weight = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)  # two to a byte
+    else:
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1)
 
     def product(x: Tensor) -> Tensor:
         ordered = x.flatten(0, -2)[:, order].bfloat16()                                # (N, I)
         ordered = F.pad(ordered, columns).contiguous()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(ordered, weight, 32, grid)[:, :O]    # (N, O)
+        y = multiply(ordered, weight, 32, grid)[:, :O]                                 # (N, O)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])                                # (..., O)
     return product
 
@@ -813,27 +818,49 @@ def int8_weight_product(layer: Linear8) -> Product | None:
     return product
 
 
+def int8_cuda_product(layer: Linear8) -> Product:
+    """int8_product on CUDA. Its kernel takes more than 16 rows, and sides that 8 divides."""
+    O, I = layer.weight.shape
+    weight = F.pad(layer.weight, (0, -I % 8, 0, -O % 8)).T                             # (I, O)
+    scale = layer.scale
+
+    def product(x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2).float()                                                # (N, I)
+        unit = rows.abs().amax(-1, keepdim=True).clamp_(min=1e-30) / 127               # (N, 1)
+        q = (rows / unit).round().to(torch.int8)
+        q = F.pad(q, (0, -I % 8, 0, max(0, 17 - len(q))))
+        y = torch._int_mm(q, weight)[:len(rows), :O]                                   # (N, O) int32
+        return (y * unit * scale).to(x.dtype).unflatten(0, x.shape[:-1])               # (..., O)
+    return product
+
+
 KERNELS = {
-    nn.Linear: (onednn_product,),
-    Linear4: (int4_product,),
-    Linear8: (int8_product, int8_weight_product),
+    ("cpu", nn.Linear): (onednn_product,),
+    ("cpu", Linear4): (int4_product,),
+    ("cpu", Linear8): (int8_product, int8_weight_product),
+    ("cuda", Linear4): (int4_product,),
+    ("cuda", Linear8): (int8_cuda_product,),
 }
 WORTH = 2**20  # bytes of a plain weight: below, a call costs more than the layout saves
 
 
 def fast_product(layer: nn.Module) -> Product | None:
     """A function that gives what the layer gives, sooner; None where no kernel for it works on this machine."""
-    for kernel in KERNELS.get(type(layer), ()):
-        weight = next(iter(layer.state_dict().values()))
-        worth = weight.is_cpu and (weight.nbytes >= WORTH or not weight.is_floating_point())
-        if worth and kernel_works(kernel, type(layer), weight.dtype):
+    if type(layer) not in (nn.Linear, Linear4, Linear8):
+        return None
+    weight = next(iter(layer.state_dict().values()))
+    device = weight.device.type
+    if weight.is_floating_point() and weight.nbytes < WORTH:
+        return None
+    for kernel in KERNELS.get((device, type(layer)), ()):
+        if kernel_works(kernel, type(layer), weight.dtype, device):
             return kernel(layer)
     return None
 
 
 @functools.cache
 @torch.no_grad()
-def kernel_works(kernel: Callable, kind: type, dtype: torch.dtype) -> bool:
+def kernel_works(kernel: Callable, kind: type, dtype: torch.dtype, device: str) -> bool:
     """Whether a kernel gives what the plain layer gives, for 5 rows and for 1; it is tried once.
 
     The kernels are PyTorch's own affair, their layouts have changed between versions. Some are missing, some refuse
@@ -850,6 +877,7 @@ def kernel_works(kernel: Callable, kind: type, dtype: torch.dtype) -> bool:
     else:
         layer, x = nn.Linear(256, 64, bias=False, dtype=dtype), x.to(dtype)
         layer.weight.copy_(W)
+    layer, x = layer.to(device), x.to(device)
     try:
         product = kernel(layer)
         for rows in (x, x[4:]):

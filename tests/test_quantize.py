@@ -473,7 +473,7 @@ def test_stages_train_adapters_on_a_quantized_base(tmp_path, bits):
 
 def product_of(layer: nn.Module, kernel):
     """A kernel's product for a layer; skips where this machine has no such kernel."""
-    if not Q.kernel_works(kernel, type(layer), next(iter(layer.state_dict().values())).dtype):
+    if not Q.kernel_works(kernel, type(layer), next(iter(layer.state_dict().values())).dtype, "cpu"):
         pytest.skip(f"{kernel.__name__} does not work on this machine")
     return kernel(layer)
 
@@ -489,7 +489,7 @@ def test_fast_int4_is_the_layer_within_its_rounding(O, I, size):
     assert product(x.view(2, -1, I)).shape == (2, 100, O)
 
 
-@pytest.mark.parametrize("kernel", [Q.int8_product, Q.int8_weight_product])  # with and without int8 instructions
+@pytest.mark.parametrize("kernel", [Q.int8_product, Q.int8_weight_product, Q.int8_cuda_product])
 @pytest.mark.parametrize("O, I", [(172, 64), (64, 172), (5, 100)])
 def test_fast_int8_is_the_layer_within_its_rounding(O, I, kernel):
     layer = layer_of(8, O, I)
@@ -507,7 +507,7 @@ def test_fast_int8_is_the_layer_within_its_rounding(O, I, kernel):
 def test_a_large_plain_matrix_is_packed(dtype):
     layer = nn.Linear(1024, 600, bias=False).to(dtype)
     small = nn.Linear(64, 64, bias=False).to(dtype)
-    if not Q.kernel_works(Q.onednn_product, nn.Linear, dtype):
+    if not Q.kernel_works(Q.onednn_product, nn.Linear, dtype, "cpu"):
         assert Q.fast_product(layer) is None
         pytest.skip(f"oneDNN packs no {dtype} on this machine")
     model, x = nn.Sequential(layer), matrix(3, 1024, 1).to(dtype).view(1, 3, 1024)
@@ -530,8 +530,8 @@ def test_kernels_are_in_use():
 def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch):
     zeros = lambda layer: lambda x: torch.zeros(*x.shape[:-1], layer.out_features)
     missing = lambda layer: layer.no_such_kernel
-    monkeypatch.setitem(Q.KERNELS, Linear4, (missing, zeros))
-    monkeypatch.setitem(Q.KERNELS, nn.Linear, (zeros,))
+    monkeypatch.setitem(Q.KERNELS, ("cpu", Linear4), (missing, zeros))
+    monkeypatch.setitem(Q.KERNELS, ("cpu", nn.Linear), (zeros,))
     assert Q.fast_product(layer_of(4, 64, 64)) is None and Q.fast_product(nn.Linear(1024, 1024, bias=False)) is None
 
 
