@@ -30,16 +30,16 @@ One update, with the papers' letters (x prompt, y response, beta = --kl_coef):
        fit V to ret;  ptx: the SFT loss on a batch of --pretrain_dataset is mixed in
 
 Departures and choices:
- 1. `ptx_coef * ptx + (1 - ptx_coef) * policy` as Coati has it; InstructGPT: policy + gamma * ptx, so
+ a. `ptx_coef * ptx + (1 - ptx_coef) * policy` as Coati has it; InstructGPT: policy + gamma * ptx, so
     ptx_coef = gamma / (1 + gamma).
- 2. pi_old comes from the training forward (step 2), not from the cache: the ratio is then exactly 1 at the first
+ b. pi_old comes from the training forward (step 2), not from the cache: the ratio is then exactly 1 at the first
     update, which is checked. A ratio that is not 1 there means that two code paths disagree, and PPO would learn from
     the difference.
- 3. --temperature divides the logits in the scores too: the policy that is improved is the one that was sampled from.
- 4. Dropout is off throughout: with it, the ratio would be noise.
- 5. gamma = 1: the score judges the answer as a whole. Advantages are whitened over the response tokens of all
+ c. --temperature divides the logits in the scores too: the policy that is improved is the one that was sampled from.
+ d. Dropout is off throughout: with it, the ratio would be noise.
+ e. gamma = 1: the score judges the answer as a whole. Advantages are whitened over the response tokens of all
     processes.
- 6. A response that reached the limit keeps its tokens; no EOS is invented. Its score is read where it stopped, less the
+ f. A response that reached the limit keeps its tokens; no EOS is invented. Its score is read where it stopped, less the
     penalty.
 
 Letters: B rows, b rows of a micro-batch, T columns, R longest response, N response tokens of a batch, C channels,
@@ -358,7 +358,7 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
 
 
 def check_ratio(change: Tensor, stage: Stage) -> None:
-    """Departure 2: before the first update the ratio is exp(0) = 1. Raises FloatingPointError if it is not.
+    """Departure b: before the first update the ratio is exp(0) = 1. Raises FloatingPointError if it is not.
 
     change (N,) is |logp - old_logp|. In coarse dtypes it is not exactly 0, so a large one only warns."""
     if stage.dtype == torch.float32 and change.max() > 1e-4:
@@ -614,7 +614,7 @@ def open_models(args: argparse.Namespace, tokenizer: text.Tokenizer, world: run.
     else:
         models = Models(actor, critic, frozen_copy(actor, dtype), frozen_copy(critic, dtype))
     for model in models:
-        model.eval()    # dropout off, see departure 4
+        model.eval()    # dropout off, see departure d
         sft.set_up(getattr(model, "trunk", model), args)
     return models, base
 
@@ -683,7 +683,7 @@ FLAGS = (
     ("lam",                    number(0, 1),           0.95,  0.95,  "lambda of GAE"),
     ("clip",                   number(0, 1),           0.2,   0.2,   "eps: the ratio is kept within 1 +- eps"),
     ("value_clip",             number(0, 10),          0.4,   0.4,   "a new value counts within this of the old"),
-    ("target_kl",              number(),               0.1,   0.1,   "no further epoch above this KL a token (0: off)"),
+    ("target_kl",              number(),               0.1,   0.1,   "no further epoch once the update's mean KL a token is above (0: off)"),
     ("critic_lr",              number(0, 1),           9e-6,  5e-4,  "the critic's peak learning rate"),
     ("vf_coef",                number(),               1.0,   1.0,   "of the critic's loss; only --clip_grad feels it"),
     ("ptx_coef",               number(0, 1),           0.9,   0.02,  "ptx_coef * ptx + (1 - ptx_coef) * policy"),

@@ -242,7 +242,8 @@ def main(argv: list[str] | None = None) -> dict:
     is_demo = args.dataset is None and demo.is_demo(args.pretrain)
     run.check_save_path(args.save_path, sft.inputs_of(args))
     tokenizer = sft.open_tokenizer(args, args.pretrain, world)
-    # Coati's command has no --dataset; the demo's preferences stand in.
+    if args.dataset is None and not is_demo:    # as in Coati's published command
+        run.say(world, "note: without --dataset the preferences are the demo's: name those of your own")
     run.resolve(args, DEMO if is_demo else {"dataset": DEMO["dataset"]} | FINETUNE)
     dtype = run.choose_dtype(args.dtype, world.device)
     trunk = sft.open_llama(args.pretrain, dtype if args.lora_rank else None, world)
