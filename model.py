@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
 
 def rope_table(config: LlamaConfig, device=None) -> tuple[Tensor, Tensor]:
     """cos and sin of position / rope_factor * theta^(-2i/D), each (max_seq_len, D), laid out as `rotate` takes them.
-    The order of operations is that of transformers: rounded otherwise, angles at position 100,000 differ by 0.001."""
+    The operations come in the order of transformers: rounded otherwise, angles at position 100,000 differ by 0.001."""
     i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     frequency = 1.0 / config.rope_theta ** (i / config.head_dim) / config.rope_factor  # (D/2,)
     position = torch.arange(config.max_seq_len, device=device, dtype=torch.float32)
@@ -429,7 +429,7 @@ class Llama(Transformer):
         FileNotFoundError when anything is missing, left over, cut short, or of another architecture."""
         config = plain_config(directory)
         tensors = weights.read_tensors(directory, vars(config))
-        if head and "score.weight" in tensors:  # with tied embeddings it would open as a language model, and babble
+        if head and "score.weight" in tensors:  # with tied embeddings nothing else would tell it from a language model
             raise ValueError(f"{directory} is a reward model, it has no words: open it with "
                              "RewardModel.from_pretrained of rm.py")
         with torch.device("meta"):
