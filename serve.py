@@ -193,7 +193,7 @@ class Engine:
     def run(self) -> bool:
         """Steps until `stop` was called and nothing is left, or its time is over. Returns whether nothing was left."""
         try:
-            while self.end == math.inf or self.busy() and time.monotonic() < self.end:
+            while time.monotonic() < self.end and (self.end == math.inf or self.busy()):
                 try:
                     self.step()
                 except Exception as error:  # a fault of ours, or no memory: it ends the requests of this step
@@ -329,10 +329,6 @@ class Engine:
             job.over = True
             job.events.put(refusal)
 
-    def state(self) -> dict:
-        used, status = len(self.running) + len(self.reading), "ok" if self.end == math.inf else "shutting down"
-        return {"status": status, "slots": len(self.held), "used": used, "waiting": self.waiting.qsize()}
-
 
 # ---- the text of an answer ------------------------------------------------------------------------------------------
 
@@ -343,7 +339,8 @@ class Refusal(Exception):
         super().__init__(message)
         usual = "server_error" if status >= 500 else "invalid_request_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, usual)
-        self.status, self.headers = status, {"Retry-After": "5"} if status in (429, 503) else headers
+        self.status = status
+        self.headers = {"Retry-After": "5"} if status in (429, 503) else headers
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -353,16 +350,23 @@ class Event(NamedTuple):
     text: str
     tokens: list[tuple[int, dict]]  # where the text of each begins in the answer, and its report
     finish: str | None              # how the answer ended, if it did
+    first: bool = False
 
 
 class Answer:
     """One answer: its prompt, the ids that were sampled, and their text."""
 
     def __init__(self, job: Job, index: int, prompt: list[int]):
-        self.job, self.index, self.choice = job, index, index % job.request.n
-        self.prompt, self.made, self.text, self.finish = prompt, [], "", None
+        self.job = job
+        self.index = index
+        self.choice = index % job.request.n
+        self.prompt = prompt
+        self.made: list[int] = []
+        self.text = ""
         self.tokens: list[tuple[int, dict]] = []
-        self.shown = self.told = 0             # how many characters and tokens the client has got
+        self.shown = 0                         # how many characters the client has got
+        self.told = 0                          # how many tokens
+        self.finish: str | None = None
         self.stops = set() if job.request.ignore_eos else job.served.stops
         # A completion goes on with its prompt's text, " there" after "Once"; a reply stands by itself.
         self.stream = text.TextStream(job.served.tokenizer, [] if job.request.chat else prompt[-16:])
@@ -385,16 +389,19 @@ class Answer:
             self.finish = "length"
         if ended or stopped:
             self.finish = "stop"
-        if end > self.shown or self.finish or len(self.made) == 1:
-            self.job.events.put(Event(self.index, self.text[self.shown:end], new, self.finish))
-            self.shown, self.told = end, self.told + len(new)
+        first = len(self.made) == 1
+        if end > self.shown or self.finish or first:
+            self.job.events.put(Event(self.index, self.text[self.shown:end], new, self.finish, first))
+            self.shown = end
+            self.told += len(new)
 
 
 def report(tokenizer: text.Tokenizer, logits: Tensor, token: int, count: int) -> dict:
     """What OpenAI's `logprobs` says of a token and of the likeliest at its place, by the model's own logits (V)."""
     logprobs = logits.log_softmax(-1)
     best = logprobs.topk(count)
-    ids, values = [token, *best.indices.tolist()], [logprobs[token].item(), *best.values.tolist()]
+    ids = [token, *best.indices.tolist()]
+    values = [logprobs[token].item(), *best.values.tolist()]
     row, *top = [{"token": raw.decode("utf-8", "backslashreplace"), "logprob": max(value, -9999.0), "bytes": list(raw)}
                  for raw, value in zip(map(tokenizer.token_bytes, ids), values)]
     return row | {"top_logprobs": top}
@@ -464,17 +471,32 @@ SHARED = {
     "user": TEXT,
 }
 COMPLETION = SHARED | {"prompt": ANYTHING, "logprobs": whole(0, 5)}
-CHAT = SHARED | {"messages": MESSAGES, "logprobs": YES_OR_NO, "top_logprobs": whole(0, 20),
-                 "max_completion_tokens": whole(1, 2**31)}
+CHAT = SHARED | {
+    "messages": MESSAGES,
+    "max_completion_tokens": whole(1, 2**31),
+    "logprobs": YES_OR_NO,
+    "top_logprobs": whole(0, 20),
+}
 MESSAGE = {"role": ROLE, "content": CONTENT, "name": ANYTHING}
 OPTIONS = {"include_usage": YES_OR_NO, "include_obfuscation": YES_OR_NO}
 REQUIRED = {"prompt", "messages", "role", "content"}
 # Fields of OpenAI's that mean something we do not do, and the values with which they ask for nothing.
 NEUTRAL = {
-    "logit_bias": [{}], "best_of": [1], "echo": [False], "suffix": [""], "tools": [[]], "functions": [[]],
-    "tool_choice": ["none", "auto"], "function_call": ["none", "auto"], "parallel_tool_calls": [True, False],
-    "response_format": [{"type": "text"}], "modalities": [["text"]], "store": [False], "metadata": [{}],
-    "service_tier": ["auto", "default"], "tool_calls": [[]],
+    "best_of": [1],
+    "echo": [False],
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "logit_bias": [{}],
+    "metadata": [{}],
+    "modalities": [["text"]],
+    "parallel_tool_calls": [True, False],
+    "response_format": [{"type": "text"}],
+    "service_tier": ["auto", "default"],
+    "store": [False],
+    "suffix": [""],
+    "tool_calls": [[]],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
 }
 
 
@@ -536,27 +558,35 @@ def read_request(body: object, chat: bool, served: Served) -> Request:
     prompts = [read_messages(asked["messages"], served)] if chat else read_prompts(asked["prompt"], served)
 
     # What depends on two fields.
-    n, count, longest = asked.get("n", 1), len(prompts), max(map(len, prompts))
-    if n * count > MAX_CHOICES:
-        raise Refusal(400, f"n is {n} for {count} prompts, at most {MAX_CHOICES} answers are given at once", "n")
-    room, longer = served.context - longest, "context_length_exceeded"
-    has = f"the prompt has {longest} tokens, the model's context is {served.context}"
-    if room < 1:
-        why = f"{has}, which leaves no room for an answer: shorten the prompt"
-        raise Refusal(400, why, "messages" if chat else "prompt", longer)
+    n = asked.get("n", 1)
+    if n * len(prompts) > MAX_CHOICES:
+        why = f"n is {n} for {len(prompts)} prompts, at most {MAX_CHOICES} answers are given at once"
+        raise Refusal(400, why, "n")
+    longest = max(map(len, prompts))
+    room = served.context - longest
     key = "max_completion_tokens" if "max_completion_tokens" in asked else "max_tokens"
-    most = asked.get(key, room if chat else min(16, room))
+    most = asked.get(key, max(room, 1) if chat else min(16, max(room, 1)))
     if most > room:
-        raise Refusal(400, f"{has}, and {key} is {most}: lower it to {room} or leave it out", key, longer)
-    top, logprobs = asked.get("top_logprobs", 0), asked.get("logprobs")
+        why = (f"the prompt has {longest} tokens and {key} is {most}, together more than the model's context of "
+               f"{served.context}: shorten the prompt or lower {key}")
+        param = "messages" if chat else "prompt"
+        raise Refusal(400, why, key if room > 0 else param, "context_length_exceeded")
+    logprobs = asked.get("logprobs")
+    top = asked.get("top_logprobs", 0)
     if top and not logprobs:
         raise Refusal(400, "top_logprobs needs logprobs to be true", "top_logprobs")
     if chat:
         logprobs = top if logprobs else None
     options = read(asked.get("stream_options", {}), OPTIONS, "stream_options")
-    asked |= {"prompts": prompts, "chat": chat, "max_tokens": most, "logprobs": logprobs,
-              "stop": tuple(each(asked.get("stop", []))), "seed": asked.get("seed", secrets.randbits(62)),
-              "include_usage": asked.get("stream", False) and options.get("include_usage", False)}
+    asked |= {
+        "prompts": prompts,
+        "chat": chat,
+        "max_tokens": most,
+        "logprobs": logprobs,
+        "stop": tuple(each(asked.get("stop", []))),
+        "seed": asked.get("seed", secrets.randbits(62)),
+        "include_usage": asked.get("stream", False) and options.get("include_usage", False),
+    }
     return Request(**{name: asked[name] for name in Request._fields if name in asked})
 
 
@@ -566,37 +596,48 @@ class Form:
     """Words a job as OpenAI's JSON: a chat's or a completion's, whole or as chunks of a stream."""
 
     def __init__(self, job: Job):
-        self.job, self.request = job, job.request
+        self.job = job
+        self.request = job.request
         prefix, kind = ("chatcmpl", "chat.completion") if job.request.chat else ("cmpl", "text_completion")
         if job.request.chat and job.request.stream:
             kind = "chat.completion.chunk"
-        self.head = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()),
-                     "model": job.served.name}
+        self.head = {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": job.served.name,
+        }
 
     def usage(self) -> dict:
         prompt = sum(map(len, self.request.prompts))
         made = sum(len(answer.made) for answer in self.job.answers)
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
-                "prompt_tokens_details": {"cached_tokens": self.job.reused}}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": self.job.reused},
+        }
 
-    def chunk(self, event: Event, first: bool) -> dict:
-        delta = {"role": "assistant", "content": ""} if first else {}
-        if event.text:
-            delta["content"] = event.text
+    def chunk(self, event: Event) -> dict:
+        said = {"role": "assistant", "content": event.text} if event.first else {"content": event.text}
         usage = {"usage": None} if self.request.include_usage else {}
-        return {**self.head, "choices": [self.choice(event, delta=delta)], **usage}
+        return {**self.head, "choices": [self.choice(event, {"delta": said})], **usage}
 
     def whole(self) -> dict:
         choices = []
         for answer in self.job.answers:
             event = Event(answer.index, answer.text[:answer.shown], answer.tokens[:answer.told], answer.finish)
-            message = {"role": "assistant", "content": event.text, "refusal": None}
-            choices.append(self.choice(event, message=message))
+            said = {"role": "assistant", "content": event.text, "refusal": None}
+            choices.append(self.choice(event, {"message": said}))
         return {**self.head, "choices": choices, "usage": self.usage()}
 
-    def choice(self, event: Event, **said: dict) -> dict:
-        said = said if self.request.chat else {"text": event.text}
-        return {"index": event.index, **said, "logprobs": self.logprobs(event.tokens), "finish_reason": event.finish}
+    def choice(self, event: Event, said: dict) -> dict:
+        return {
+            "index": event.index,
+            **(said if self.request.chat else {"text": event.text}),
+            "logprobs": self.logprobs(event.tokens),
+            "finish_reason": event.finish,
+        }
 
     def logprobs(self, tokens: list[tuple[int, dict]]) -> dict | None:
         rows = [row for _, row in tokens]
@@ -604,9 +645,12 @@ class Form:
             return None
         if self.request.chat:
             return {"content": rows, "refusal": None}
-        tops = [{other["token"]: other["logprob"] for other in row["top_logprobs"]} for row in rows]
-        return {"tokens": [row["token"] for row in rows], "token_logprobs": [row["logprob"] for row in rows],
-                "top_logprobs": tops, "text_offset": [start for start, _ in tokens]}
+        return {
+            "tokens": [row["token"] for row in rows],
+            "token_logprobs": [row["logprob"] for row in rows],
+            "top_logprobs": [{other["token"]: other["logprob"] for other in row["top_logprobs"]} for row in rows],
+            "text_offset": [start for start, _ in tokens],
+        }
 
 
 def to_json(value: object) -> bytes:
@@ -636,12 +680,22 @@ METRICS = {
 }
 
 
+def state(engine: Engine) -> dict:
+    return {
+        "status": "ok" if engine.end == math.inf else "shutting down",
+        "slots": len(engine.held),
+        "used": len(engine.running) + len(engine.reading),
+        "waiting": engine.waiting.qsize(),
+    }
+
+
 def prometheus(engine: Engine) -> str:
     """The engine's state and counters as Prometheus reads them."""
-    state, lines = engine.state(), []
+    now = state(engine)
+    lines = []
     for name, words in METRICS.items():
         key = name.removeprefix("slots_").removesuffix("_total")
-        kind, value = ("gauge", state[key]) if key in state else ("counter", engine.counters[key])
+        kind, value = ("gauge", now[key]) if key in now else ("counter", engine.counters[key])
         lines.append(f"# HELP octet_{name} {words}\n# TYPE octet_{name} {kind}\noctet_{name} {value}\n")
     return "".join(lines)
 
@@ -682,7 +736,10 @@ FORMS = {"/v1/completions": False, "/v1/chat/completions": True}  # path, is it 
 
 class Handler(BaseHTTPRequestHandler):
     """One connection. Every request ends in one answer: text, JSON, a stream, or an error in OpenAI's form."""
-    protocol_version, server_version, sys_version, disable_nagle_algorithm = "HTTP/1.1", "octet", "", True
+    protocol_version = "HTTP/1.1"
+    server_version = "octet"
+    sys_version = ""
+    disable_nagle_algorithm = True
     timeout = 30           # seconds for a client to send its request, and to take a piece of the answer
 
     def handle_one_request(self) -> None:
@@ -714,7 +771,8 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = respond
 
     def answer(self) -> None:
-        server, content = self.server, self.read_body()  # first of all, since the next request begins behind the body
+        server = self.server
+        content = self.read_body()  # before anything is refused: the next request begins behind it
         self.timer.cancel()
         self.check_origin()
         if self.command == "OPTIONS" and server.args.cors:
@@ -723,8 +781,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(204, b"", **{"Access-Control-Allow-Methods": "GET, POST",
                                           "Access-Control-Allow-Headers": asked})
         path = unquote(self.path.partition("?")[0]).rstrip("/") or "/"
+        paths = ", ".join(server.pages | FORMS)
         if path not in server.pages | FORMS:
-            raise Refusal(404, f"{shown(path)} is not here: there are {', '.join(server.pages | FORMS)}")
+            raise Refusal(404, f"{shown(path)} is not here: there are {paths}")
         methods = "POST" if path in FORMS else "GET, HEAD"
         if self.command not in methods:
             raise Refusal(405, f"{path} answers {methods}, not {shown(self.command)}", Allow=methods)
@@ -753,7 +812,8 @@ class Handler(BaseHTTPRequestHandler):
     def check_origin(self) -> None:
         """Refuses pages of other sites. One can have its own name lead to 127.0.0.1 (DNS rebinding), but then the
         browser sends this name as Host."""
-        hosts, origin = self.headers.get_all("Host", []), self.headers.get("Origin")
+        hosts = self.headers.get_all("Host", [])
+        origin = self.headers.get("Origin")
         if self.request_version == "HTTP/1.0" and not hosts:
             return  # no browser
         if len(hosts) != 1 or not host_allowed(hosts[0], self.server.names):
@@ -820,11 +880,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def stream(self, job: Job, form: Form) -> None:
         """Server-sent events up to [DONE]. The stream ends with its connection: its length is not known before."""
-        self.close_connection, begun = True, set()
+        self.close_connection = True
         try:
             for event in self.events(job):
-                self.send_chunk(form.chunk(event, event.index not in begun))
-                begun.add(event.index)
+                self.send_chunk(form.chunk(event))
                 if job.events.empty():
                     time.sleep(STREAM_PAUSE)
             if job.request.include_usage:
@@ -857,7 +916,8 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, refusal: Refusal) -> None:
         """Answers with an error and closes the connection, after reading what the client still sends: closing with
         unread bytes resets a connection, and the client may not get to read the answer."""
-        self.close_connection, self.request_version = True, "HTTP/1.1"
+        self.close_connection = True
+        self.request_version = "HTTP/1.1"
         if not self.sent:  # else it is in the middle of an answer
             self.send(refusal.status, to_json(refusal.body), **refusal.headers)
             self.connection.shutdown(socket.SHUT_WR)
@@ -884,10 +944,15 @@ def host_allowed(host: str, names: set[str]) -> bool:
 
 class Server(socketserver.ThreadingTCPServer):
     """Listens, and gives each connection a thread that waits for the engine."""
-    daemon_threads, allow_reuse_address, request_queue_size = True, True, 1024
+    daemon_threads = True
+    allow_reuse_address = True
+    request_queue_size = 1024
 
     def __init__(self, engine: Engine, args: argparse.Namespace, port: int, verbose: bool = False):
-        self.engine, self.served, self.args, self.verbose = engine, engine.served, args, verbose
+        self.engine = engine
+        self.served = engine.served
+        self.args = args
+        self.verbose = verbose
         self.jobs: set[Job] = set()  # those that are not answered yet
         self.names = {"localhost", args.http_host.lower(), socket.gethostname().lower(),
                       *map(str.lower, args.allow_host)}
@@ -897,7 +962,8 @@ class Server(socketserver.ThreadingTCPServer):
         self.pages = pages(engine, args.runs)
         host = args.http_host
         if ":" in host:
-            self.address_family, host = socket.AF_INET6, f"[{host}]"
+            self.address_family = socket.AF_INET6
+            host = f"[{host}]"
         try:
             super().__init__((args.http_host, port), Handler)
         except OSError as error:
@@ -926,12 +992,17 @@ class Server(socketserver.ThreadingTCPServer):
 def pages(engine: Engine, runs: Path) -> dict[str, Callable[[], tuple[str, bytes]]]:
     """What GET answers: path -> type of content, content."""
     page = (Path(__file__).parent / "data" / "page.html").read_bytes()
-    card = {"id": engine.served.name, "object": "model", "created": int(time.time()), "owned_by": "octet",
-            "max_model_len": engine.served.context}
+    card = {
+        "id": engine.served.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "octet",
+        "max_model_len": engine.served.context,
+    }
     as_json = lambda value: ("application/json", to_json(value))
     return {
         "/": lambda: ("text/html; charset=utf-8", page),
-        "/health": lambda: as_json(engine.state()),
+        "/health": lambda: as_json(state(engine)),
         "/metrics": lambda: ("text/plain; version=0.0.4; charset=utf-8", prometheus(engine).encode()),
         "/runs": lambda: as_json({"runs": read_curves(runs)}),
         "/v1/models": lambda: as_json({"object": "list", "data": [card]}),
@@ -957,11 +1028,18 @@ class Folded(text.Tokenizer):
 
 def ask(url: str, key: str | None, new: int, prompt: list[int]) -> dict:
     """One streamed request over HTTP: seconds to its first token and to its last, and its tokens by its usage."""
-    body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True,
-            "stream_options": {"include_usage": True}}
+    body = {
+        "prompt": prompt,
+        "max_tokens": new,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=600)
-    began, times, usage, line = time.perf_counter(), [], None, b""
+    began = time.perf_counter()
+    times, usage, line = [], None, b""
     connection.request("POST", "/v1/completions", to_json(body), headers)
     response = connection.getresponse()
     for line in response:
@@ -969,13 +1047,15 @@ def ask(url: str, key: str | None, new: int, prompt: list[int]) -> dict:
             times.append(time.perf_counter() - began)
             usage = json.loads(line[6:]).get("usage")
     if not usage:
-        raise ValueError(f"{url} answers {response.status} and no usage: {line.decode('utf-8', 'replace')[:500]}")
+        last = line[:500].decode("utf-8", "replace")
+        raise ValueError(f"{url} answers {response.status} and no usage: {last}")
     return {"first": times[0], "last": times[-1], "tokens": usage["completion_tokens"]}
 
 
 def ask_engine(engine: Engine, new: int, prompt: list[int]) -> dict:
     """`ask` without HTTP."""
-    job, times = Job(Request([prompt], max_tokens=new, temperature=0.0, ignore_eos=True), engine.served), []
+    job = Job(Request([prompt], max_tokens=new, temperature=0.0, ignore_eos=True), engine.served)
+    times = []
     engine.submit(job)
     while not job.over and not job.answers[0].finish:
         job.events.get()
@@ -993,11 +1073,18 @@ def measure(one: Callable[[list[int]], dict], prompts: list[list[int]], concurre
     first = sorted(1e3 * row["first"] for row in done)
     rate = sorted((row["tokens"] - 1) / max(row["last"] - row["first"], 1e-9) for row in done)
     at = lambda share: math.ceil(share * len(done)) - 1  # the value that this share of them does not exceed
-    return {"concurrency": concurrency, "requests": len(done), "seconds": seconds,
-            "prompt_tokens": len(prompts[0]), "new_tokens": done[0]["tokens"],
-            "first_token_ms_p50": first[at(0.5)], "first_token_ms_p95": first[at(0.95)],
-            "tokens_per_second_each_p50": rate[at(0.5)], "tokens_per_second_each_slowest_5_percent": rate[at(0.05)],
-            "tokens_per_second": sum(row["tokens"] for row in done) / seconds}
+    return {
+        "concurrency": concurrency,
+        "requests": len(done),
+        "prompt_tokens": len(prompts[0]),
+        "new_tokens": done[0]["tokens"],
+        "first_token_ms_p50": first[at(0.5)],
+        "first_token_ms_p95": first[at(0.95)],
+        "tokens_per_second_each_p50": rate[at(0.5)],
+        "tokens_per_second_each_slowest_5_percent": rate[at(0.05)],
+        "tokens_per_second": sum(row["tokens"] for row in done) / seconds,
+        "seconds": seconds,
+    }
 
 
 def random_prompts(args: argparse.Namespace, clients: int, vocab: int, seed: int) -> list[list[int]]:
@@ -1020,7 +1107,9 @@ def measure_url(args: argparse.Namespace) -> dict:
 
 def measure_server(server: Server) -> dict:
     """Clients in a process of their own, whose Python does not hold up ours; then the same load without HTTP."""
-    args, model, most = server.args, server.served.model, max(server.args.concurrency)
+    args = server.args
+    model = server.served.model
+    most = max(args.concurrency)
     passed = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "rounds", "json", "api_key")}
     passed |= {"concurrency": ",".join(map(str, args.concurrency)), "vocab": model.config.vocab_size}
     flags = [f"--{name}={value}" for name, value in passed.items() if value is not None]
@@ -1031,12 +1120,14 @@ def measure_server(server: Server) -> dict:
     alone = measure(one, random_prompts(args, most, model.config.vocab_size, 99), most)
     print(ROW.format(through="engine", **alone), flush=True)
     through = next(row["tokens_per_second"] for row in rows if row["concurrency"] == most)
-    cost, gain = 1 - through / alone["tokens_per_second"], through / rows[0]["tokens_per_second"]
+    cost = 1 - through / alone["tokens_per_second"]
+    gain = through / rows[0]["tokens_per_second"]
     peak = run.peak_memory_bytes(model.device)
+    gigabytes = peak / 1e9
     print(f"{most} clients get {gain:.2f} times the tokens of {args.concurrency[0]}; HTTP costs {cost:.0%}; "
-          f"peak memory {peak / 1e9:.2f} GB; wrote {args.json}")
-    return {"rows": rows, "engine": alone, "http_cost": cost, "peak_memory_bytes": peak,
-            "prefix_tokens_reused": server.engine.counters["prefix_tokens_reused"]}
+          f"peak memory {gigabytes:.2f} GB; wrote {args.json}")
+    reused = server.engine.counters["prefix_tokens_reused"]
+    return {"rows": rows, "engine": alone, "http_cost": cost, "prefix_tokens_reused": reused, "peak_memory_bytes": peak}
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -1059,9 +1150,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = run.Parser("Serve a model over OpenAI's HTTP interface, with a page to talk to it and to watch training; "
                         "or measure how fast that is.")
     flag = parser.add_argument
+    shapes = " ".join(SHAPES)
     flag("directory", nargs="?", default="out/ppo",
          help="weights directory: Hugging Face or Meta layout, quantized, or a LoRA adapter; with --benchmark also a "
-              f"shape with random weights ({' '.join(SHAPES)}), or the URL of a server")
+              f"shape with random weights ({shapes}), or the URL of a server")
     flag("--say", metavar="TEXT", help="answer this once on the terminal, through the template, and end")
     # model
     flag("--quant", choices=["8bit", "4bit"],
@@ -1098,10 +1190,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def open_served(args: argparse.Namespace) -> Served:
     """Opens what the flags name."""
-    device, directory = run.choose_device(args.device), Path(args.directory)
+    directory = Path(args.directory)
+    device = run.choose_device(args.device)
     dtype = run.choose_dtype(args.dtype, device)
     if args.benchmark and args.directory in SHAPES and not directory.exists():
-        model, tokenizer, template = random_model(SHAPES[args.directory], dtype, device), Folded(demo.FOLDER), "plain"
+        model = random_model(SHAPES[args.directory], dtype, device)
+        tokenizer = Folded(demo.FOLDER)
+        template = "plain"
         if args.quant:
             quantize.round_model(model, args.quant, device)
     else:
@@ -1110,7 +1205,8 @@ def open_served(args: argparse.Namespace) -> Served:
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory} does not exist: name a weights directory")
         home = lora.home(directory)
-        tokenizer, template = text.Tokenizer(home), args.template or text.read_template(home)
+        tokenizer = text.Tokenizer(home)
+        template = args.template or text.read_template(home)
         if template not in text.TEMPLATES:
             what = f"the prompt template {template}, which is not known here" if template else "no prompt template"
             print(f"note: {home} names {what}: chats are worded by the plain one; --template chooses another")
@@ -1135,7 +1231,8 @@ def say(served: Served, said: str) -> dict:
 
 def serve(server: Server) -> dict:
     """Runs the engine until SIGTERM or Ctrl-C, then finishes what runs; a second signal ends the process at once."""
-    engine, served, args = server.engine, server.served, server.args
+    engine = server.engine
+    served = server.served
 
     def on_signal(number: int, frame: object) -> None:
         if engine.end < math.inf:
@@ -1144,11 +1241,14 @@ def serve(server: Server) -> dict:
         print("finishing what runs, at most 30 s; once more to leave at once", flush=True)
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    if not ipaddress.ip_address(server.server_address[0]).is_loopback and args.api_key is None:
-        print(f"warning: {args.http_host} can be reached from other machines, and without --api_key anybody may use it")
+    host = server.server_address[0]
+    if not ipaddress.ip_address(host).is_loopback and server.args.api_key is None:
+        print(f"warning: {host} can be reached from other machines, and without --api_key anybody may use it")
     size = sum(kv.nbytes for kv in engine.cache.kv) / 1e9
-    print(f"{served.name}: {served.model.norm.weight.dtype} on {served.model.device}, {args.max_batch} slots x "
-          f"{served.context} tokens, cache {size:.2f} GB\npage   {server.url}/\nclient {server.url}/v1", flush=True)
+    print(f"{served.name}: {served.model.norm.weight.dtype} on {served.model.device}, {len(engine.held)} slots x "
+          f"{served.context} tokens, cache {size:.2f} GB")
+    print(f"page   {server.url}/")
+    print(f"client {server.url}/v1", flush=True)
     finished = engine.run()
     server.finish(2.0)
     print("finished" if finished else "left: some answers were cut short", flush=True)
@@ -1157,10 +1257,18 @@ def serve(server: Server) -> dict:
 
 def benchmark(server: Server) -> dict:
     """Runs the engine until the clients, which another thread starts, have measured it."""
-    args, model = server.args, server.served.model
-    summary = {"model": server.served.name, "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
-               "quant": args.quant, "device": str(model.device), "threads": torch.get_num_threads(),
-               "torch": torch.__version__, "slots": args.max_batch, "context": server.served.context}
+    args = server.args
+    model = server.served.model
+    summary = {
+        "model": server.served.name,
+        "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
+        "quant": args.quant,
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "slots": args.max_batch,
+        "context": server.served.context,
+    }
     print(" | ".join(f"{key} {value}" for key, value in summary.items() if value is not None), flush=True)
     with ThreadPoolExecutor(1) as driver:
         figures = driver.submit(measure_server, server)
