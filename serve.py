@@ -1289,7 +1289,7 @@ def main(argv: list[str] | None = None) -> dict:
         summary = measure_url(args)
     else:
         served = open_served(args)
-        with quantize.packed(served.model):
+        with quantize.packed(served.model, keep=False):
             if args.say is not None:
                 return say(served, args.say)
             engine = Engine(served, args.max_batch, args.max_waiting)
