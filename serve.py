@@ -25,10 +25,6 @@ When an answer ends, the last one that is being written is swapped into its row.
 into the row behind the answers. A new prompt copies the keys and values of its beginning from any row that holds them.
 An answer's random numbers depend on its seed, choice and position alone: it is the same alone and in a full batch.
 
-What differs from OpenAI: one model, which a request may name or leave out; `ignore_eos` writes on to max_tokens; usage
-counts EOS; several answers (n) at temperature 0 are equal; prompt and max_tokens that do not fit the context together
-are refused; fields that we do not know are refused unless null.
-
 Letters: B rows of a call, T tokens in each, C width, V vocabulary; in the cache K key heads, S slots, D a head's size.
 """
 
@@ -64,6 +60,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import lora
@@ -151,6 +148,7 @@ def draw(logits: Tensor, temperature: list[float], top_p: list[float], u: list[f
 
 CHUNK = 64             # prompt tokens a step on a CPU while answers are written: about as long as a step of 16 rows
 CHUNK_MOST = 512       # otherwise: fewer leave a GPU mostly idle
+FIRST_SLOTS = 256      # of each row on a CPU, until an answer needs more
 
 
 def common(a: list[int], b: list[int]) -> int:
@@ -164,7 +162,8 @@ class Engine:
     def __init__(self, served: Served, rows: int = 16, max_waiting: int = 256):
         model = served.model
         self.served, self.model, self.max_waiting = served, model, max_waiting
-        self.cache = KVCache(model.config, rows, served.context, model.norm.weight.dtype, model.device)
+        slots = min(FIRST_SLOTS, served.context) if model.device.type == "cpu" else served.context
+        self.cache = KVCache(model.config, rows, slots, model.norm.weight.dtype, model.device)
         self.held: list[list[int]] = [[] for _ in range(rows)]   # the ids whose keys and values lie in each row
         self.freed = [0] * rows                                  # the step in which each row became free
         self.running: list[Answer] = []                          # running[i] is being written in row i
@@ -193,7 +192,8 @@ class Engine:
     def run(self) -> bool:
         """Steps until `stop` was called and nothing is left, or its time is over. Returns whether nothing was left."""
         try:
-            while time.monotonic() < self.end and (self.end == math.inf or self.busy()):
+            while time.monotonic() < self.end and (
+                    self.end == math.inf or self.running or self.reading or self.waiting.qsize()):
                 try:
                     self.step()
                 except Exception as error:  # a fault of ours, or no memory: it ends the requests of this step
@@ -207,9 +207,6 @@ class Engine:
                 rest.append(self.waiting.get())
             self.fail(rest, Refusal(503, "the server was shut down before the answer was complete"))
         return not rest
-
-    def busy(self) -> bool:
-        return bool(self.running or self.reading or self.waiting.qsize())
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -238,6 +235,8 @@ class Engine:
         """Appends ids (B, T) to what B rows of the cache hold, from row `first` on -> the logits (B, V) behind them."""
         last = first + len(ids)
         held, tokens = self.held[first:last], torch.tensor(ids, device=self.model.device)                   # (B, T)
+        while max(map(len, held)) + len(ids[0]) > self.cache.kv[0].shape[3]:
+            self.widen()
         x = self.model.hidden(tokens, cache=self.cache.rows(first, last), start=list(map(len, held)))       # (B, T, C)
         for row, new in zip(held, ids):
             row += new
@@ -281,6 +280,13 @@ class Engine:
             kv[:, [a, b], :, :longest] = kv[:, [b, a], :, :longest]
         for rows in (self.held, self.freed):
             rows[a], rows[b] = rows[b], rows[a]
+
+    def widen(self) -> None:
+        """Doubles the slots of all rows, layer by layer, so that a second copy of the cache never exists."""
+        slots = self.cache.kv[0].shape[3]
+        more = min(slots, self.served.context - slots)
+        for layer, kv in enumerate(self.cache.kv):                                     # (2, rows, K, S, D)
+            self.cache.kv[layer] = F.pad(kv, (0, 0, 0, more))                          # (2, rows, K, S + more, D)
 
     def sample(self, answers: list[Answer], logits: Tensor) -> None:
         """Gives each answer one token from its row of logits (B, V)."""
@@ -418,6 +424,10 @@ def cut(said: str, start: int, stops: tuple[str, ...], over: bool) -> tuple[int,
 
 
 # ---- requests: tables of fields -------------------------------------------------------------------------------------
+#
+# What differs from OpenAI: one model, which a request may name or leave out; `ignore_eos` writes on to max_tokens; usage
+# counts EOS; several answers (n) at temperature 0 are equal; prompt and max_tokens that do not fit the context together
+# are refused; fields that we do not know are refused unless null.
 
 MAX_MESSAGES, MAX_CHOICES, MAX_STOPS = 512, 32, 16
 
@@ -1244,9 +1254,10 @@ def serve(server: Server) -> dict:
     host = server.server_address[0]
     if not ipaddress.ip_address(host).is_loopback and server.args.api_key is None:
         print(f"warning: {host} can be reached from other machines, and without --api_key anybody may use it")
-    size = sum(kv.nbytes for kv in engine.cache.kv) / 1e9
+    slot = sum(kv.nbytes // kv.shape[3] for kv in engine.cache.kv)  # bytes of one slot of all rows
+    size = slot * served.context / 1e9
     print(f"{served.name}: {served.model.norm.weight.dtype} on {served.model.device}, {len(engine.held)} slots x "
-          f"{served.context} tokens, cache {size:.2f} GB")
+          f"{served.context} tokens, cache up to {size:.2f} GB")
     print(f"page   {server.url}/")
     print(f"client {server.url}/v1", flush=True)
     finished = engine.run()

@@ -187,6 +187,7 @@ def test_alone_is_in_a_full_batch_is_generate(monkeypatch):
     """Greedy in fp32, exactly: requests that come and go at any step, read in chunks, in rows used before, give the ids
     of Llama.generate, which knows neither rows nor chunks."""
     monkeypatch.setattr(serve, "CHUNK", 7)
+    monkeypatch.setattr(serve, "FIRST_SLOTS", 8)  # the cache grows meanwhile
     prompts = [ids(n, n) for n in (3, 40, 9, 22, 31, 2, 60, 17, 5, 12)]
     expected = MODEL.generate(prompts, 12, temperature=0)
     engine, jobs, most = engine_of(), [job(prompt) for prompt in prompts], 0
@@ -197,6 +198,7 @@ def test_alone_is_in_a_full_batch_is_generate(monkeypatch):
         most = max(most, len(engine.running) + len(engine.reading))
     assert most <= 4
     finish(engine)
+    assert engine.cache.kv[0].shape[3] == 128  # 60 + 12 tokens, in a context of 256
     assert [answer.made for one in jobs for answer in one.answers] == expected
     assert [finish(engine_of(), job(prompt))[0] for prompt in prompts] == expected
     assert engine.counters["prompt_tokens"] + engine.counters["prefix_tokens_reused"] == sum(map(len, prompts))
