@@ -1,13 +1,14 @@
 r"""LLaMA in one file: config, transformer, KV cache, sampling, generation.
 
 Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models" (arXiv 2302.13971). Each block changes the
-residual stream x (B, T, C) twice, and h = norm(x) is made anew before each change:
+residual stream x (B, T, C) twice, and h = norm(x) is computed anew before each change:
 
     x = x + wo softmax(q k^T / sqrt(D) + causal) v          q = rope(wq h)   k = rope(wk h)   v = wv h
     x = x + w2 (silu(w1 h) * w3 h)
 
-norm is RMSNorm (Zhang & Sennrich 2019), rope rotary embedding (Su et al. 2021), the second line SwiGLU (Shazeer 2020).
-There are no biases. H / K query heads share one key and one value head (Ainslie et al. 2023), two in SHAPES["tiny"]:
+norm is RMSNorm (Zhang & Sennrich 2019), rope rotary embedding (Su et al. 2021), the second line SwiGLU (Shazeer 2020),
+and causal is -inf where a token would see a later one. There are no biases. H / K query heads share one key and one
+value head (Ainslie et al. 2023), two in SHAPES["tiny"]:
 
     wq h (B, T, 256) -> (B, 8, T, 32)    q0 q1  q2 q3  q4 q5  q6 q7
                                            \ /    \ /    \ /    \ /
@@ -61,6 +62,7 @@ class LlamaConfig:
     extra: dict = field(default_factory=dict)  # further keys for config.json, such as a reward model's "reward_mean"
 
     def __post_init__(self):
+        """Raises ValueError for a value that no model can have."""
         vars(self).update(weights.check_config(dict(vars(self))))
 
 
@@ -77,13 +79,14 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(config: LlamaConfig, device=None) -> tuple[Tensor, Tensor]:
-    """cos and sin of position / rope_factor * theta^(-2i/D), each (max_seq_len, D), laid out as `rotate` takes them.
+    """Returns cos and sin of the angles position / rope_factor * theta^(-i/D), i = 0, 2, 4 ... D - 2, each
+    (max_seq_len, D): once for either half of D, sin negative in the first, as `rotate` takes them.
     The operations come in the order of transformers: rounded otherwise, angles at position 100,000 differ by 0.001."""
     i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     frequency = 1.0 / config.rope_theta ** (i / config.head_dim) / config.rope_factor  # (D/2,)
     position = torch.arange(config.max_seq_len, device=device, dtype=torch.float32)
     angle = torch.outer(position, frequency)                                           # (max_seq_len, D/2)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()                                                # (max_seq_len, D/2)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
@@ -98,7 +101,7 @@ class Where(NamedTuple):
     cos: Tensor                # (1 or B, 1, T, D), of the angles of their positions
     sin: Tensor
     visible: Tensor | None     # (1 or B, 1, T, S), True where a token sees a slot; None: see is_causal
-    is_causal: bool            # True: token t sees tokens 0 .. t; False without `visible`: a token sees all slots
+    is_causal: bool            # True: token t sees tokens 0 .. t. False and visible None: a token sees all slots
     position: Tensor           # (1 or B, T), also the slots of the cache that keys and values go into
     slots: int                 # S
 
@@ -137,7 +140,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))                   # (B, T, C) -> (B, T, ffn_dim) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -203,7 +206,8 @@ class Transformer(nn.Module):
         x = self.tok_embeddings(tokens)                                     # (B, T, C)
         for layer in self.layers:
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(layer, x, where, use_reentrant=False)        # reentrant: the embedding must be trained
+                # The reentrant kind gives no gradient where x needs none, as behind a frozen embedding.
+                x = checkpoint(layer, x, where, use_reentrant=False)
             else:
                 x = layer(x, where, cache)
         return self.norm(x)
@@ -216,11 +220,12 @@ class Transformer(nn.Module):
             position 0  1  2             row 0    a  b  c  d  e       d (position 3) sees slots 0 .. 3, e sees 0 .. 4
             c sees a, b, c               row 1    a  b  c  .  .       b (position 1) sees slots 0 .. 1, c sees 0 .. 2
 
-        Padding may stand on either side. On the right it needs no mask, since no real token looks to its right.
+        Padding may stand on either side. On the right it needs no mask, since no real token looks to its right. A mask
+        and a cache exclude each other.
         """
         B, T = tokens.shape
         start = start or [0] * B
-        slots, even = max(start) + T, min(start) == max(start)                   # of a list: no GPU is waited for
+        slots, even = max(start) + T, min(start) == max(start)                   # even: all rows have equally many
         if slots > self.config.max_seq_len:
             raise ValueError(f"{slots} tokens do not fit the model's context of {self.config.max_seq_len}: "
                              "shorten the text or --max_len")
@@ -284,7 +289,7 @@ class KVCache:
 def sample(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0,
            generator: torch.Generator | None = None) -> Tensor:
     """Draws one id a row from logits (B, V) -> (B,). Temperature 0 takes the likeliest, whatever top_k and top_p say.
-    A row with NaN or infinity in it gives -1."""
+    A row with NaN or +infinity in it gives -1; a token of logit -infinity is never drawn."""
     highest, token = logits.max(-1)                # (B,) each
     if temperature > 0:
         scaled = logits / max(temperature, 1e-30)  # 1e-40 would make logits infinite and probabilities NaN
@@ -292,9 +297,9 @@ def sample(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.
             scaled = keep_top_k(scaled, top_k)
         if top_p < 1:
             scaled = keep_top_p(scaled, top_p)
-        # argmax(p / e) with e ~ Exp(1) is a draw from p (the exponential race). No GPU is waited for.
-        race = torch.empty_like(scaled).exponential_(generator=generator)
-        token = (scaled.softmax(-1) / race).argmax(-1)
+        # argmax(p / e) with e ~ Exp(1) is a draw from p (the exponential race). It does not wait for a GPU.
+        e = torch.empty_like(scaled).exponential_(generator=generator)             # (B, V)
+        token = (scaled.softmax(-1) / e).argmax(-1)                                # (B,)
     return torch.where(highest.isfinite(), token, -1)  # NaN anywhere in a row is its maximum
 
 
@@ -315,8 +320,20 @@ def keep_top_p(logits: Tensor, top_p: float | Tensor) -> Tensor:
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Makes the tokens that have occurred less likely (CTRL, Keskar et al. 2019). logits (B, V), seen (B, V) bool."""
+    """Makes the tokens that have occurred less likely (CTRL, Keskar et al. 2019). logits (B, V), seen (B, V) bool. A
+    positive logit is divided, a negative one multiplied."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0) -> None:
+    """Raises ValueError naming the value that is out of range (NaN is out of every range)."""
+    for name, value, fits, rule in (
+            ("temperature", temperature, 0 <= temperature < math.inf, "finite and at least 0 (0 takes the likeliest)"),
+            ("top_k", top_k, top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (1 keeps all tokens)"),
+            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0 (1 is none)")):
+        if not fits:
+            raise ValueError(f"{name} is {value}, it must be {rule}")
 
 
 class Llama(Transformer):
@@ -353,8 +370,8 @@ class Llama(Transformer):
                        eos_id: int | Sequence[int] | None = None,
                        generator: torch.Generator | None = None,
                        repetition_penalty: float = 1.0) -> Iterator[tuple[list[int], list[int]]]:
-        """Yields (rows still running, their new ids) a step. The first step is a call with all prompts, each later one
-        a call with one token a row. Finished rows leave the batch as soon as they are half of it."""
+        """Yields (indices of the prompts still running, a new id of each) a step. The first step is a call with all
+        prompts, each later one a call with one token a row. Finished rows leave the batch once they are half of it."""
         check_sampling(temperature, top_k, top_p, repetition_penalty)
         left = self.room(prompts, max_new_tokens)                              # left[i]: tokens prompt i may still get
         at = [len(prompt) for prompt in prompts]                               # at[i]: the position of its next token
@@ -387,22 +404,23 @@ class Llama(Transformer):
             if not running:
                 return
             seen.scatter_(1, token[:, None], True)
-            if 2 * len(running) <= len(rows):                                  # at half, because it copies the cache
+            if 2 * len(running) <= len(rows):                                  # not sooner: it copies the cache
                 rows = [rows[b] for b in running]
                 token = token[running]
                 seen = seen[running]
                 cache.keep(running)
             h = self.hidden(token[:, None], cache=cache, start=[at[i] for i in rows])[:, 0]          # (B, C)
             for i in rows:
-                at[i] += left[i] > 0                                           # a finished row writes one slot again
+                at[i] += left[i] > 0                                           # a finished row stays at its last slot
 
     def stops(self, eos_id: int | Sequence[int] | None = None) -> set[int]:
-        """The ids that end an answer."""
+        """Returns the ids that end an answer. eos_id is as for `generate`."""
         eos_id = self.config.eos_id if eos_id is None else eos_id
         return {eos_id} if isinstance(eos_id, int | None) else set(eos_id)
 
     def room(self, prompts: list[list[int]], max_new_tokens: int | list[int]) -> list[int]:
-        """How many new tokens each prompt may get: as asked, or as many as the context leaves. Refuses bad prompts."""
+        """Returns how many new tokens each prompt may get: as asked, or as many as the context leaves. Raises
+        ValueError for bad prompts."""
         context = self.config.max_seq_len
         rows = self.config.vocab_size
         most = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
@@ -448,7 +466,7 @@ class Llama(Transformer):
 # ---- directories ----------------------------------------------------------------------------------------------------
 
 def plain_config(directory: str | Path) -> LlamaConfig:
-    """The config of a plain directory, which is what `Llama.from_pretrained` opens."""
+    """Returns the config of a plain directory. Raises ValueError for a quantized one and for an adapter."""
     directory = Path(directory)
     opener = f"open it with quantize.open_model, or on the command line with `python serve.py {directory} --say TEXT`"
     if weights.quantization(directory):
@@ -459,8 +477,10 @@ def plain_config(directory: str | Path) -> LlamaConfig:
     return LlamaConfig(**weights.read_config(directory))
 
 
+# ---- shapes to measure with -----------------------------------------------------------------------------------------
+
 def random_model(config: LlamaConfig, dtype: torch.dtype, device, head: bool = True) -> Llama:
-    """A model of random weights, made in `dtype`: for speed they are as good as others."""
+    """Returns a model of random weights, made in `dtype`: its speed is that of a trained one."""
     with torch.device("meta"):
         model = Llama(config, head)
     model = model.to(dtype).to_empty(device=device)
@@ -488,17 +508,6 @@ SHAPES = {
 }
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0) -> None:
-    """Raises ValueError naming the value that is out of range (NaN is out of every range)."""
-    for name, value, fits, rule in (
-            ("temperature", temperature, 0 <= temperature < math.inf, "finite and at least 0 (0 takes the likeliest)"),
-            ("top_k", top_k, top_k >= 0, "at least 0 (0 keeps all tokens)"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (1 keeps all tokens)"),
-            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0 (1 is none)")):
-        if not fits:
-            raise ValueError(f"{name} is {value}, it must be {rule}")
-
-
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -517,7 +526,7 @@ def convert(argv: list[str]) -> None:
     before = model(tokens)
     model.save_pretrained(args.out)
     tokenizer.save(args.out, text.read_template(args.source))
-    del model  # two do not fit where one does
+    del model  # two may not fit into memory at once
     if not torch.equal(Llama.from_pretrained(args.out).eval()(tokens), before):
         raise ValueError(f"{args.out} does not give the logits of {args.source}: a fault of ours, do not use it")
     print(f"wrote {args.out} in Hugging Face layout, {before.shape[1]} tokens have the same logits to the bit")
