@@ -10,28 +10,30 @@ A weight becomes a code of 4 or 8 bits on a grid that all weights of a group (ne
 
     w ~ (q - zero) * scale    symmetric: zero is the middle code;  asymmetric: the grid spans smallest to largest weight
 
-RTN takes the nearest code. GPTQ fixes the codes of one column after another. After each it changes the columns that are
-not fixed yet, so that they make up for the error: it minimizes |W X - Q X|^2 and not |W - Q|^2, where X are the layer's
-inputs on some text. All that it needs of X is H = X X^T.
+RTN takes the nearest code. GPTQ minimizes |W X - Q X|^2 and not |W - Q|^2, where X are the layer's inputs on some text.
+It rounds one column after another, and after each changes those not rounded yet, so that they make up for the error:
+
+    E_j = (W_j - Q_j) / U_jj      W_k = W_k - E_j U_jk  for all k > j      U^T U = H^-1, U upper triangular, H = X X^T
 
 Four-bit layers are stored as AutoGPTQ stores them. Eight codes of one output o, of neighbouring inputs i, share a word:
 
     qweight[r, o], an int32     bit 31      28                                   7     4 3     0
-    r = i / 8                      | i=8r+7  | i=8r+6  |  ...  | i=8r+2  | i=8r+1  | i=8r    |     shape (I/8, O)
+    r = i // 8                     | i=8r+7  | i=8r+6  |  ...  | i=8r+2  | i=8r+1  | i=8r    |     shape (I/8, O)
 
     qzeros (G, O/8)  the same, eight outputs of one group to a word; "gptq" files hold zero - 1, "gptq_v2" files zero
-    scales (G, O)    float16             g_idx (I,)  the group of each input, i / group_size unless act-order moved it
+    scales (G, O)    float16             g_idx (I,)  the group of each input: i // group_size in the files written here
 
 Eight-bit layers are two tensors: `weight` (O, I) int8 and `scale` (O,) float32, w ~ weight * scale.
 
-Where this differs from the paper, by what measured best on stories260K, a trained LLaMA of 260,000 weights:
-1. Grids are set before the first column is fixed (AutoGPTQ's "static groups"). So columns may be taken in any order and
-   a group still is a run of neighbours, which the fast kernels need.
+Where the steps of `gptq` differ from the paper, by what measured best on stories260K, a LLaMA of 260,000 weights:
+1. The weights of a dead input (H_jj = 0) are rounded to nearest; the authors set them to zero.
 2. Columns are taken by falling H_jj (the authors' --act-order) unless --file_order is given.
-3. A grid is shrunk, down to 0.6 of its span, where that lowers the error that GPTQ counts, sum (w - q)^2 / U_jj^2. The
-   authors' code clips too, but with equal weights. `rtn` does so with clip=True.
-4. A dead input (H_jj = 0) keeps its plainly rounded weights; the authors set them to zero.
-5. The factor U comes from one Cholesky and one triangular inverse, see `inverse_factor`.
+3. The factor U comes from one Cholesky and one triangular inverse, see `inverse_factor`.
+4. Grids are set before the first column is rounded (AutoGPTQ's "static groups"). So columns may be taken in any order
+   and a group still is a run of neighbours, which the fast kernels need. A grid is shrunk, down to 0.6 of its span,
+   where that lowers the error that GPTQ counts, sum (w - q)^2 / U_jj^2. The authors' code clips too, but with equal
+   weights, as `rtn` does with clip=True.
+5. The updates are the paper's.
 
 Letters: O outputs and I inputs of a layer, G groups, S columns of a group, N tokens; B, T, C as in model.py.
 """
@@ -55,7 +57,7 @@ from data import demo, records, run, text, weights
 from model import Block, Llama, LlamaConfig, Where
 
 SHRINK = tuple(1 - i / 40 for i in range(17))  # of a grid's span: 1, 0.975, ... 0.6
-SMALLEST = {4: 2.0**-24, 8: 2.0**-126}         # scale that the files hold: float16 in 4 bits, float32 in 8
+SMALLEST = {4: 2.0**-24, 8: 2.0**-126}         # bits: least scale above 0 in a file, which has float16 or float32
 
 
 # ---- grids and rounding to nearest ----------------------------------------------------------------------------------
@@ -73,17 +75,17 @@ class Quantized(NamedTuple):
 
 
 def nearest_code(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The nearest code of each w, as a float; shapes broadcast."""
+    """Returns the nearest code of each w, as a float; shapes broadcast."""
     return (w / scale + zero).round_().clamp_(0, 2**bits - 1)
 
 
 def best_grid(w: Tensor, bits: int, sym: bool, shrinks: tuple[float, ...],
               importance: Tensor) -> tuple[Tensor, Tensor]:
-    """scale and zero, (O, G) each, of the groups w (O, G, S). Of the grids that `shrinks` gives, the one with the least
-    sum of importance (G, S) * (w - its code's value)^2."""
+    """Returns scale and zero, (O, G) each, of the groups w (O, G, S): of the full span times each of `shrinks`, the one
+    with the least sum of importance (G, S) * (w - its code's value)^2."""
     most = 2**bits - 1
     low = w.amin(-1).clamp_(max=0)                                             # (O, G): 0 is in the span
-    high = w.amax(-1).clamp_(min=0)
+    high = w.amax(-1).clamp_(min=0)                                            # (O, G)
     if sym:
         high = torch.maximum(high, -low)
         low = -high
@@ -96,7 +98,7 @@ def best_grid(w: Tensor, bits: int, sym: bool, shrinks: tuple[float, ...],
         if sym:
             zero = torch.full_like(scale, 2**(bits - 1))
         q = nearest_code(w, scale[..., None], zero[..., None], bits)           # (O, G, S)
-        difference = q.sub_(zero[..., None]).mul_(scale[..., None]).sub_(w)    # in place: it stays in the cache
+        difference = q.sub_(zero[..., None]).mul_(scale[..., None]).sub_(w)    # (O, G, S), in place: it stays in cache
         error = difference.square_().mul_(importance).sum(-1)                  # (O, G)
         better = error < least
         best_scale = torch.where(better, scale, best_scale)
@@ -106,44 +108,44 @@ def best_grid(w: Tensor, bits: int, sym: bool, shrinks: tuple[float, ...],
 
 
 def grids(w: Tensor, bits: int, group_size: int, sym: bool, clip: bool, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """scale and zero, (O, G) fp32 each, of the groups of w (O, I). An error in a column costs importance (I,) times its
-    square; with clip the best of all SHRINK is taken."""
+    """Returns scale and zero, (O, G) fp32 each, of the groups of w (O, I). An error in a column costs importance (I,)
+    times its square; with clip the best of all SHRINK is taken."""
     O, I = w.shape
     S = I if group_size == -1 else min(group_size, I)
-    more = (0, -I % S)                                                         # columns that the last group lacks
+    padding = (0, -I % S)                                                      # columns that the last group lacks
     shrinks = SHRINK if clip else (1.0,)
-    importance = F.pad(importance, more).view(-1, S)                           # (I,) -> (G, S)
+    importance = F.pad(importance, padding).view(-1, S)                        # (I,) -> (G, S)
     rows = max(1, 2**16 // I) if w.device.type == "cpu" else O                 # 256 KB stay in a processor's cache
-    parts = [F.pad(part, more).unflatten(1, (-1, S)) for part in w.split(rows)]            # (rows, I) -> (rows, G, S)
+    parts = [F.pad(part, padding).unflatten(1, (-1, S)) for part in w.split(rows)]         # (rows, I) -> (rows, G, S)
     found = [best_grid(part, bits, sym, shrinks, importance) for part in parts]
     scale, zero = zip(*found)
     return torch.cat(scale), torch.cat(zero)
 
 
 def groups_of(I: int, group_size: int, device=None) -> Tensor:
-    """The group of each column, (I,) int32."""
+    """Returns the group of each column, (I,) int32."""
     return torch.arange(I, dtype=torch.int32, device=device) // (I if group_size == -1 else group_size)
 
 
 def rtn(w: Tensor, bits: int, group_size: int, sym: bool, clip: bool = False) -> Quantized:
-    """Round W (O, I) to nearest. Every group of group_size columns (-1: the whole row; the last one may be smaller) has
-    a grid of its own; clip shrinks it where that lowers the squared error. ValueError for bits or a size that no grid
-    has."""
+    """Rounds W (O, I) to nearest. Every group of group_size columns (-1: the whole row; the last one may be smaller)
+    has a grid of its own; clip shrinks it where that lowers the squared error. Raises ValueError for bits or a group
+    size that no grid has."""
     check_grid(bits, group_size)
     w = w.float()
     scale, zero = grids(w, bits, group_size, sym, clip, torch.ones_like(w[0]))  # (O, G) each
     group = groups_of(w.shape[1], group_size, w.device)
     g = group.long()
-    q = nearest_code(w, scale[:, g], zero[:, g], bits)
+    q = nearest_code(w, scale[:, g], zero[:, g], bits)                          # (O, I)
     return Quantized(q.to(torch.uint8), scale, zero.to(torch.uint8), group)
 
 
 # ---- GPTQ -----------------------------------------------------------------------------------------------------------
 
 def hessian(inputs: Iterable[Tensor]) -> Tensor | None:
-    """H = X X^T (I, I) in fp32 of a layer's inputs, which come in parts x (N, I); None where there are none.
+    """Returns H = X X^T (I, I) in fp32 of a layer's inputs, which come in parts x (N, I); None where there are none.
 
-    The lower triangle is summed in slabs of columns, which spares nearly half of the products."""
+    The lower triangle is summed, 256 columns at a time, which spares nearly half of the products."""
     H = None
     for x in inputs:
         x = x.float()
@@ -154,11 +156,13 @@ def hessian(inputs: Iterable[Tensor]) -> Tensor | None:
 
 
 def inverse_factor(H: Tensor, damp: float) -> Tensor:
-    """Upper triangular U with U^T U = (H + damp * mean(diag H) * 1)^-1: "the Cholesky of the inverse" of the paper.
+    """Returns the upper triangular U with U^T U = (H + damp * mean(diag H) * identity)^-1, the paper's Cholesky factor
+    of the inverse.
 
-    With J the reversal of rows, J H J = L L^T gives H = R R^T for the upper triangular R = J L J, so U = R^-1. That is
-    one inversion less than inverting H and factoring the inverse, and so half the rounding. More damping is tried where
-    the factor does not exist, if there was any; ValueError otherwise."""
+    J reverses the order of rows, and is its own inverse. From J H J = L L^T follows H = R R^T with R = J L J, which is
+    upper triangular, so U = R^-1. That is one inversion less than inverting H and factoring the inverse, and so half
+    the rounding. Where the factor does not exist, 10 and 100 times the damping are tried. Raises ValueError where that
+    does not help, or damp is 0."""
     eye = torch.eye(len(H), device=H.device)
     for factor in (1, 10, 100):
         damped = H + factor * damp * H.diagonal().mean() * eye
@@ -174,47 +178,49 @@ def inverse_factor(H: Tensor, damp: float) -> Tensor:
 
 def gptq(w: Tensor, hessian: Tensor, bits: int, group_size: int, sym: bool, act_order: bool = False, clip: bool = False,
          damp: float = 0.01, block: int = 128) -> Quantized:
-    """Quantize W (O, I) so that |W X - Q X|^2 is small, hessian = X X^T (I, I). With the identity it is `rtn` to the
+    """Quantizes W (O, I) so that |W X - Q X|^2 is small, hessian = X X^T (I, I). With the identity it is `rtn` to the
     bit.
 
-    block: columns after which the rest of W is updated (any number gives the same result but for rounding). Raises
-    ValueError as rtn does, and with damp 0 where H is singular."""
+    block: columns after which all columns to the right are updated (any number gives the same result but for rounding).
+    Raises ValueError as rtn does, and with damp 0 where H is singular."""
     check_grid(bits, group_size)
     I = w.shape[1]
     H = hessian.float().clone()
-    # 1. A dead input never has a value: row and column of H are 0, and with H_jj = 1 it is tied to no other column.
-    dead = H.diagonal() == 0
+    # 1. A dead input is always 0, and so are its row and column of H. With H_jj = 1 it is tied to no other column.
+    dead = H.diagonal() == 0                                                           # (I,)
     H.diagonal()[dead] = 1
     # 2. The order of the columns. A stable sort: where all H_jj are equal it is the file's order.
     order = torch.arange(I, device=w.device)
     if act_order:
-        order = torch.argsort(H.diagonal(), descending=True, stable=True)
-    # 3. U, upper triangular, with U^T U = (H + lambda)^-1.  U_jj^2 is [H_F^-1]_jj, F being the columns from j on.
-    U = inverse_factor(H[order][:, order], damp)
-    diagonal = U.diagonal()
-    # 4. The grid of every group. An error of one in column j will cost 1 / U_jj^2, by the paper's equation (2).
-    importance = torch.empty_like(diagonal)
+        order = torch.argsort(H.diagonal(), descending=True, stable=True)              # (I,)
+    # 3. U, upper triangular, with U^T U = (H + damping)^-1. U_jj^2 is the paper's [H_F^-1]_jj, F the columns from j on.
+    U = inverse_factor(H[order][:, order], damp)                                       # (I, I)
+    diagonal = U.diagonal()                                                            # (I,)
+    # 4. The grid of every group. An error of one in column j will cost 1 / U_jj^2, by the paper's equation (2). Only
+    #    ratios of the costs matter: with the identity all are exactly 1.
+    importance = torch.empty_like(diagonal)                                            # (I,), in the file's order
     importance[order] = (diagonal.min() / diagonal).square()
     importance[dead] = 0
     scale, zero = grids(w.float(), bits, group_size, sym, clip, importance)            # (O, G) each
     group = groups_of(I, group_size, w.device)
-    at = group.long()[order]                                                           # (I,)
+    group_of_step = group.long()[order]                                                # (I,)
     # 5. Column after column; W is held transposed, so that a column of the paper is a row in memory.
     W = w.float().T[order].contiguous()                                                # (I, O)
-    Q = torch.empty(W.shape, dtype=torch.uint8, device=w.device)
+    Q = torch.empty(W.shape, dtype=torch.uint8, device=w.device)                       # (I, O) the codes
     scale_t, zero_t = scale.T.contiguous(), zero.T.contiguous()                        # (G, O) each
     d = diagonal.tolist()
-    E = torch.empty(min(block, I), W.shape[1], device=w.device)
+    E = torch.empty(min(block, I), W.shape[1], device=w.device)                        # (block, O)
     for first in range(0, I, block):
         last = min(first + block, I)
         for j in range(first, last):
-            s, z = scale_t[at[j]], zero_t[at[j]]                                       # (O,) each
+            g = group_of_step[j]
+            s, z = scale_t[g], zero_t[g]                                               # (O,) each
             q = nearest_code(W[j], s, z, bits)
             Q[j] = q
             e = torch.div(W[j] - q.sub_(z).mul_(s), d[j], out=E[j - first])            # E_j = (W_j - Q_j) / U_jj
-            W[j + 1:last].addr_(U[j, j + 1:last], e, alpha=-1)                         # the columns left in a block ...
-        W[last:].addmm_(U[first:last, last:].T, E[:last - first], alpha=-1)            # ... and lazily all after it
-    codes = torch.empty_like(Q)
+            W[j + 1:last].addr_(U[j, j + 1:last], e, alpha=-1)                         # W_k -= E_j U_jk in the block
+        W[last:].addmm_(U[first:last, last:].T, E[:last - first], alpha=-1)            # and then in all columns after
+    codes = torch.empty_like(Q)                                                        # (I, O), in the file's order
     codes[order] = Q
     return Quantized(codes.T.contiguous(), scale, zero.to(torch.uint8), group)
 
@@ -222,12 +228,13 @@ def gptq(w: Tensor, hessian: Tensor, bits: int, group_size: int, sym: bool, act_
 # ---- packing --------------------------------------------------------------------------------------------------------
 
 def shifts(device) -> Tensor:
+    """By how many bits each of the eight codes is shifted in its word."""
     return torch.arange(0, 32, 4, dtype=torch.int32, device=device)[:, None]           # (8, 1)
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """Codes q (O, I), whole numbers 0 .. 15 -> words (ceil(I / 8), O) int32. Input 8r is in the lowest four bits of
-    word r. Where 8 does not divide I, the last word is filled with 0."""
+    """Packs codes q (O, I), whole numbers 0 .. 15, into words (ceil(I / 8), O) int32. Input 8r is in the lowest four
+    bits of word r. Where 8 does not divide I, the last word is filled with 0."""
     if q.numel() and (q.min() < 0 or q.max() > 15):
         raise ValueError(f"codes reach from {q.min()} to {q.max()}, four bits hold 0 to 15")
     q = F.pad(q.to(torch.int32), (0, -q.shape[1] % 8))                                 # (O, I)
@@ -236,7 +243,7 @@ def pack_int4(q: Tensor) -> Tensor:
 
 
 def unpack_int4(words: Tensor, width: int | None = None) -> Tensor:
-    """Words (R, O) int32 -> codes (O, 8R) uint8, or the first `width` columns of them: the inverse of pack_int4."""
+    """The inverse of pack_int4: unpacks words (R, O) int32 to codes (O, 8R) uint8, or the first `width` columns."""
     q = (words[:, None] >> shifts(words.device)) & 15                                  # (R, 8, O)
     return q.flatten(0, 1)[:width].T.to(torch.uint8)                                   # (O, 8R)
 
@@ -257,7 +264,7 @@ class QuantizedLinear(nn.Module):
         return QuantizedProduct.apply(x, self)
 
     def plain(self, dtype: torch.dtype) -> nn.Linear:
-        """The same layer with its weights written out: a merge needs them."""
+        """Returns a plain linear layer of the dequantized weights: adapters can be merged into it."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.dequantize(dtype).contiguous())
         return linear
@@ -270,7 +277,7 @@ class QuantizedLinear(nn.Module):
 
 
 class Linear4(QuantizedLinear):
-    """Four bits in AutoGPTQ's tensors, zeros as in gptq_v2. Where 8 does not divide a side, last words are not full."""
+    """Four bits in AutoGPTQ's tensors, zeros as in gptq_v2. Where 8 does not divide O or I, last words are not full."""
 
     @classmethod
     def of(cls, m: Quantized) -> "Linear4":
@@ -286,7 +293,7 @@ class Linear4(QuantizedLinear):
         return Quantized(q, self.scales.float().T, zero.T, self.g_idx)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """W (O, I), a transposed view. `quantized().dequantize()` is the same, and slower: it transposes the codes."""
+        """Returns W (O, I), a transposed view. `quantized().dequantize()` is the same, but transposes the codes."""
         g = self.g_idx.long()                                                          # (I,)
         zero = unpack_int4(self.qzeros.T, self.out_features)                           # (G, O)
         q = (self.qweight[:, None] >> shifts(self.qweight.device)) & 15                # (I/8, 8, O)
@@ -329,12 +336,13 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 # ---- a whole model, block by block ----------------------------------------------------------------------------------
 
-TOKENS = 4096  # of a batch that passes through a block
+TOKENS = 4096  # of a batch that passes through a block, about
 # Each half of a block: its norm, the linears that read the normalized x, and the linear that reads their outputs.
 HALVES = {
     "attention": ("attention_norm", ("wq", "wk", "wv"), "wo"),
     "feed_forward": ("ffn_norm", ("w1", "w3"), "w2"),
 }
+Row = tuple[list[int], list[bool]]  # a text: its ids, and which of them count as predicted
 
 
 class Scheme(NamedTuple):
@@ -353,32 +361,30 @@ class Scheme(NamedTuple):
         return f"{self.bits} bits{groups}" + (", symmetric" if self.sym else "")
 
     def settings(self) -> dict:
-        """The quantization_config of config.json, where other programs look."""
-        q = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym, "lm_head": self.head,
-             "octet_method": self.method}
+        """Returns the quantization_config of config.json, by which other programs read the tensors."""
+        settings = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym, "lm_head": self.head,
+                    "octet_method": self.method}
         if self.bits == 8:
-            return q | {"quant_method": "octet"}
+            return settings | {"quant_method": "octet"}
         if self.damp:  # gptqmodel refuses a 0
-            q["damp_percent"] = self.damp
-        return q | {"quant_method": "gptq", "checkpoint_format": "gptq" if self.sym else "gptq_v2",
-                    "desc_act": self.act_order, "static_groups": True, "true_sequential": True, "pack_dtype": "int32"}
-
-
-Row = tuple[list[int], list[bool]]  # a text: its ids, and which of them count as predicted
+            settings["damp_percent"] = self.damp
+        return settings | {
+            "quant_method": "gptq", "checkpoint_format": "gptq" if self.sym else "gptq_v2",
+            "desc_act": self.act_order, "static_groups": True, "true_sequential": True, "pack_dtype": "int32"}
 
 
 @dataclass
 class Batch:
     """Rows on their way through the blocks. They are padded on the right, where no real token looks."""
     x: Tensor         # (B, T, C) the residual stream
-    where: Where      # positions and angles
+    where: Where      # positions and angles, the same for every row
     mask: Tensor      # (B, T) True where a token is real
     tokens: Tensor    # (B, T)
     target: Tensor    # (B, T) True where a token counts as predicted
 
 
 def embed(model: Llama, rows: list[Row], device) -> list[Batch]:
-    """Batches of about TOKENS tokens, before the first block."""
+    """Returns batches of about TOKENS tokens, before the first block."""
     step = max(1, TOKENS // max((len(ids) for ids, _ in rows), default=1))
     batches = []
     for start in range(0, len(rows), step):
@@ -392,7 +398,7 @@ def embed(model: Llama, rows: list[Row], device) -> list[Batch]:
 
 
 def blocks_on(model: Llama, device) -> Iterator[Block]:
-    """The blocks in order, each on the device while it is in use: the model itself may be larger than a GPU."""
+    """Yields the blocks in order, each on the device while it is in use: the whole model may be larger than a GPU."""
     home = model.device
     for block in model.layers:
         yield block.to(device)
@@ -402,13 +408,15 @@ def blocks_on(model: Llama, device) -> Iterator[Block]:
 @torch.no_grad()
 def quantize_model(model: Llama, scheme: Scheme, rows: list[Row] = (), device="cpu",
                    progress: Callable[[int, list[dict]], None] | None = None) -> list[dict]:
-    """Put quantized layers in the place of a model's linears; the model is changed. GPTQ calibrates every block on what
-    the quantized blocks before it make of `rows`.
+    """Puts quantized layers in the place of a model's linears; the model is changed. GPTQ calibrates every block on the
+    outputs of the quantized blocks before it, for `rows`.
 
-    progress(i, report) is called after block i. Returns each layer's name and relative errors."""
+    progress(i, report) is called after block i. Returns a report: each layer's name and relative errors."""
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise ValueError(f"{name} is not finite: the model is broken, nothing was written")
+    if scheme.method == "gptq" and not rows:
+        raise ValueError("gptq needs texts to calibrate on: give rows, or use rtn")
     batches = embed(model, rows, device) if scheme.method == "gptq" else []
     errors = []
     for i, block in enumerate(blocks_on(model, device)):
@@ -425,15 +433,15 @@ def quantize_model(model: Llama, scheme: Scheme, rows: list[Row] = (), device="c
     return errors
 
 
-def quantize_half(block: Block, half: str, where: str, scheme: Scheme, batches: list[Batch]) -> list[dict]:
-    """Quantize the attention or the feed-forward of a block, and take the batches through it. Returns the errors."""
-    norm, first, last = HALVES[half]
-    norm, module = getattr(block, norm), getattr(block, half)
+def quantize_half(block: Block, half: str, prefix: str, scheme: Scheme, batches: list[Batch]) -> list[dict]:
+    """Quantizes the attention or the feed-forward of a block, and takes the batches through it. Returns the report."""
+    norm_name, first, last = HALVES[half]
+    norm, module = getattr(block, norm_name), getattr(block, half)
     # 1. wq, wk and wv, or w1 and w3, read the normalized x.
     H = hessian(norm(b.x)[b.mask] for b in batches)
-    report = quantize_linears(module, first, where, scheme, H)
-    # 2. The inputs of wo, or w2, come from the quantized linears before it. With Identity in its place, the half
-    #    returns exactly these inputs.
+    report = quantize_linears(module, first, prefix, scheme, H)
+    # 2. The inputs of wo, or w2, come from the linears that step 1 has quantized. With Identity in the place of wo, or
+    #    w2, the half returns exactly these inputs.
     linear = getattr(module, last)
     setattr(module, last, nn.Identity())
     ys = []                                                                            # (B, T, I) each
@@ -441,20 +449,21 @@ def quantize_half(block: Block, half: str, where: str, scheme: Scheme, batches: 
         ys.append(module(norm(b.x), b.where) if half == "attention" else module(norm(b.x)))
     setattr(module, last, linear)
     H = hessian(y[b.mask] for y, b in zip(ys, batches))
-    report += quantize_linears(module, (last,), where, scheme, H)
+    report += quantize_linears(module, (last,), prefix, scheme, H)
     # 3. The half adds its output to the residual stream.
     for y, b in zip(ys, batches):
-        b.x = b.x + getattr(module, last)(y)
+        b.x = b.x + getattr(module, last)(y)                                           # (B, T, C)
     return report
 
 
-def quantize_linears(parent: nn.Module, names: tuple[str, ...], where: str, scheme: Scheme,
+def quantize_linears(parent: nn.Module, names: tuple[str, ...], prefix: str, scheme: Scheme,
                      H: Tensor | None) -> list[dict]:
-    """Quantize linears of parent that have the same inputs as one matrix: by GPTQ with their H, by RTN without.
+    """Quantizes linears of parent with the same inputs, as one matrix: by GPTQ with the H of these inputs, by RTN
+    without.
 
     Returns of each its name and, with H, its error by RTN on unshrunk grids and by GPTQ."""
     if H is not None and not H.isfinite().all():
-        raise ValueError(f"the inputs of {where}.{names[0]} are not finite: they overflow, try --dtype fp32 or bf16; "
+        raise ValueError(f"the inputs of {prefix}.{names[0]} are not finite: they overflow, try --dtype fp32 or bf16; "
                          "nothing was written")
     linears = [getattr(parent, name) for name in names]
     outputs = [linear.out_features for linear in linears]
@@ -466,26 +475,26 @@ def quantize_linears(parent: nn.Module, names: tuple[str, ...], where: str, sche
         m = gptq(W, H, **grid, act_order=scheme.act_order, clip=scheme.clip, damp=scheme.damp)
         plain = rtn(W, **grid)
     report = []
-    parts = (t.split(outputs) for t in (W, plain.dequantize(), m.q, m.scale, m.zero))
+    parts = (t.split(outputs) for t in (W, plain.dequantize(), m.q, m.scale, m.zero))  # (O of a linear, ...) each
     for name, w, rounded, q, scale, zero in zip(names, *parts):
         mine = Quantized(q, scale, zero, m.group)
         setattr(parent, name, Linear8.of(mine) if scheme.bits == 8 else Linear4.of(mine))
         errors = {}
         if H is not None:
             errors = {"rtn": layer_error(w, rounded, H), "gptq": layer_error(w, mine.dequantize(), H)}
-        report.append({"layer": f"{where}.{name}"} | errors)
+        report.append({"layer": f"{prefix}.{name}"} | errors)
     return report
 
 
 def layer_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
-    """|W X - Q X|^2 / |W X|^2 of an approximation Q (O, I), by way of H = X X^T."""
-    square = lambda D: ((D @ H) * D).sum()
+    """Returns |W X - Q X|^2 / |W X|^2 of an approximation Q (O, I), by way of H = X X^T."""
+    square = lambda D: ((D @ H) * D).sum()  # |D X|^2 = trace(D H D^T)
     return (square(W - Q) / square(W).clamp(min=1e-30)).item()
 
 
 @torch.no_grad()
 def round_model(model: Llama, quant: str, device="cpu") -> None:
-    """Quantize a model by RTN to be used at once: "8bit", or "4bit" in groups of 32. A head of its own gets 8 bits."""
+    """Quantizes a model by RTN to be used at once: "8bit", or "4bit" in groups of 32. An untied head gets 8 bits."""
     by_rows = Scheme("rtn", 8, -1, sym=True)
     quantize_model(model, by_rows if quant == "8bit" else Scheme("rtn", 4, 32), device=device)
     if model.output is not None and not model.config.tie_embeddings:
@@ -496,31 +505,32 @@ def round_model(model: Llama, quant: str, device="cpu") -> None:
 # ---- perplexity -----------------------------------------------------------------------------------------------------
 
 def windows(ids: list[int], length: int, bos: int, most: int | None = None) -> list[Row]:
-    """Cut a text into consecutive runs of length - 1 ids, BOS before each; the last partial one is dropped. All ids but
-    BOS count."""
+    """Cuts a text into consecutive runs of length - 1 ids, BOS before each; the last partial one is dropped. All ids
+    but BOS count as predicted."""
     step = length - 1
     starts = range(0, len(ids) - step + 1, step)[:most]
     return [([bos, *ids[i:i + step]], [False] + [True] * step) for i in starts]
 
 
 def head_nll(head: nn.Module, h: Tensor, answer: Tensor) -> Tensor:
-    """The sum of -log p of the answers (N,) after hidden states h (N, C). Logits of 512 rows exist at a time."""
+    """Returns the sum of -log p of the next ids, answer (N,), after hidden states h (N, C). Logits of 512 rows exist at
+    a time."""
     total = torch.zeros((), device=h.device)
     for rows, right in zip(h.split(512), answer.split(512)):
-        total = total + F.cross_entropy(head(rows).float(), right, reduction="sum")
+        total = total + F.cross_entropy(head(rows).float(), right, reduction="sum")    # logits (512, V)
     return total
 
 
 @torch.no_grad()
 def perplexity(model: Llama, rows: list[Row], device="cpu") -> float:
-    """exp of the mean -log p over all target ids of all rows."""
+    """Returns exp of the mean -log p over all target ids of all rows."""
     batches = embed(model, rows, device)
     nll, n = 0.0, 0
     for block in blocks_on(model, device):
         for b in batches:
             b.x = block(b.x, b.where)
     for b in batches:
-        target = b.target[:, 1:]
+        target = b.target[:, 1:]                                                       # (B, T - 1)
         x = b.x.to(model.device)[:, :-1]                                               # (B, T - 1, C)
         h = model.norm(x[target])                                                      # (N, C)
         nll += head_nll(model.output, h, b.tokens[:, 1:][target]).item()
@@ -528,14 +538,17 @@ def perplexity(model: Llama, rows: list[Row], device="cpu") -> float:
     if not math.isfinite(nll):
         raise ValueError("the model's probabilities are not finite: its weights or its dtype are broken "
                          "(try --dtype fp32)")
-    return math.exp(min(nll / n, 700.0))
+    return math.exp(min(nll / n, 700.0))                                               # exp(710) overflows
 
 
 # ---- opening any directory ------------------------------------------------------------------------------------------
 
+NO_WORDS = "is a reward model, it has no words: open it with RewardModel.from_pretrained of rm.py"
+
+
 def open_model(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", head: bool = True,
                quant: str | None = None, adapter: str = "auto", base: Path | None = None) -> Llama:
-    """Open a directory of any kind: plain, quantized, or a LoRA adapter of either.
+    """Opens a directory of any kind: plain, quantized, or a LoRA adapter of either.
 
     dtype: of activations and plain weights; None is the file's.
     head: False gives a trunk, of a reward model too.
@@ -543,7 +556,7 @@ def open_model(directory: str | Path, dtype: torch.dtype | None = None, device="
     adapter: "merge" it into its base, "keep" it beside the base, "auto" merges into a plain base and keeps beside a
         quantized or rounded one. A quantized base becomes a full-precision model by merging.
     base: the adapter's base, where that is not the one that it names.
-    A quantized model dequantizes at every call, as training needs it; generate inside `packed`."""
+    The layers of a quantized model dequantize at every call, as training needs it; generate inside `packed`."""
     if quant not in (None, "8bit", "4bit") or adapter not in ("merge", "keep", "auto"):
         raise ValueError(f"quant is {quant!r} and adapter is {adapter!r}: they can be 8bit, 4bit or None, and merge, "
                          "keep or auto")
@@ -574,11 +587,8 @@ def open_model(directory: str | Path, dtype: torch.dtype | None = None, device="
     return model.to(device)
 
 
-NO_WORDS = "is a reward model, it has no words: open it with RewardModel.from_pretrained of rm.py"
-
-
 def read_quantized(directory: Path, scheme: dict, dtype: torch.dtype | None, device, head: bool) -> Llama:
-    """Open a quantized directory, whose read_scheme is `scheme`."""
+    """Opens a quantized directory, for which `read_scheme` returned `scheme`."""
     config = LlamaConfig(**weights.read_config(directory))
     tensors = weights.read_tensors(directory, vars(config))
     if head and "score.weight" in tensors:
@@ -600,42 +610,43 @@ def read_quantized(directory: Path, scheme: dict, dtype: torch.dtype | None, dev
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-ONES = 0x11111111                          # what a "gptq" file takes from a word of eight zeros
-SIZES = (16, 32, 64, 128, 256, 512, 1024)  # of groups in other programs, which have whole rows too
+ONES = 0x11111111                          # "gptq" files store a word of eight zeros minus this: 1 from each zero
+SIZES = (16, 32, 64, 128, 256, 512, 1024)  # group sizes that other programs read, beside whole rows
 
 
 def save(model: Llama, directory: str | Path) -> None:
-    """Write a quantized model: 4 bits as AutoGPTQ has it, 8 bits in our two tensors a layer, and how in config.json."""
-    q = model.quantized
-    if not q:
+    """Writes a quantized model: 4 bits as AutoGPTQ has it, 8 bits in our two tensors a layer; the scheme is put into
+    config.json."""
+    settings = model.quantized
+    if not settings:
         raise ValueError("the model is not quantized: write it with save_pretrained")
     layers = quantized_layers(model)
-    if q["bits"] == 4 and any(isinstance(layer, Linear8) for layer in layers.values()):
+    if settings["bits"] == 4 and any(isinstance(layer, Linear8) for layer in layers.values()):
         raise ValueError("this model was rounded at load, with a head in 8 bits, for which 4-bit files have no place: "
                          "use quantize_model, or quantize.py")
     exact = {f"{name}.{leaf}": buffer for name, layer in layers.items() for leaf, buffer in layer.named_buffers()}
-    more = {"quantization_config": q}
-    if q["bits"] == 8:
+    more = {"quantization_config": settings}
+    if settings["bits"] == 8:
         more["model_type"] = weights.FOREIGN
     else:
-        say_limits(q, layers.values())
-        if q["checkpoint_format"] == "gptq":  # whole words at a time, as gptqmodel does
+        say_limits(settings, layers.values())
+        if settings["checkpoint_format"] == "gptq":  # a zero of 0 borrows from its neighbour, as in gptqmodel
             exact |= {name: buffer - ONES for name, buffer in exact.items() if name.endswith("qzeros")}
     tensors = dict(model.named_parameters()) | exact  # a tied head appears once, as the embedding
     weights.write_model(directory, vars(model.config), tensors, more=more, exact=exact)
 
 
-def say_limits(q: dict, layers: Collection[QuantizedLinear]) -> None:
-    """Print what other programs cannot read of a 4-bit model, as seen with gptqmodel 7.6 and transformers 5.24."""
+def say_limits(settings: dict, layers: Collection[QuantizedLinear]) -> None:
+    """Prints what other programs cannot read of a 4-bit model, as seen with gptqmodel 7.6 and transformers 5.24."""
     odd = [layer for layer in layers if layer.out_features % 8 or layer.in_features % 8]
-    size = q["group_size"]
+    size = settings["group_size"]
     limits = []
     if odd:
         limits.append(f"of {len(layers)} matrices, {len(odd)} have a side that 8 does not divide: gptqmodel reads "
                       "them, llama.cpp does not")
     if size not in (-1, *SIZES):
         limits.append(f"gptqmodel and transformers have no groups of {size}, but of {SIZES} and whole rows")
-    if q["lm_head"]:
+    if settings["lm_head"]:
         limits.append("transformers leaves out a quantized head and makes up another, gptqmodel and llama.cpp read it")
     if limits:
         print("note: " + "; ".join(limits), flush=True)
@@ -646,7 +657,7 @@ def is_group_size(size: object) -> bool:
 
 
 def check_grid(bits: int, group_size: int) -> None:
-    """ValueError for what no grid can have."""
+    """Raises ValueError for bits or a group size that no grid has."""
     if bits not in (4, 8):
         raise ValueError(f"{bits} bits are not offered: choose 4 or 8")
     if not is_group_size(group_size):
@@ -654,7 +665,7 @@ def check_grid(bits: int, group_size: int) -> None:
                          "give a whole number above 0, or -1 for whole rows")
 
 
-# What a quantization_config may hold, and what it means not to say it.
+# What a quantization_config may hold, and the meaning of a key that it leaves out.
 SETTINGS = {
     "quant_method": weights.among("gptq", "octet"),
     "group_size": ("a whole number above 0, or -1", is_group_size),
@@ -672,30 +683,32 @@ DEFAULTS = {
 
 
 def read_scheme(directory: str | Path) -> dict | None:
-    """The quantization_config of a directory, checked, with all keys that are read here; None where there is none."""
-    q = weights.quantization(directory)
-    if q is None:
+    """Returns the quantization_config of a directory, checked, with all keys that are read here; None where there is
+    none."""
+    settings = weights.quantization(directory)
+    if settings is None:
         return None
-    q = q if isinstance(q, dict) else {"quant_method": q}
-    q = DEFAULTS | {"checkpoint_format": q.get("format", "gptq")} | q
-    bits = {"bits": weights.among(8 if q["quant_method"] == "octet" else 4)}
-    weights.check(q, SETTINGS | bits, f"{directory}/config.json", " to be read here")
-    return q
+    settings = settings if isinstance(settings, dict) else {"quant_method": settings}
+    settings = DEFAULTS | {"checkpoint_format": settings.get("format", "gptq")} | settings
+    bits = {"bits": weights.among(8 if settings["quant_method"] == "octet" else 4)}
+    weights.check(settings, SETTINGS | bits, f"{directory}/config.json", " to be read here")
+    return settings
 
 
 def read_layer(linear: nn.Linear, name: str, tensors: dict[str, weights.Stored], scheme: dict,
                directory: Path) -> QuantizedLinear | None:
-    """The quantized layer in the place of `linear`, its tensors taken out of the dictionary; None where it is plain."""
+    """Returns the quantized layer for the place of `linear`, and takes its tensors out of the dictionary. None where
+    the file holds a plain weight."""
     I, O, S = linear.in_features, linear.out_features, scheme["group_size"]
     G = 1 if S == -1 else -(-I // S)
     shown = weights.hf_name(name)
-    words = lambda n: -(-n // 8)
+    words = lambda n: -(-n // 8)  # that hold n codes
     kind, shapes = Linear8, {"scale": (O,), "weight": (O, I)}
     if scheme["bits"] == 4:
         kind, shapes = Linear4, {"qweight": (words(I), O), "qzeros": (G, words(O)), "scales": (G, O), "g_idx": (I,)}
     if f"{name}.{next(iter(shapes))}" not in tensors:
         return None
-    if "g_idx" in shapes and not scheme["desc_act"]:  # some writers leave out a g_idx that says nothing
+    if "g_idx" in shapes and not scheme["desc_act"]:  # some writers leave out a g_idx of i // S
         by_place = weights.Stored((I,), torch.int32, lambda: groups_of(I, S))
         tensors.setdefault(f"{name}.g_idx", by_place)
     buffers = {}
@@ -712,7 +725,7 @@ def read_layer(linear: nn.Linear, name: str, tensors: dict[str, weights.Stored],
         if g.min() < 0 or g.max() >= G:
             raise ValueError(f"{directory}: {shown}.g_idx reaches from {g.min()} to {g.max()}, there are {G} groups "
                              "from 0 on: copy the file again")
-        if scheme["checkpoint_format"] == "gptq":  # whole words at a time, as gptqmodel does: a zero of 0 had borrowed
+        if scheme["checkpoint_format"] == "gptq":  # added to whole words, so that what a zero of 0 borrowed comes back
             buffers["qzeros"] = buffers["qzeros"] + ONES
     bias = tensors.pop(f"{name}.bias", None)       # AutoGPTQ writes one of zeros
     if bias is not None and bias.read().any():
@@ -727,9 +740,10 @@ Product = Callable[[Tensor], Tensor]  # x (..., I) -> y (..., O)
 
 @contextmanager
 def packed(model: nn.Module, keep: bool = True) -> Iterator[None]:
-    """Inside, every linear of the model runs on the fastest kernel that works here. On leaving, all is as before.
+    """Inside this context every linear of the model runs on the fastest kernel that works here. On leaving, all is as
+    before.
 
-    The weights are held twice meanwhile. A layer whose input needs a gradient runs as outside. keep=False gives up each
+    Inside, the weights are held twice. A layer whose input needs a gradient runs as outside. keep=False frees each
     weight that is packed, for a server that needs the memory: the model is of no use afterwards."""
     layers = []
     try:
@@ -737,8 +751,9 @@ def packed(model: nn.Module, keep: bool = True) -> Iterator[None]:
             if "forward" not in vars(layer) and (product := fast_product(layer)) is not None:
                 layer.forward = functools.partial(fast_forward, layer, product)
                 layers.append(layer)
-                for tensors in () if keep else (layer._parameters, layer._buffers):
-                    tensors.update(dict.fromkeys(tensors))
+                if not keep:
+                    for tensors in (layer._parameters, layer._buffers):
+                        tensors.update(dict.fromkeys(tensors))
         yield
     finally:
         for layer in layers:
@@ -751,7 +766,7 @@ def fast_forward(layer: nn.Module, product: Product, x: Tensor) -> Tensor:
 
 
 def onednn_product(layer: nn.Linear) -> Product:
-    """A plain weight in the order of bytes that oneDNN's kernels for few rows read fastest."""
+    """oneDNN's kernel for few rows. The plain weight is copied into the layout that it reads fastest."""
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 16)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
@@ -759,12 +774,12 @@ def onednn_product(layer: nn.Linear) -> Product:
 def int4_product(layer: Linear4) -> Product | None:
     """PyTorch's int4 kernel (tinygemm): bf16 times (q - 8) * scale + offset, with offset = (8 - zero) * scale, in bf16.
 
-    It reads runs of 32 columns that share a grid, so columns are brought in the order of their groups. None where
-    groups are no such runs. Inputs and outputs are padded to whole blocks of the kernel."""
+    It reads G' runs of 32 columns that share a grid, so columns are brought in the order of their groups. None where
+    groups are no such runs. I and O below are padded to whole blocks of the kernel."""
     m, cuda = layer.quantized(), layer.qweight.is_cuda
     O, I = m.q.shape
     order = torch.argsort(m.group, stable=True)
-    columns, rows = (0, -I % (128 if cuda else 32)), (0, -O % (8 if cuda else 64))     # what is padded
+    columns, rows = (0, -I % (128 if cuda else 32)), (0, -O % (8 if cuda else 64))     # padding of I and of O
     group = F.pad(m.group[order], columns, value=len(layer.scales) - 1)                # (I,)
     runs = group.view(-1, 32)                                                          # (G', 32)
     if (runs != runs[:, :1]).any():
@@ -845,7 +860,7 @@ WORTH = 2**20  # bytes of a plain weight: below, a call costs more than the layo
 
 
 def fast_product(layer: nn.Module) -> Product | None:
-    """A function that gives what the layer gives, sooner; None where no kernel for it works on this machine."""
+    """Returns a function that computes the layer's output faster; None where no kernel for it works on this machine."""
     if type(layer) not in (nn.Linear, Linear4, Linear8):
         return None
     weight = next(iter(layer.state_dict().values()))
@@ -861,11 +876,11 @@ def fast_product(layer: nn.Module) -> Product | None:
 @functools.cache
 @torch.no_grad()
 def kernel_works(kernel: Callable, kind: type, dtype: torch.dtype, device: str) -> bool:
-    """Whether a kernel gives what the plain layer gives, for 5 rows and for 1; it is tried once.
+    """Whether a kernel gives the output of the layer, for 5 rows and for 1. Each kernel is tried once.
 
-    The kernels are PyTorch's own affair, their layouts have changed between versions. Some are missing, some refuse
-    (oneDNN packs bf16 with AVX512 only), and without VNNI oneDNN's sums of int8 products overflow where inputs and
-    weights are all large, as x[0] and W[0] are here."""
+    They are internal functions of PyTorch, and their layouts have changed between versions. Some are missing, some
+    refuse (oneDNN packs bf16 with AVX512 only), and without VNNI oneDNN's sums of int8 products overflow where inputs
+    and weights are all large, as x[0] and W[0] are here."""
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(64, 256, generator=generator)                                      # (O, I)
     x = torch.randn(5, 256, generator=generator)                                       # (N, I)
@@ -893,14 +908,14 @@ def kernel_works(kernel: Callable, kind: type, dtype: torch.dtype, device: str) 
 # ---- texts and the table --------------------------------------------------------------------------------------------
 
 class Source(NamedTuple):
-    """A directory to quantize, but for its weights."""
+    """What is known of a directory to quantize before its weights are read."""
     path: Path
     base: Path                  # of an adapter; else the same
     config: LlamaConfig
     tokenizer: text.Tokenizer
     template: str               # of prompts
     is_demo: bool               # a model of the demo world
-    is_chain: bool              # the step of the chain that no flag names
+    is_chain: bool              # no directory was named: the step of the demo that follows ppo.py
 
 
 def open_source(path: Path | None) -> Source:
@@ -926,8 +941,9 @@ def encode_rows(examples: list[dict], source: Source, length: int) -> list[Row]:
 
 
 def read_rows(path: Path, source: Source, length: int, most: int | None, skip_bad: bool) -> tuple[list[Row], str]:
-    """Texts to calibrate on or to measure with, and in words how they were cut. Records (.json, .jsonl, either gzipped)
-    are put into the prompt template, and answers alone are predicted; any other file is one text, cut into windows."""
+    """Reads texts to calibrate on or to measure with. Returns them, and in words how they were cut. Records (.json,
+    .jsonl, either gzipped) are put into the prompt template, and answers alone are predicted; any other file is one
+    text, cut into windows."""
     if path.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")):
         rows = encode_rows(records.read_records([path], "sft", skip_bad, most), source, length)
         return rows, f"{len(rows)} records in template {source.template}, cut at {length} ids, only answers predicted"
@@ -948,7 +964,7 @@ def read_rows(path: Path, source: Source, length: int, most: int | None, skip_ba
 
 
 def read_texts(args: Namespace, source: Source, length: int) -> tuple[list[Row], str]:
-    """What to measure perplexity on: --text, for the demo's models records of its generator, or nothing."""
+    """Reads the texts to measure perplexity on: --text, for the demo's models records of its generator, or nothing."""
     if args.text is not None:
         return read_rows(args.text, source, length, None, args.skip_bad_records)
     if not source.is_demo:
@@ -961,7 +977,7 @@ def read_texts(args: Namespace, source: Source, length: int) -> tuple[list[Row],
 class Line(NamedTuple):
     """A model in the table."""
     method: str
-    bits: float                 # of a quantized layer's weight, grids and all; of a plain model its dtype's
+    bits: float                 # a weight of a quantized layer, grids included; of a plain model, of its dtype
     bytes: int                  # of the weights in the directory
     perplexity: float | None
     tokens_per_second: float | None
@@ -977,7 +993,8 @@ def measure(model: Llama, method: str, source: Source, texts: list[Row], device)
     size = quantized + element * sum(p.numel() for p in model.parameters())
     value = perplexity(model, texts, device) if texts else None
     speed = gold = None
-    with suppress(torch.OutOfMemoryError), packed(model.to(device)):  # perplexity needs one block at a time there
+    # Perplexity needs one block at a time on the device. Speed and gold need the whole model, else they stay None.
+    with suppress(torch.OutOfMemoryError), packed(model.to(device)):
         speed = decoding_speed(model)
         if source.is_chain:
             gold = demo.measure(model, source.tokenizer, text.TEMPLATES[source.template])["gold"]
@@ -985,7 +1002,7 @@ def measure(model: Llama, method: str, source: Source, texts: list[Row], device)
 
 
 def decoding_speed(model: Llama, new: int = 32) -> float | None:
-    """Tokens a second of one row, without the prefill; None where the context leaves no room for any."""
+    """Returns the tokens a second of one row, without the prefill; None where the context has no room for any."""
     rates = []
     for _ in range(4):  # the first warms up
         steps = model.generate_steps([[1]], new + 1, temperature=0, eos_id=-1)
@@ -1052,7 +1069,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def resolve(args: Namespace, source: Source) -> Scheme:
-    """Fill in the flags left open, and refuse those that contradict one another or the model."""
+    """Fills in the flags left open, and refuses those that contradict one another or the model."""
     run.resolve(args, {"bits": 4})
     if args.bits == 8:
         run.resolve(args, {"method": "rtn", "group_size": -1, "sym": True})
@@ -1082,7 +1099,7 @@ def resolve(args: Namespace, source: Source) -> Scheme:
 
 
 def evaluate(args: Namespace, source: Source, texts: list[Row], cut: str, dtype: torch.dtype, device) -> dict:
-    """--eval: print the perplexity of a directory as it is."""
+    """--eval: prints the perplexity of a directory as it is."""
     for name in ("save_path", "bits", "method", "group_size", "calibration"):
         if getattr(args, name) is not None:
             raise ValueError(f"--eval changes nothing, so --{name} has no meaning with it: how a directory is "
@@ -1095,7 +1112,7 @@ def evaluate(args: Namespace, source: Source, texts: list[Row], cut: str, dtype:
 
 
 def show_block(i: int, report: list[dict], blocks: int, began: float) -> None:
-    """Print a line after block i: the errors of its layers, and the time that is left."""
+    """Prints a line after block i: the errors of its layers, and the time that is left."""
     done, errors = i + 1, ""
     left = (time.perf_counter() - began) / done * (blocks - done)
     for row in report:

@@ -970,6 +970,13 @@ def test_quantized_input_is_refused_and_plain_gptq_wants_text(tmp_path):
         Q.resolve(Q.parse(["DIR"]), source._replace(is_demo=False))
 
 
+def test_gptq_without_rows_does_not_round_in_silence():
+    model = tiny()
+    with pytest.raises(ValueError, match="gptq needs texts to calibrate on"):
+        Q.quantize_model(model, Scheme("gptq"))
+    assert not Q.quantized_layers(model)
+
+
 @pytest.mark.parametrize("values, sentence", [
     (dict(quant="16bit"), "quant is '16bit'"),
     (dict(adapter="fold"), "adapter is 'fold'"),
