@@ -334,7 +334,7 @@ def command(main: Callable[[list[str] | None], object], argv: list[str] | None =
         elif said_already(text) or isinstance(error, WrongFlag) and rank > 0:
             sys.exit(code)
         print(f"{name}: {text}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
+        if lost and dist.is_initialized():
             sys.stdout.flush()
             os._exit(code)      # the usual exit may abort while a thread of the broken group still runs
         sys.exit(code)
