@@ -3,15 +3,14 @@
     python serve.py out/ppo                                    then open http://127.0.0.1:7070; clients use .../v1
     python serve.py out/ppo --say "Write a story about an owl and a book."        one answer on the terminal
     python serve.py LLAMA_DIR --quant 4bit --api_key SECRET --http_host 0.0.0.0 --http_port 8080
-    python serve.py out/ppo --benchmark --concurrency 1,4,16   real requests over HTTP; a shape (mid) has random weights
-    python serve.py http://host:port --benchmark               the same against any other server with this interface
+    python serve.py out/ppo --benchmark --concurrency 1,4,16   real requests over HTTP; mid has random weights,
+                                                               http://host:port is any server with this interface
     curl 127.0.0.1:7070/v1/chat/completions -H 'Content-Type: application/json' \\
          -d '{"messages": [{"role": "user", "content": "Write a story about a fox and a kite."}], "stream": true}'
 
 The engine repeats one step (Yu et al. 2022, "Orca": continuous batching). Answers begin and end at any step. A step is
 1. one forward call for one token of every answer that is being written, so the weights are read once for all of them;
-2. a forward call for a chunk of a prompt, so a long prompt delays the answers by no more than a chunk at a time.
-   Short prompts share a chunk, with a call for each.
+2. a forward call for a chunk of a prompt (or of several short ones), so a long one delays the answers only a little.
 Call 1 takes rows of the cache as they lie, because the answers that are being written always have the first ones:
 
     a row of the cache holds the keys and values of           in this step the model reads
@@ -27,8 +26,6 @@ An answer's random numbers depend on its seed, choice and position alone: it is 
 
 Letters: B rows of a call, T tokens in each, C width, V vocabulary; in the cache K key heads, S slots, D a head's size.
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
@@ -52,7 +49,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -160,10 +156,9 @@ class Engine:
     """Owns the model. Any thread may `submit` a Job and wait for its events; the one that computes calls `run`."""
 
     def __init__(self, served: Served, rows: int = 16, max_waiting: int = 256):
-        model = served.model
-        self.served, self.model, self.max_waiting = served, model, max_waiting
-        slots = min(FIRST_SLOTS, served.context) if model.device.type == "cpu" else served.context
-        self.cache = KVCache(model.config, rows, slots, model.norm.weight.dtype, model.device)
+        self.served, self.model, self.max_waiting = served, served.model, max_waiting
+        slots = min(FIRST_SLOTS, served.context) if self.model.device.type == "cpu" else served.context
+        self.cache = KVCache(self.model.config, rows, slots, self.model.norm.weight.dtype, self.model.device)
         self.held: list[list[int]] = [[] for _ in range(rows)]   # the ids whose keys and values lie in each row
         self.freed = [0] * rows                                  # the step in which each row became free
         self.running: list[Answer] = []                          # running[i] is being written in row i
@@ -235,8 +230,9 @@ class Engine:
         """Appends ids (B, T) to what B rows of the cache hold, from row `first` on -> the logits (B, V) behind them."""
         last = first + len(ids)
         held, tokens = self.held[first:last], torch.tensor(ids, device=self.model.device)                   # (B, T)
-        while max(map(len, held)) + len(ids[0]) > self.cache.kv[0].shape[3]:
-            self.widen()
+        need = max(map(len, held)) + len(ids[0])
+        if need > self.cache.kv[-1].shape[3]:
+            self.widen(min(2 * need, self.served.context))
         x = self.model.hidden(tokens, cache=self.cache.rows(first, last), start=list(map(len, held)))       # (B, T, C)
         for row, new in zip(held, ids):
             row += new
@@ -281,14 +277,12 @@ class Engine:
         for rows in (self.held, self.freed):
             rows[a], rows[b] = rows[b], rows[a]
 
-    def widen(self) -> None:
-        """Doubles the slots of all rows, layer by layer, so that a second copy of the cache never exists."""
-        slots = self.cache.kv[0].shape[3]
-        more = min(slots, self.served.context - slots)
-        for layer, kv in enumerate(self.cache.kv):                                     # (2, rows, K, S, D)
-            self.cache.kv[layer] = F.pad(kv, (0, 0, 0, more))                          # (2, rows, K, S + more, D)
+    def widen(self, slots: int) -> None:
+        """Gives all rows so many slots, layer by layer, so that a second copy of the cache never exists."""
+        for layer, kv in enumerate(self.cache.kv):                                     # (2, rows, K, old S, D)
+            self.cache.kv[layer] = F.pad(kv, (0, 0, 0, slots - kv.shape[3]))           # (2, rows, K, S, D)
 
-    def sample(self, answers: list[Answer], logits: Tensor) -> None:
+    def sample(self, answers: list["Answer"], logits: Tensor) -> None:
         """Gives each answer one token from its row of logits (B, V)."""
         requests = [answer.job.request for answer in answers]
         biased = logits.clone()
@@ -311,7 +305,7 @@ class Engine:
                 self.counters["answers"] += 1
                 self.release(answer)
 
-    def release(self, answer: Answer) -> None:
+    def release(self, answer: "Answer") -> None:
         """Frees the row of a running answer: the last running one takes its place."""
         row, last = self.running.index(answer), len(self.running) - 1
         self.swap(row, last)
@@ -319,7 +313,7 @@ class Engine:
         self.running.pop()
         self.freed[last] = self.counters["steps"]
 
-    def clear(self, answer: Answer) -> None:
+    def clear(self, answer: "Answer") -> None:
         """Ends an answer whose logits are not finite, and clears its row: behind a mask, 0 * NaN would still be NaN."""
         row = self.running.index(answer)
         self.held[row] = []
@@ -328,7 +322,7 @@ class Engine:
         why = "the model gave non-finite logits: its weights or its dtype are broken (try --dtype fp32)"
         self.fail([answer], Refusal(500, why, code="non_finite_logits"))
 
-    def fail(self, answers: list[Answer], refusal: Refusal) -> None:
+    def fail(self, answers: list["Answer"], refusal: "Refusal") -> None:
         """Ends the requests of these answers with an error. The next step frees their rows."""
         for job in {answer.job for answer in answers}:
             self.counters["failed"] += 1
@@ -425,9 +419,9 @@ def cut(said: str, start: int, stops: tuple[str, ...], over: bool) -> tuple[int,
 
 # ---- requests: tables of fields -------------------------------------------------------------------------------------
 #
-# What differs from OpenAI: one model, which a request may name or leave out; `ignore_eos` writes on to max_tokens; usage
-# counts EOS; several answers (n) at temperature 0 are equal; prompt and max_tokens that do not fit the context together
-# are refused; fields that we do not know are refused unless null.
+# What differs from OpenAI: one model, which a request may name or leave out; `ignore_eos` writes on to max_tokens;
+# usage counts EOS; several answers (n) at temperature 0 are equal; prompt and max_tokens that do not fit the context
+# together are refused; fields that we do not know are refused unless null.
 
 MAX_MESSAGES, MAX_CHOICES, MAX_STOPS = 512, 32, 16
 
@@ -986,7 +980,7 @@ class Server(socketserver.ThreadingTCPServer):
             return super().process_request(request, client_address)
         self.shutdown_request(request)
 
-    def start(self) -> Server:
+    def start(self) -> "Server":
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 
@@ -1106,7 +1100,7 @@ def random_prompts(args: argparse.Namespace, clients: int, vocab: int, seed: int
 def measure_url(args: argparse.Namespace) -> dict:
     """The client's side of the benchmark, for this server or any other."""
     print(f"prompts of {args.prompt_tokens} random tokens, {args.new_tokens} new ones, greedy, EOS ignored\n{HEADER}")
-    one = partial(ask, args.directory, args.api_key, args.new_tokens)
+    one = lambda prompt: ask(args.directory, args.api_key, args.new_tokens, prompt)
     one(random_prompts(args, 1, args.vocab, 0)[0])  # warms up
     rows = []
     for clients in args.concurrency:
@@ -1126,7 +1120,7 @@ def measure_server(server: Server) -> dict:
     if subprocess.run([sys.executable, __file__, server.url, "--benchmark", *flags]).returncode:
         raise ValueError("the clients of the benchmark failed: see above")
     rows = weights.read_json(args.json)["rows"]
-    one = partial(ask_engine, server.engine, args.new_tokens)
+    one = lambda prompt: ask_engine(server.engine, args.new_tokens, prompt)
     alone = measure(one, random_prompts(args, most, model.config.vocab_size, 99), most)
     print(ROW.format(through="engine", **alone), flush=True)
     through = next(row["tokens_per_second"] for row in rows if row["concurrency"] == most)
