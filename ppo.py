@@ -683,7 +683,7 @@ FLAGS = (
     ("lam",                    number(0, 1),           0.95,  0.95,  "lambda of GAE"),
     ("clip",                   number(0, 1),           0.2,   0.2,   "eps: the ratio is kept within 1 +- eps"),
     ("value_clip",             number(0, 10),          0.4,   0.4,   "a new value counts within this of the old"),
-    ("target_kl",              number(),               0.1,   0.1,   "no more epochs once the KL a token is above (0: off)"),
+    ("target_kl",              number(),               0.1,   0.1,   "no more epochs above this KL a token (0: off)"),
     ("critic_lr",              number(0, 1),           9e-6,  5e-4,  "the critic's peak learning rate"),
     ("vf_coef",                number(),               1.0,   1.0,   "of the critic's loss; only --clip_grad feels it"),
     ("ptx_coef",               number(0, 1),           0.9,   0.02,  "ptx_coef * ptx + (1 - ptx_coef) * policy"),
