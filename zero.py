@@ -1,4 +1,4 @@
-"""ZeRO-2 by hand: how several processes train one model, and the AdamW whose state they share out among them.
+"""ZeRO-2 by hand: how several processes train one model, and the AdamW whose state is divided among them.
 
     torchrun --standalone --nproc_per_node=2 sft.py --strategy zero2      two processes, half of the optimizer each
     python sft.py --strategy zero2_cpu                                    optimizer in CPU memory, model on the GPU
@@ -6,18 +6,18 @@
 
 Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054) is the paper for what is sharded, Ren et al. 2021, "ZeRO-Offload"
 (arXiv 2101.06840) for the CPU part, Li et al. 2020, "PyTorch Distributed" (arXiv 2006.15704) for buckets and their
-overlap with backward, Loshchilov & Hutter 2019 for AdamW. Mixed-precision training of Psi parameters keeps 16 Psi
-bytes: 2 weights and 2 gradient in bf16, and 12 for the optimizer: fp32 master weights 4, moments m 4 and v 4 (section
-3.1). Here the gradient is summed in fp32 (4): many micro-batches do not round away. Bytes per parameter, N processes:
+overlap with backward, Loshchilov & Hutter 2019 for AdamW. Mixed-precision training keeps 16 bytes per parameter: 2 for
+the weight and 2 for the gradient in bf16, and 12 for the optimizer: the fp32 master weight 4, the moments m 4 and v 4
+(section 3.1). Here the gradient takes 4: an fp32 sum does not round small gradients away. With N processes:
 
                               on the device                                in CPU memory
-    strategy      weights  gradient  master, m, v    7B, N = 4, bf16      gradient  master, m, v
+    strategy      weights  gradient  master, m, v    7B, N = 4, bf16      gradient  master, m, v      7B
     naive, ddp       2        4           12              121 GB
     zero2            2        4/N         12/N             40 GB
     zero2_cpu        2        0            0               13 GB             4/N       12/N            27 GB
 
-(fp32 training has no low-precision copy: weights are 4 and the master is a part of them.) Three strategies share one
-class: naive is one process; ddp sums gradients over all and holds the rest whole; zero2 shards.
+(fp32 training has no low-precision copy: weights are 4 and the master is a part of them.) All strategies share one
+class: naive is one process; ddp sums gradients over all and holds the rest whole; zero2 and zero2_cpu shard.
 
 Where a parameter lies. Five parameters a .. e of one element each, two processes, one bucket:
 
@@ -33,18 +33,19 @@ Vectors (norms) have buckets of their own, because they are not decayed. A step 
     1. backward    hook hook | hook hook | hook     each bucket, when its last gradient is there, is reduce-scattered:
        buckets        |== 0 ====|                   its owners get the sum of their shards over all processes, while
                                 |== 1 ====|         backward goes on, and add it up in fp32 over micro-batches
-    2. update      norm over all shards (one number is summed over processes), clip, AdamW on the own shards
+    2. update      norm over all shards (one number is summed over processes), clip, AdamW on the process's own shards
     3. all-gather  |- AdamW 0 -|- AdamW 1 -|        bucket by bucket the owners send their new weights to all, while
                                |== 0 ==||== 1 ==|   the next bucket's AdamW runs
 
-Per micro-batch Psi elements are reduce-scattered, per step Psi are gathered: without accumulation 2 Psi, as much as an
-all-reduce (section 7.1). Buckets are sent in index order on every process: messages match by order alone, so two
-processes that sent in the order of their own backward could add bucket 0 of one to bucket 1 of the other. A parameter
-without a gradient counts as zeros. Every process calls `backward` equally often, with None where it has no examples.
+Of Psi parameters, Psi elements are reduce-scattered per micro-batch and Psi gathered per step: without accumulation
+2 Psi, as much as an all-reduce (section 7.1). Buckets are sent in index order on every process: messages match by order
+alone, so two processes that sent in the order of their own backward could add bucket 0 of one to bucket 1 of the other.
+A parameter without a gradient counts as zeros. Every process calls `backward` equally often, with None where it has no
+examples.
 
 With zero2_cpu on a GPU the shard lies in CPU memory. Gradients are copied on a stream of their own through a few pinned
-buffers of bucket size (pinning all would round up to powers of two, and take memory that nothing else can have), AdamW
-runs on the CPU, and each bucket of new weights is copied back while the next is updated. Elsewhere it is zero2.
+buffers of bucket size (pinning all would round up to powers of two, and pinned memory cannot be swapped out), AdamW
+runs on the CPU, and each bucket of new weights is copied back while the next is updated. Without a GPU it is zero2.
 
 Departures: a reduce-scatter is direct messages and a sum in rank order (`exchange`); gradients are sums, not means (the
 loss is already divided by the number of tokens over all processes); the gradient is fp32; epsilon as torch has it.
@@ -96,13 +97,14 @@ class Bucket:
 
     def __init__(self, named: Named, weight_decay: float, dtype: torch.dtype, home: torch.device, shards: int,
                  rank: int):
-        """The model computes in dtype. The optimizer state lies at home: the shard of this rank among N shards."""
+        """The model computes in dtype. home is the device of the optimizer state, of which this bucket holds shard
+        number rank of N = shards."""
         self.names, self.params = zip(*named)
         self.weight_decay = weight_decay if self.params[0].dim() >= 2 else 0.0      # vectors (norms) are not decayed
         sizes = [p.numel() for p in self.params]
-        n = -(-sum(sizes) // shards)
+        n = -(-sum(sizes) // shards)                                                # elements of a shard, rounded up
         self.sizes = [*sizes, shards * n - sum(sizes)]                              # the last is padding
-        self.own = slice(rank * n, rank * n + n)                                    # the own shard of flat
+        self.own = slice(rank * n, rank * n + n)                                    # this process's shard of flat
         # The master is made from the file's dtype: over bf16 it would lose its low bits.
         padding = torch.zeros(self.sizes[-1], device=self.params[0].device)
         whole = torch.cat([p.detach().flatten().float() for p in self.params] + [padding])      # (N * n,)
@@ -121,20 +123,21 @@ class Bucket:
             p.data = part.view(p.shape)
 
     def full(self) -> bool:
-        """Whether backward has computed all gradients. It mostly computes that of the last parameter last."""
+        """Whether backward has computed all gradients. It usually computes that of the last parameter last."""
         return all(p.grad is not None for p in reversed(self.params))
 
     def take_gradient(self) -> Tensor:
         """Returns the gradient of this micro-batch, (N * n,), and removes it from the parameters."""
-        parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self.params]
+        parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self.params]  # flat, each
         for p in self.params:
             p.grad = None
         if len(parts[0]) == len(self.flat):
-            return parts[0]                                                         # without a copy
+            return parts[0]                                                         # a matrix alone: without a copy
         return torch.cat([*parts, self.flat.new_zeros(self.sizes[-1])])
 
     def add(self, gradient: Tensor) -> None:
-        """Adds the gradient of a micro-batch, (n,), to the fp32 sum. The first becomes the sum, uncopied in fp32."""
+        """Adds the gradient of a micro-batch, (n,), to the fp32 sum. The first becomes the sum, without a copy if it is
+        fp32."""
         if self.grad is None:
             self.grad = gradient.float()
         else:
@@ -146,9 +149,10 @@ class Bucket:
 def exchange(send: Sequence[Tensor], receive: Sequence[Tensor], rank: int) -> list[dist.Work]:
     """Starts to send send[r] to process r and to receive receive[r] from it, for every r but this process's own.
 
-    Reduce-scatter and all-gather are both made of it. The bytes are those of a ring, (N - 1) / N of the buffer each
-    way. A ring in bf16 rounds at every process. Here the receiver adds up in fp32, and always in rank order. Both take
-    about half the time of gloo's own: measured on two processes of two CPU cores, 2^24 elements in fp32.
+    Reduce-scatter and all-gather are both made of it. A process sends and receives as many bytes as in a ring,
+    (N - 1) / N of the buffer. A ring in bf16 rounds at every process. Here the receiver adds up in fp32, and always in
+    rank order. Reduce-scatter and all-gather take about half the time of gloo's own: measured on two processes of two
+    CPU cores, 2^24 elements in fp32.
     """
     both = (dist.irecv, receive), (dist.isend, send)
     return dist.batch_isend_irecv([dist.P2POp(operation, tensors[r], r) for operation, tensors in both
@@ -182,30 +186,30 @@ class ZeRO2:
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype = torch.float32,
                  betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.0,
                  max_norm: float = 1.0, bucket_elements: int = 2**20, strategy: str = "ddp", trace: bool = False):
-        names = {p: name for name, p in named_parameters if p.requires_grad and p.numel()}
-        if not names:
+        name_of = {p: name for name, p in named_parameters if p.requires_grad and p.numel()}  # a tied one counts once
+        if not name_of:
             raise ValueError("the model has no trainable parameter")
-        self.params = {name: p for p, name in names.items()}
+        self.params = {name: p for p, name in name_of.items()}
         self.strategy = run.ALIASES.get(strategy, strategy)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.sharded = self.world > 1 and self.strategy.startswith("zero2")
-        self.device = next(iter(names)).device
+        self.device = next(iter(name_of)).device
         self.betas, self.eps, self.max_norm = betas, eps, max_norm
         self.trace = trace and self.rank == 0
         offload = self.strategy == "zero2_cpu" and self.device.type == "cuda"
         home = torch.device("cpu") if offload else self.device
-        shards, own = (self.world, self.rank) if self.sharded else (1, 0)
+        shards, shard = (self.world, self.rank) if self.sharded else (1, 0)
         groups = group(list(self.params.items()), bucket_elements)
-        self.buckets = [Bucket(named, weight_decay, dtype, home, shards, own) for named in groups]
+        self.buckets = [Bucket(named, weight_decay, dtype, home, shards, shard) for named in groups]
         self.copies = CopyStream(self.buckets) if offload else None
         # Counts of steps: taken (AdamW's t), skipped, skipped in a row, good in a row.
         self.updates, self.skipped, self.skips_in_row, self.good_in_row = 0, 0, 0, 0
         self.scale = 2.0**16 if dtype == torch.float16 else 1.0                     # factor of the loss
         # The step under way
-        self.complete = False                # its last micro-batch was given
+        self.complete = False                # backward was called with its last micro-batch
         self.unsent = deque()                # buckets of this micro-batch whose reduce-scatter has not begun
         self.pending = deque()               # reduce-scatters that run: (bucket, N parts of (n,), works)
-        for p in names:
+        for p in name_of:
             p.register_post_accumulate_grad_hook(self.on_gradient)
 
     # ---- phase 1: backward, reduce-scatter ----
@@ -226,7 +230,7 @@ class ZeRO2:
         self.mark("backward ends")
         while self.unsent:                                     # the others: a parameter without a gradient counts as 0
             self.reduce_scatter(self.unsent.popleft())
-        self.wait()
+        self.wait()                                            # for all reduce-scatters
 
     def on_gradient(self, p: nn.Parameter) -> None:
         """Autograd has computed the gradient of p. Sends the buckets that are full, in index order."""
@@ -234,7 +238,7 @@ class ZeRO2:
             self.reduce_scatter(self.unsent.popleft())
 
     def reduce_scatter(self, bucket: Bucket) -> None:
-        """Starts to sum the bucket's gradient over processes. This one will keep the sum of its own shard."""
+        """Starts to sum the bucket's gradient over processes. This process will keep the sum of its own shard."""
         gradient = bucket.take_gradient()                                           # (N * n,)
         if self.sharded:
             self.wait(self.MAX_PENDING - 1)
@@ -248,7 +252,7 @@ class ZeRO2:
         self.mark("reduce-scatter begins", bucket)
 
     def wait(self, most: int = 0) -> None:
-        """Waits until at most so many reduce-scatters run. The result of each is added to its bucket's sum."""
+        """Waits until at most `most` reduce-scatters run. Adds the result of each to its bucket's sum."""
         while len(self.pending) > most:
             bucket, received, works = self.pending.popleft()
             for work in works:
@@ -287,19 +291,20 @@ class ZeRO2:
         return StepStats(grad_norm, first_broken is not None, time.perf_counter() - began, copying)
 
     def global_norm(self) -> float:
-        """Returns the norm of the whole gradient. Every process adds up the squares of its shards, (n,) each."""
+        """Returns the norm of the whole gradient. Every process sums the squares of its shards, (n,) each."""
         squares = torch.stack([sum_of_squares(bucket.grad) for bucket in self.buckets]).sum().to(self.device)
         if self.sharded:
             dist.all_reduce(squares)
         return squares.sqrt().item() / self.scale              # the one point of a step where the host waits for a GPU
 
     def update(self, lr: float, grad_norm: float) -> None:
+        """Phases 2 and 3, bucket by bucket: the new weights of one are sent while the next is updated."""
         clip = max(1.0, (grad_norm + 1e-6) / self.max_norm) if self.max_norm else 1.0       # as torch's clip_grad_norm_
         self.updates += 1
         works = []
         for bucket in self.buckets:
             # 2. update
-            low = self.copies.buffer(bucket.shard) if self.copies else bucket.shard             # (n,)
+            low = self.copies.buffer(bucket.shard) if self.copies else bucket.shard             # (n,) low precision
             fused_adamw(bucket.master, bucket.grad, bucket.m, bucket.v, low, self.updates, lr, self.betas, self.eps,
                         bucket.weight_decay, divisor=self.scale * clip)
             if self.copies:
@@ -320,7 +325,7 @@ class ZeRO2:
         return exchange([bucket.shard] * self.world, shards, self.rank)
 
     def refuse_other_gradients(self) -> None:
-        """A gradient that is here between two calls of backward was never summed over processes, nor divided."""
+        """Raises RuntimeError for a gradient between two calls of backward: it was never summed over processes."""
         for name, p in self.params.items():
             if p.grad is not None:
                 raise RuntimeError(f"{name} has a gradient that is not the optimizer's, as of a plain loss.backward(): "
@@ -361,7 +366,7 @@ class ZeRO2:
         """Under trace, prints when an event of the first step happened, and how many bytes were being sent then."""
         if self.trace:
             if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()                # the program is ahead of the GPU
+                torch.cuda.current_stream(self.device).synchronize()                # else Python is ahead of the GPU
             now, number = time.perf_counter(), self.buckets.index(bucket) if bucket else ""
             megabytes = sum(bucket.flat.nbytes for bucket, *_ in self.pending) / 1e6
             print(f"{now:12.4f} s  {what:<22}{number:>4}{megabytes:9.1f} MB being sent", flush=True)
@@ -370,8 +375,8 @@ class ZeRO2:
 
     @contextmanager
     def masters(self, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-        """Within it process 0's parameters hold the fp32 masters, rounded to dtype, to be saved: a bf16 copy would lose
-        what many small updates have added up to. All processes take part; the parameters of others stay as they are."""
+        """Inside this context process 0's parameters hold the fp32 masters, rounded to dtype, to be saved: a bf16 copy
+        would lose the sum of many small updates. All processes take part; the parameters of others stay as they are."""
         for bucket in self.buckets if self.buckets[0].flat.dtype != torch.float32 else ():
             whole = bucket.master.to(self.device)                                   # (n,)
             if self.sharded:
@@ -387,7 +392,7 @@ class ZeRO2:
     COUNTS = ("updates", "skipped", "skips_in_row", "good_in_row", "scale")
 
     def state_dict(self) -> dict:
-        """Returns this process's piece of each parameter's state, by name, and where in the parameter it begins.
+        """Returns the piece of each parameter's state that this process owns, and where in the parameter it begins.
 
         The states of all processes together are whole: any number of processes can load them, under any strategy.
         """
@@ -401,9 +406,9 @@ class ZeRO2:
         return {"pieces": saved} | {key: getattr(self, key) for key in self.COUNTS}
 
     def load_state_dict(self, states: dict | list[dict]) -> None:
-        """Loads the state of one process or the list of all, whoever wrote them: from N shards to M.
+        """Loads the state of one process, or the list of the states of all. Their number may differ from this run's.
 
-        Raises ValueError when they are of other parameters."""
+        Raises ValueError where they hold other parameters."""
         states = [states] if isinstance(states, dict) else states
         other = sorted(set(self.params) ^ {name for state in states for name in state["pieces"]})
         if other:
@@ -434,8 +439,9 @@ class ZeRO2:
 # ---- what ZeRO-2 is made of -----------------------------------------------------------------------------------------
 
 def group(trainable: Named, bucket_elements: int) -> list[Named]:
-    """Returns the parameters of each bucket, the model's last first, as backward computes them; matrices and vectors
-    apart. A parameter of bucket_elements is a bucket alone. 2^20 are 2 MB in bf16: latency does not count any more."""
+    """Returns the parameters of each bucket, the model's last first, as backward computes them. Matrices and vectors
+    have separate buckets. A parameter of at least bucket_elements is a bucket alone. 2^20 elements are 2 MB in bf16,
+    for which the latency of a message is small."""
     done, filling = [], {True: [], False: []}
     for name, p in reversed(trainable):
         bucket = filling[p.dim() >= 2] if p.numel() < bucket_elements else []
@@ -447,11 +453,11 @@ def group(trainable: Named, bucket_elements: int) -> list[Named]:
 
 
 def pieces(bucket: Bucket) -> Iterator[tuple[str, nn.Parameter, slice, int]]:
-    """Yields each parameter's piece in the own shard: its place there, and where in the parameter it begins."""
+    """Yields each parameter's piece in this process's shard: its place there, and where in the parameter it begins."""
     own = bucket.own
     for name, p, end in zip(bucket.names, bucket.params, accumulate(bucket.sizes)):
-        start = max(end - p.numel(), own.start)
-        stop = max(start, min(end, own.stop))
+        start = max(end - p.numel(), own.start)                # start, stop, end: places in flat
+        stop = max(start, min(end, own.stop))                  # start == stop: nothing of p is in the shard
         yield name, p, slice(start - own.start, stop - own.start), start - end + p.numel()
 
 
@@ -483,8 +489,8 @@ def sum_of_squares(x: Tensor) -> Tensor:
 class CopyStream:
     """Copies between a GPU and the optimizer state in CPU memory, on a CUDA stream beside the one that computes.
 
-    Only pinned memory can be copied from and to while both sides work. A few pinned buffers are used in turn: one that
-    is written, one that is read, one to spare.
+    Only pinned memory can be copied from and to while CPU and GPU compute. A few pinned buffers are used in turn: one
+    is written, one is read, and one is spare.
     """
 
     BUFFERS = 3
@@ -506,7 +512,7 @@ class CopyStream:
         return self.buffers[-1].view(like.dtype)[:len(like)]
 
     def start(self, target: Tensor, source: Tensor, bucket: Bucket | None = None) -> None:
-        """Starts a copy of (n,): of a gradient, for the bucket's sum, to pinned memory, or of new weights from it."""
+        """Starts a copy of (n,): of a gradient to pinned memory, for the sum of bucket, or of new weights from it."""
         computing = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(computing)                     # the GPU has computed source and has read the old target
         with torch.cuda.stream(self.stream):
@@ -519,7 +525,7 @@ class CopyStream:
         self.running.append((event, target, bucket))
 
     def finish(self) -> None:
-        """Waits for the oldest copy, and adds a gradient to its bucket's sum."""
+        """Waits for the oldest copy. Adds it to its bucket's sum if it is a gradient."""
         began = time.perf_counter()
         event, target, bucket = self.running.popleft()
         event.synchronize()
@@ -542,7 +548,7 @@ HEAP = 150_000_000     # on a CPU: torch's buffers, and holes between tensors; m
 
 
 class Size(NamedTuple):
-    """What the plan must know of the models of a run."""
+    """Sizes of the models of a run, from which the plan is computed."""
     config: LlamaConfig    # of the largest
     head: bool             # logits are computed
     total: int             # parameters
@@ -563,9 +569,9 @@ def size_of(config: LlamaConfig, lora_rank: int = 0) -> Size:
 
 
 def activation_bytes(size: Size, tokens: int, element: int, grad_checkpoint: bool, gpu: bool = True) -> int:
-    """What autograd keeps of the blocks: a norm's input and output; rotated queries, keys, values and the attention's
-    output; w1 x, silu(w1 x), w3 x and their product; what goes into each B of an adapter. With gradient checkpointing
-    only the input of every block, and all of the block that is recomputed."""
+    """Returns the bytes that autograd keeps of the blocks: a norm's input and output; rotated queries, keys, values and
+    the attention's output; w1 x, silu(w1 x), w3 x and their product; the input of each B of an adapter. With gradient
+    checkpointing only the input of every block, and all of the block that is recomputed."""
     c = size.config
     C, F = c.dim, c.ffn_dim
     Q, K = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -587,7 +593,7 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     separate = element < 4 or offload                          # else the master is the weights themselves
     state = {"gradient": 4 * mine, "master": 4 * mine * separate, "moments": 8 * mine}     # section 3.1, fp32 gradient
     device = {"weights": element * size.total} | {key: n * (not offload) for key, n in state.items()}
-    # A bucket is sent as autograd's gradient, received in parts, summed in fp32. The largest is a matrix alone.
+    # A bucket is sent as autograd's gradient, received in parts, and summed in fp32. The largest is one matrix.
     device["buckets"] = element * size.largest + (element + 4) * size.largest // shards * (shards > 1)
     device["activations"] = activation_bytes(size, tokens, element, grad_checkpoint, gpu)
     # `sft.HeadLoss`, 512 rows at a time: logits, log-probabilities and their gradients; those of hidden states and head
@@ -610,7 +616,7 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
 
 def run_plan(trained: list[tuple[nn.Module, LlamaConfig]], frozen: list[nn.Module], strategy: str, world: run.World,
              tokens: int, dtype: torch.dtype, lora_rank: int = 0, grad_checkpoint: bool = False) -> tuple[str, int]:
-    """Returns the plan of a run in one line, and its peak. Frozen models are only computed with."""
+    """Returns the plan of a run in one line, and its peak in bytes. Of frozen models only the weights count."""
     models = [model for model, _ in trained]
     numel = [p.numel() for model in models for p in model.parameters() if p.requires_grad]
     stored = {p.data_ptr(): p.nbytes for model in models + frozen for p in model.parameters()}      # some are shared
