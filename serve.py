@@ -11,7 +11,7 @@
 The engine repeats one step (Yu et al. 2022, "Orca": continuous batching). Answers begin and end at any step. A step is
 1. one forward call for one token of every answer that is being written, so the weights are read once for all of them;
 2. a forward call for a chunk of a prompt (or of several short ones), so a long one delays the answers only a little.
-Call 1 takes rows of the cache as they lie, because the answers that are being written always have the first ones:
+Call 1 needs no copy of the cache, because the answers that are being written always have its first rows:
 
     a row of the cache holds the keys and values of           in this step the model reads
     row 0  [system prompt|question |answer so f               1 token  \\
@@ -20,8 +20,8 @@ Call 1 takes rows of the cache as they lie, because the answers that are being w
     row 3  [system prompt|old question|old answer             nothing: the row is free, what it holds can be reused
     row 4  [system prompt|a long text, read up to here        64 tokens, of shape (1, 64)
 
-When an answer ends, the last one that is being written is swapped into its row. A prompt that is complete is swapped
-into the row behind the answers. A new prompt copies the keys and values of its beginning from any row that holds them.
+When an answer ends, the last running answer is swapped into its row. A prompt that is read to its end is swapped into
+the first row behind the answers. A new prompt copies the keys and values of its beginning from any row that holds them.
 An answer's random numbers depend on its seed, choice and position alone: it is the same alone and in a full batch.
 
 Letters: B rows of a call, T tokens in each, C width, V vocabulary; in the cache K key heads, S slots, D a head's size.
@@ -68,12 +68,12 @@ from model import SHAPES, KVCache, Llama, keep_top_p, random_model
 # ---- what the engine works on ---------------------------------------------------------------------------------------
 
 class Served(NamedTuple):
-    """A model, what makes ids of text and of messages, the model's name, and how many tokens it may look at."""
+    """The model that is served."""
     model: Llama
     tokenizer: text.Tokenizer
-    template: text.Template
+    template: text.Template     # words the messages of a chat as one prompt
     name: str
-    context: int
+    context: int                # most tokens of a prompt and its answer together
 
     @property
     def stops(self) -> set[int]:
@@ -99,12 +99,12 @@ class Request(NamedTuple):
 
 
 class Job:
-    """A request on its way. The engine puts events into its queue, or a Refusal, which ends it."""
+    """A request in the engine, which puts Events into its queue, or a Refusal, which ends it."""
 
     def __init__(self, request: Request, served: Served):
         self.request, self.served, self.events = request, served, SimpleQueue()
-        self.over = False                      # set by its thread when that is done, or by the engine when it failed
-        self.reused = 0                        # prompt tokens that were not computed
+        self.over = False                      # set by the thread of its client at the end, or by the engine at a fault
+        self.reused = 0                        # prompt tokens whose keys and values were copied
         self.began = time.perf_counter()
         prompts = [prompt for prompt in request.prompts for _ in range(request.n)]
         self.answers = [Answer(self, index, prompt) for index, prompt in enumerate(prompts)]
@@ -113,7 +113,7 @@ class Job:
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """The one random number in (0, 1] of a token. It is a hash, so it depends on neither neighbours nor machine."""
+    """Returns the random number in (0, 1] of a token. As a hash it depends on no other row and no machine."""
     digest = hashlib.blake2b(f"{seed} {choice} {position}".encode(), digest_size=8).digest()
     return (1 + (int.from_bytes(digest, "big") >> 11)) / 2**53
 
@@ -121,39 +121,39 @@ def uniform(seed: int, choice: int, position: int) -> float:
 def penalize(logits: Tensor, made: list[int], presence: float, frequency: float) -> None:
     """OpenAI's formula, in place: logits (V) of each token already written lose presence + frequency * times."""
     if made and (presence or frequency):
-        seen = Counter(made)
-        logits[list(seen)] -= presence + frequency * logits.new_tensor(list(seen.values()))
+        times = Counter(made)
+        logits[list(times)] -= presence + frequency * logits.new_tensor(list(times.values()))
 
 
 def draw(logits: Tensor, temperature: list[float], top_p: list[float], u: list[float]) -> Tensor:
     """Draws one id for each row of logits (B, V) -> (B,), by inverting the distribution at u: the first token where the
-    cumulated probability reaches u. Temperature 0 is argmax. A row with NaN or infinity in it gives -1."""
+    cumulated probability reaches u. Temperature 0 is argmax. A row with NaN or +infinity in it gives -1."""
     token = logits.argmax(-1)                                                          # (B,)
     if max(temperature) > 0:
-        heat, p, at = logits.new_tensor([temperature, top_p, u])[..., None]            # (B, 1) each
-        scaled = logits / heat.clamp(min=1e-6)                                         # (B, V)
+        t, p, target = logits.new_tensor([temperature, top_p, u])[..., None]           # (B, 1) each
+        scaled = logits / t.clamp(min=1e-6)                                            # (B, V)
         if min(top_p) < 1:
             scaled = keep_top_p(scaled, p)
-        total = scaled.softmax(-1).cumsum(-1)                                          # (B, V)
-        drawn = torch.searchsorted(total, at * total[:, -1:]).clamp(max=logits.shape[-1] - 1)
-        token = torch.where(heat > 0, drawn, token[:, None])[:, 0]
+        total = scaled.softmax(-1).cumsum(-1)                                          # (B, V), at the end 1 or nearly
+        drawn = torch.searchsorted(total, target * total[:, -1:]).clamp(max=logits.shape[-1] - 1)  # (B, 1)
+        token = torch.where(t > 0, drawn, token[:, None])[:, 0]                        # (B,)
     return torch.where(logits.amax(-1).isfinite(), token, -1)
 
 
 # ---- engine ---------------------------------------------------------------------------------------------------------
 
-CHUNK = 64             # prompt tokens a step on a CPU while answers are written: about as long as a step of 16 rows
-CHUNK_MOST = 512       # otherwise: fewer leave a GPU mostly idle
-FIRST_SLOTS = 256      # of each row on a CPU, until an answer needs more
+CHUNK = 64             # prompt tokens a step on a CPU while answers are written: call 2 takes about as long as call 1
+CHUNK_MOST = 512       # prompt tokens a step otherwise: fewer leave a GPU mostly idle
+FIRST_SLOTS = 256      # slots of each row on a CPU, until an answer needs more
 
 
 def common(a: list[int], b: list[int]) -> int:
-    """How many ids a and b begin with alike."""
+    """Returns how many ids the common beginning of a and b has."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 class Engine:
-    """Owns the model. Any thread may `submit` a Job and wait for its events; the one that computes calls `run`."""
+    """Owns the model. Any thread may `submit` a Job and wait for its events. One thread calls `run`, and computes."""
 
     def __init__(self, served: Served, rows: int = 16, max_waiting: int = 256):
         self.served, self.model, self.max_waiting = served, served.model, max_waiting
@@ -165,7 +165,7 @@ class Engine:
         self.reading: list[Answer] = []                          # at most one, whose prompt is being read ...
         self.row = 0                                             # ... in this row
         self.waiting: SimpleQueue[Answer] = SimpleQueue()
-        self.end = math.inf                                      # when to stop at the latest
+        self.end = math.inf                                      # time.monotonic() at which `run` stops at the latest
         self.counters = Counter()
 
     def submit(self, job: Job) -> None:
@@ -181,11 +181,11 @@ class Engine:
             self.waiting.put(answer)
 
     def stop(self, seconds: float) -> None:
-        """Refuses new work from now on, and lets `run` finish what there is for so long."""
+        """Refuses new jobs from now on, and lets `run` go on for so many seconds with those that it has."""
         self.end = time.monotonic() + seconds
 
     def run(self) -> bool:
-        """Steps until `stop` was called and nothing is left, or its time is over. Returns whether nothing was left."""
+        """Steps until `stop` was called and all answers have ended, or its time is over. Returns whether all ended."""
         try:
             while time.monotonic() < self.end and (
                     self.end == math.inf or self.running or self.reading or self.waiting.qsize()):
@@ -205,7 +205,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """The forward calls of the picture above, once the rows of requests that are over are free."""
+        """The two calls of the docstring above, after freeing the rows of requests that are over."""
         for answer in [answer for answer in self.running if answer.job.over]:
             self.release(answer)
         self.reading = [answer for answer in self.reading if not answer.job.over]
@@ -213,7 +213,7 @@ class Engine:
         if self.running:
             logits = self.forward(0, [answer.made[-1:] for answer in self.running])    # (B, V)
             self.sample(self.running.copy(), logits)
-        # 2. A chunk of the prompts; behind the last token of a prompt, the first one of its answer.
+        # 2. A chunk of one prompt or of several. The logits of a prompt's last token give the first of its answer.
         left = CHUNK if self.running and self.model.device.type == "cpu" else CHUNK_MOST
         while left and (self.reading or self.seat()):
             answer, done = self.reading[0], len(self.held[self.row])
@@ -227,7 +227,7 @@ class Engine:
                 self.sample([answer], logits)
 
     def forward(self, first: int, ids: list[list[int]]) -> Tensor:
-        """Appends ids (B, T) to what B rows of the cache hold, from row `first` on -> the logits (B, V) behind them."""
+        """Appends ids (B, T) to B rows of the cache, from row `first` on. Returns the last ids' logits (B, V)."""
         last = first + len(ids)
         held, tokens = self.held[first:last], torch.tensor(ids, device=self.model.device)                   # (B, T)
         need = max(map(len, held)) + len(ids[0])
@@ -240,8 +240,8 @@ class Engine:
         return self.model.output(x[:, -1]).float()                                                          # (B, V)
 
     def seat(self) -> bool:
-        """Gives the first answer that waits a free row, and this row what any row holds of the prompt's beginning.
-        Returns False if none waits or no row is free. An idle engine waits here for work."""
+        """Gives the first waiting answer a free row, with the beginning of its prompt copied from any row that holds
+        it. Returns False if none waits or no row is free. An idle engine waits here for 0.1 s."""
         free = range(len(self.running), len(self.held))
         if not free:
             return False
@@ -253,9 +253,9 @@ class Engine:
         self.reading = [answer]
         wanted = answer.prompt[:-1]  # the last token is always computed: its logits are needed
         reuse, _, source = max((common(held, wanted), row in free, row) for row, held in enumerate(self.held))
-        if source in free and reuse == len(self.held[source]):  # a chat goes on in its row
+        if source in free and reuse == len(self.held[source]):  # all of the row is reused: a chat goes on in its row
             self.row = source
-        else:                                                   # a copy replaces what was free for longest
+        else:                                                   # else into an empty row, or that free for longest
             self.row = min(free, key=lambda row: (bool(self.held[row]), self.freed[row]))
             for kv in self.cache.kv:                                                   # (2, rows, K, S, D)
                 kv[:, self.row, :, :reuse] = kv[:, source, :, :reuse]
@@ -306,7 +306,7 @@ class Engine:
                 self.release(answer)
 
     def release(self, answer: "Answer") -> None:
-        """Frees the row of a running answer: the last running one takes its place."""
+        """Frees the row of a running answer. The last running answer is swapped into it."""
         row, last = self.running.index(answer), len(self.running) - 1
         self.swap(row, last)
         self.running[row] = self.running[last]
@@ -330,10 +330,10 @@ class Engine:
             job.events.put(refusal)
 
 
-# ---- the text of an answer ------------------------------------------------------------------------------------------
+# ---- what the engine gives back: refusals, events, the text of an answer -------------------------------------------
 
 class Refusal(Exception):
-    """An answer that is an error: HTTP status, one sentence, the parameter at fault, OpenAI's code for it."""
+    """A refused request: HTTP status, one sentence, the parameter at fault, OpenAI's code for it."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
         super().__init__(message)
@@ -345,12 +345,12 @@ class Refusal(Exception):
 
 
 class Event(NamedTuple):
-    """What a request's thread waits for: more of an answer."""
-    index: int
+    """More of an answer. The thread of the client waits for it."""
+    index: int                      # of the answer in its job
     text: str
-    tokens: list[tuple[int, dict]]  # where the text of each begins in the answer, and its report
-    finish: str | None              # how the answer ended, if it did
-    first: bool = False
+    tokens: list[tuple[int, dict]]  # with logprobs: where the text of each begins in the answer, and its `report`
+    finish: str | None              # "stop" or "length" when the answer has ended
+    first: bool = False             # the first event of this answer
 
 
 class Answer:
@@ -364,15 +364,17 @@ class Answer:
         self.made: list[int] = []
         self.text = ""
         self.tokens: list[tuple[int, dict]] = []
-        self.shown = 0                         # how many characters the client has got
-        self.told = 0                          # how many tokens
+        self.shown = 0                         # characters of text that the client has got
+        self.told = 0                          # entries of tokens that the client has got
         self.finish: str | None = None
         self.stops = set() if job.request.ignore_eos else job.served.stops
         # A completion goes on with its prompt's text, " there" after "Once"; a reply stands by itself.
         self.stream = text.TextStream(job.served.tokenizer, [] if job.request.chat else prompt[-16:])
 
     def take(self, token: int, logits: Tensor) -> None:
-        """Adds the token that was drawn from logits (V), and sends off the text that may be shown."""
+        """Adds the token that was drawn from logits (V), and puts the text that may be shown into the job's queue.
+
+        An answer ends at EOS, at max_tokens (either is `over`: nothing will be held back), or at a stop string."""
         request = self.job.request
         self.made.append(token)
         ended = token in self.stops
@@ -397,7 +399,7 @@ class Answer:
 
 
 def report(tokenizer: text.Tokenizer, logits: Tensor, token: int, count: int) -> dict:
-    """What OpenAI's `logprobs` says of a token and of the likeliest at its place, by the model's own logits (V)."""
+    """Returns OpenAI's `logprobs` of a token and of the `count` likeliest at its place, by the model's logits (V)."""
     logprobs = logits.log_softmax(-1)
     best = logprobs.topk(count)
     ids = [token, *best.indices.tolist()]
@@ -408,8 +410,8 @@ def report(tokenizer: text.Tokenizer, logits: Tensor, token: int, count: int) ->
 
 
 def cut(said: str, start: int, stops: tuple[str, ...], over: bool) -> tuple[int, bool]:
-    """Returns how much of the text may be shown, of which `start` characters were, and whether a stop string ends it.
-    Until it is over, what might be the beginning of a stop string is held back: "Obs" while "Observation" is one."""
+    """Returns how many characters of the text may be shown, and whether a stop string ends it. `start` of them were
+    shown. Until the answer is over, a possible beginning of a stop string is held back: "Obs" of "Observation"."""
     found = [at for stop in stops if (at := said.find(stop, start)) >= 0]
     if found or over:
         return min(found, default=len(said)), bool(found)
@@ -505,13 +507,13 @@ NEUTRAL = {
 
 
 def shown(value: object) -> str:
-    """A value in an error message, short."""
+    """Returns a value as an error message quotes it, short."""
     said = value if isinstance(value, str) else json.dumps(value)
     return repr(said[:60] + "..." if len(said) > 60 else said)
 
 
 def need(value: object, param: str, check: Check):
-    """Returns the value. The one place that refuses one. `param` is empty for the whole body."""
+    """Returns the value if it fits, raises Refusal otherwise. `param` is empty for the whole body."""
     if not check.fits(value):
         what = "missing" if value is None else shown(value)
         raise Refusal(400, f"{param or 'the body'} is {what}, it must be {check.words}", param or None)
@@ -519,7 +521,7 @@ def need(value: object, param: str, check: Check):
 
 
 def read(value: object, fields: dict[str, Check], at: str = "") -> dict:
-    """Returns the fields of an object that are given, each checked. Null is as good as missing."""
+    """Returns the fields of an object that are given, each checked. Null counts as missing. `at` names the object."""
     for name, x in need(value, at, OBJECT).items():
         if name not in fields and x is not None and x not in NEUTRAL.get(name, []):
             does = "asks for what this server does not do" if name in NEUTRAL else "is no field that this server knows"
@@ -529,7 +531,7 @@ def read(value: object, fields: dict[str, Check], at: str = "") -> dict:
 
 
 def read_messages(messages: list, served: Served) -> list[int]:
-    """OpenAI's messages -> the ids of the prompt that the template makes of them."""
+    """Returns the ids of the prompt that the template makes of OpenAI's messages."""
     turns = [read(message, MESSAGE, f"messages[{i}]") for i, message in enumerate(messages)]
     for i, turn in enumerate(turns):
         turn["role"] = turn["role"].replace("developer", "system")
@@ -543,7 +545,7 @@ def read_messages(messages: list, served: Served) -> list[int]:
 
 
 def read_prompts(prompt: object, served: Served) -> list[list[int]]:
-    """The prompt of a completion, text, ids or a list of either -> ids of each."""
+    """Returns the ids of each prompt of a completion: text, ids, or a list of either."""
     several = prompt if isinstance(prompt, list) and prompt and type(prompt[0]) is not int else [prompt]
     last = served.model.config.vocab_size - 1
     are_ids = lambda x: isinstance(x, list) and x and all(type(i) is int and 0 <= i <= last for i in x)
@@ -554,7 +556,7 @@ def read_prompts(prompt: object, served: Served) -> list[list[int]]:
 
 
 def read_request(body: object, chat: bool, served: Served) -> Request:
-    """The JSON body of a request -> Request. Refusal with the parameter's name for whatever is not right with it."""
+    """Returns the Request of a JSON body. Raises Refusal with the name of a parameter that is not right."""
     asked = read(body, CHAT if chat else COMPLETION)
     if asked.get("model", served.name) != served.name:
         why = f"model is {shown(asked['model'])}, this server has {served.name!r} alone"
@@ -569,7 +571,7 @@ def read_request(body: object, chat: bool, served: Served) -> Request:
     longest = max(map(len, prompts))
     room = served.context - longest
     key = "max_completion_tokens" if "max_completion_tokens" in asked else "max_tokens"
-    most = asked.get(key, max(room, 1) if chat else min(16, max(room, 1)))
+    most = asked.get(key, max(room, 1) if chat else min(16, max(room, 1)))  # 1 without room: refused below
     if most > room:
         why = (f"the prompt has {longest} tokens and {key} is {most}, together more than the model's context of "
                f"{served.context}: shorten the prompt or lower {key}")
@@ -597,7 +599,7 @@ def read_request(body: object, chat: bool, served: Served) -> Request:
 # ---- OpenAI's forms -------------------------------------------------------------------------------------------------
 
 class Form:
-    """Words a job as OpenAI's JSON: a chat's or a completion's, whole or as chunks of a stream."""
+    """Writes a job as OpenAI's JSON: a chat's or a completion's, whole or as chunks of a stream."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -705,7 +707,7 @@ def prometheus(engine: Engine) -> str:
 
 
 def numbers(line: str) -> dict[str, float]:
-    """The finite numbers of a JSON object. None if it is no such object: the last line of a run at work may be half."""
+    """Returns the finite numbers of a JSON object; {} if the line is none: a run may be writing its last line."""
     with suppress(ValueError):
         row = json.loads(line)
         if isinstance(row, dict):
@@ -714,8 +716,8 @@ def numbers(line: str) -> dict[str, float]:
 
 
 def read_curves(folder: Path, points: int = 400) -> list[dict]:
-    """Of every run under the folder: its name, curves {metric: [[step, value], ...]} thinned to about so many points,
-    gold score before and after. Files are named by the folder alone, never by a request."""
+    """Returns of every run under the folder: its name, curves {metric: [[step, value], ...]} thinned to about `points`,
+    gold score before and after. Files are found in the folder, their names never come from a request."""
     runs = []
     for file in sorted(folder.glob("*/metrics.jsonl")):
         if not file.resolve().is_relative_to(folder.resolve()):
@@ -733,8 +735,8 @@ def read_curves(folder: Path, points: int = 400) -> list[dict]:
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
 
-BODY_BYTES, MAX_THREADS = 2**20, 2048  # a connection has a thread, and while its request is read another one
-STREAM_PAUSE = 0.01    # seconds between two looks for more of a stream: each look takes the engine's Python time
+BODY_BYTES, MAX_THREADS = 2**20, 2048  # a connection has a thread, and a second one, a timer, while it reads a request
+STREAM_PAUSE = 0.01    # seconds in which a stream collects events: a thread that wakes for each takes the engine's time
 FORMS = {"/v1/completions": False, "/v1/chat/completions": True}  # path, is it a chat
 
 
@@ -747,7 +749,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 30           # seconds for a client to send its request, and to take a piece of the answer
 
     def handle_one_request(self) -> None:
-        """Shuts the reading half of a connection whose request takes too long: a byte now and then extends nothing."""
+        """Shuts the reading half of a connection whose whole request takes too long, however steadily bytes arrive."""
         self.sent = False
         self.timer = threading.Timer(self.timeout, self.connection.shutdown, [socket.SHUT_RD])
         self.timer.daemon = True
@@ -776,7 +778,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         server = self.server
-        content = self.read_body()  # before anything is refused: the next request begins behind it
+        content = self.read_body()  # before anything is refused: the next request begins after it
         self.timer.cancel()
         self.check_origin()
         if self.command == "OPTIONS" and server.args.cors:
@@ -797,7 +799,7 @@ class Handler(BaseHTTPRequestHandler):
             kind, page = server.pages[path]()
             down = path == "/health" and server.engine.end < math.inf
             return self.send(503 if down else 200, page, kind)
-        # A page elsewhere can send other types without asking.
+        # Browsers let a page of another site send other types without asking the server first (CORS).
         if self.headers.get_content_type() != "application/json" or "Content-Encoding" in self.headers:
             raise Refusal(415, "Content-Type must be application/json, without a Content-Encoding")
         self.complete(content, FORMS[path])
@@ -842,7 +844,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(400, f"the body is not JSON ({error})") from None
         job = Job(read_request(body, chat, server.served), server.served)
         form = Form(job)
-        # A client that wants no further request may close its sending half right after this one.
+        # A client may close its sending half right after its last request. Then `gone` says nothing of the other half.
         self.patient = self.close_connection or self.gone()
         server.engine.submit(job)
         server.jobs.add(job)
@@ -860,7 +862,7 @@ class Handler(BaseHTTPRequestHandler):
             server.jobs.discard(job)
 
     def events(self, job: Job) -> Iterator[Event]:
-        """What the engine says until all answers have ended. Raises the Refusal that ends the job early."""
+        """Yields the job's events until all answers have ended. Raises the Refusal that ends the job early."""
         unfinished = len(job.answers)
         while unfinished:
             if not self.patient and self.gone():
@@ -873,8 +875,8 @@ class Handler(BaseHTTPRequestHandler):
                 yield event
 
     def gone(self) -> bool:
-        """Whether the client has closed: there is something to read, and it is the end."""
-        self.connection.settimeout(0)  # looks, and does not wait
+        """Whether the client has closed its sending half: reading gives the end of the stream."""
+        self.connection.settimeout(0)  # recv does not wait
         try:
             return not self.connection.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -883,7 +885,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.settimeout(self.timeout)
 
     def stream(self, job: Job, form: Form) -> None:
-        """Server-sent events up to [DONE]. The stream ends with its connection: its length is not known before."""
+        """Sends server-sent events up to [DONE], then closes the connection: the length was not known before."""
         self.close_connection = True
         try:
             for event in self.events(job):
@@ -985,7 +987,7 @@ class Server(socketserver.ThreadingTCPServer):
         return self
 
     def finish(self, seconds: float) -> None:
-        """Lets go of the address once all answers are on their way, or after so long."""
+        """Frees the address once all jobs are answered, or after so many seconds."""
         deadline = time.monotonic() + seconds
         while self.jobs and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -994,7 +996,7 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 def pages(engine: Engine, runs: Path) -> dict[str, Callable[[], tuple[str, bytes]]]:
-    """What GET answers: path -> type of content, content."""
+    """Returns what GET answers: a path -> a function that returns the type of the content and the content."""
     page = (Path(__file__).parent / "data" / "page.html").read_bytes()
     card = {
         "id": engine.served.name,
@@ -1024,14 +1026,14 @@ ROW = ("{through:<8}{concurrency:>8}{requests:>10}{first_token_ms_p50:>12.0f}{fi
 
 
 class Folded(text.Tokenizer):
-    """A stand-in for a model of random weights: every id has the text of some piece of a smaller vocabulary."""
+    """The tokenizer of a model of random weights: every id has the text of some piece of a smaller vocabulary."""
 
     def token_bytes(self, i: int) -> bytes:
         return super().token_bytes(3 + i % (self.vocab_size - 3))
 
 
 def ask(url: str, key: str | None, new: int, prompt: list[int]) -> dict:
-    """One streamed request over HTTP: seconds to its first token and to its last, and its tokens by its usage."""
+    """Sends one streamed request over HTTP. Returns seconds to its first token and to its last, and how many tokens."""
     body = {
         "prompt": prompt,
         "max_tokens": new,
@@ -1068,8 +1070,8 @@ def ask_engine(engine: Engine, new: int, prompt: list[int]) -> dict:
 
 
 def measure(one: Callable[[list[int]], dict], prompts: list[list[int]], concurrency: int) -> dict:
-    """Lets so many clients ask, each its next question when it has its answer (a closed loop). Only new tokens count;
-    a request's tokens/s are those after its first token, the total's over the whole time."""
+    """Measures `concurrency` clients, each of which asks again when it has its answer (a closed loop). Only new tokens
+    count. A request's tokens/s are those after its first token, tokens/s in all are over the whole time."""
     began = time.perf_counter()
     with ThreadPoolExecutor(concurrency) as clients:
         done = list(clients.map(one, prompts))
@@ -1092,7 +1094,7 @@ def measure(one: Callable[[list[int]], dict], prompts: list[list[int]], concurre
 
 
 def random_prompts(args: argparse.Namespace, clients: int, vocab: int, seed: int) -> list[list[int]]:
-    """Prompts that share nothing with one another nor with those of another seed: none is found in the cache."""
+    """Returns prompts without a common beginning, under one seed and another: none is found in the cache."""
     shape = (clients * args.rounds, args.prompt_tokens)
     return torch.randint(3, vocab, shape, generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -1110,7 +1112,7 @@ def measure_url(args: argparse.Namespace) -> dict:
 
 
 def measure_server(server: Server) -> dict:
-    """Clients in a process of their own, whose Python does not hold up ours; then the same load without HTTP."""
+    """Runs the clients in a separate process, which does not share our interpreter lock; then the same without HTTP."""
     args = server.args
     model = server.served.model
     most = max(args.concurrency)
@@ -1287,7 +1289,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     run.keep_freed_memory()
     url = args.benchmark and args.directory.startswith("http://")
-    if args.say is None and not url:  # else `measure_server` has started this process
+    if args.say is None and not url:  # for a URL `measure_url` prints a line of its own
         told = vars(args) | {"api_key": args.api_key and "(given)"}
         print("flags: " + " ".join(f"{key}={value}" for key, value in sorted(told.items())), flush=True)
     if url:
