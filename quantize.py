@@ -470,18 +470,18 @@ def quantize_linears(parent: nn.Module, names: tuple[str, ...], prefix: str, sch
     W = torch.cat([linear.weight for linear in linears]).float()                       # (O, I), of all together
     grid = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}
     if H is None:
-        m = plain = rtn(W, **grid, clip=scheme.clip)
+        m = rtn(W, **grid, clip=scheme.clip)
     else:
         m = gptq(W, H, **grid, act_order=scheme.act_order, clip=scheme.clip, damp=scheme.damp)
-        plain = rtn(W, **grid)
     report = []
-    parts = (t.split(outputs) for t in (W, plain.dequantize(), m.q, m.scale, m.zero))  # (O of a linear, ...) each
-    for name, w, rounded, q, scale, zero in zip(names, *parts):
-        mine = Quantized(q, scale, zero, m.group)
-        setattr(parent, name, Linear8.of(mine) if scheme.bits == 8 else Linear4.of(mine))
+    parts = (t.split(outputs) for t in (W, m.q, m.scale, m.zero))                      # (O of one linear, ...) each
+    for name, w, q, scale, zero in zip(names, *parts):
+        part = Quantized(q, scale, zero, m.group)
+        setattr(parent, name, Linear8.of(part) if scheme.bits == 8 else Linear4.of(part))
         errors = {}
         if H is not None:
-            errors = {"rtn": layer_error(w, rounded, H), "gptq": layer_error(w, mine.dequantize(), H)}
+            rounded = rtn(w, **grid)
+            errors = {"rtn": layer_error(w, rounded.dequantize(), H), "gptq": layer_error(w, part.dequantize(), H)}
         report.append({"layer": f"{prefix}.{name}"} | errors)
     return report
 
