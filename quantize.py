@@ -203,25 +203,21 @@ def gptq(w: Tensor, hessian: Tensor, bits: int, group_size: int, sym: bool, act_
     importance[dead] = 0
     scale, zero = grids(w.float(), bits, group_size, sym, clip, importance)            # (O, G) each
     group = groups_of(I, group_size, w.device)
-    group_of_step = group.long()[order]                                                # (I,)
     # 5. Column after column; W is held transposed, so that a column of the paper is a row in memory.
     W = w.float().T[order].contiguous()                                                # (I, O)
-    Q = torch.empty(W.shape, dtype=torch.uint8, device=w.device)                       # (I, O) the codes
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=w.device)                   # (I, O), in the file's order
     scale_t, zero_t = scale.T.contiguous(), zero.T.contiguous()                        # (G, O) each
-    d = diagonal.tolist()
+    column, g, d = order.tolist(), group[order].tolist(), diagonal.tolist()            # of every step
     E = torch.empty(min(block, I), W.shape[1], device=w.device)                        # (block, O)
     for first in range(0, I, block):
         last = min(first + block, I)
         for j in range(first, last):
-            g = group_of_step[j]
-            s, z = scale_t[g], zero_t[g]                                               # (O,) each
+            s, z = scale_t[g[j]], zero_t[g[j]]                                         # (O,) each
             q = nearest_code(W[j], s, z, bits)
-            Q[j] = q
+            codes[column[j]] = q
             e = torch.div(W[j] - q.sub_(z).mul_(s), d[j], out=E[j - first])            # E_j = (W_j - Q_j) / U_jj
             W[j + 1:last].addr_(U[j, j + 1:last], e, alpha=-1)                         # W_k -= E_j U_jk in the block
         W[last:].addmm_(U[first:last, last:].T, E[:last - first], alpha=-1)            # and then in all columns after
-    codes = torch.empty_like(Q)                                                        # (I, O), in the file's order
-    codes[order] = Q
     return Quantized(codes.T.contiguous(), scale, zero.to(torch.uint8), group)
 
 
