@@ -165,14 +165,14 @@ def test_no_other_package_is_imported():
 
 
 def test_lines_and_functions_are_short():
-    """120 columns, and 70 lines a function."""
+    """120 columns, and 70 lines a function of what is not a test."""
     for file in sources():
         content = file.read_text("utf-8")
         wide = [i for i, line in enumerate(content.splitlines(), 1) if len(line) > 120]
         assert not wide, f"{file.name} has wide lines: {wide}"
         long = [node.name for node in ast.walk(ast.parse(content))
                 if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 70]
-        assert not long, f"{file.name} has long functions: {long}"
+        assert not long or file.parent.name == "tests", f"{file.name} has long functions: {long}"
 
 
 @pytest.mark.parametrize("script", [f"{name}.py" for name in HOUSE if "/" not in name] + ["data/run.py"])
