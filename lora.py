@@ -91,7 +91,9 @@ class LoRALinear(nn.Module):
         if self.merged or not self.enabled:
             return y
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)                                 # (2, 8), (6, 2)
-        return y + self.scaling * F.linear(F.linear(self.dropout(x), A), B)                     # (..., 6)
+        h = self.scaling * F.linear(self.dropout(x), A)                                         # (..., 2)
+        y += F.linear(h, B)                                                                     # (..., 6)
+        return y
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -155,24 +155,24 @@ def ready_to_generate(model, batch: int):
     """What each tree does before it generates: ours packs, 34964a8 fused."""
     import quantize
     if hasattr(quantize, "packed"):
-        return quantize.packed(model)
+        return quantize.packed(model, keep=False)  # as serve.py does: the weights are not held twice
     model.fuse(batch)
     return ExitStack()
 
 
-def start(strategy: str):
-    """The processes: data/run.py, in 34964a8 zero.py."""
+def processes():
+    """The module that starts and stops processes: data/run.py, in 34964a8 zero.py."""
     try:
         from data import run
     except ImportError:
         import zero as run
-    return run.start("cpu", strategy)
+    return run
 
 
 def update(task: dict) -> None:
     """Tokens a second of training: sft, lora, zero."""
     import torch
-    world = start(task.get("strategy", "ddp"))
+    world = processes().start("cpu", task.get("strategy", "ddp"))
     import lora
     import sft
     import zero
@@ -197,6 +197,7 @@ def update(task: dict) -> None:
     if world.world == 1:
         return serve_turns(turn)
     follow(turn, world.rank)
+    processes().stop()
 
 
 def follow(turn, rank: int) -> None:
@@ -209,7 +210,8 @@ def follow(turn, rank: int) -> None:
         return turn()
     serve_turns(turn_of_all, rank)
     if rank == 0:
-        return torch.distributed.broadcast(torch.zeros(1), 0)
+        torch.distributed.broadcast(torch.zeros(1), 0)
+        return
     torch.distributed.broadcast(go, 0)
     while go.item():
         turn()
@@ -261,7 +263,7 @@ def adamw(task: dict) -> None:
     import torch
     import zero
     n = 100_000_000
-    start("ddp")
+    processes().start("cpu", "ddp")
     p, g, m, v = torch.randn(n) * 0.02, torch.randn(n) * 1e-3, torch.zeros(n), torch.zeros(n)
     low = torch.zeros(n, dtype=torch.bfloat16)
     lone = torch.nn.Parameter(p.clone())
