@@ -770,17 +770,18 @@ def onednn_product(layer: nn.Linear) -> Product:
 def int4_product(layer: Linear4) -> Product | None:
     """PyTorch's int4 kernel (tinygemm): bf16 times (q - 8) * scale + offset, with offset = (8 - zero) * scale, in bf16.
 
-    It reads G' runs of 32 columns that share a grid, so columns are brought in the order of their groups. None where
-    groups are no such runs. I and O below are padded to whole blocks of the kernel."""
+    It reads G' runs of 32 to 256 columns that share a grid, so columns are brought in the order of their groups. None
+    where groups are no such runs. I and O below are padded to whole blocks of the kernel."""
     m, cuda = layer.quantized(), layer.qweight.is_cuda
     O, I = m.q.shape
     order = torch.argsort(m.group, stable=True)
     columns, rows = (0, -I % (128 if cuda else 32)), (0, -O % (8 if cuda else 64))     # padding of I and of O
     group = F.pad(m.group[order], columns, value=len(layer.scales) - 1)                # (I,)
-    runs = group.view(-1, 32)                                                          # (G', 32)
-    if (runs != runs[:, :1]).any():
+    fitting = [size for size in (256, 128, 64, 32) if len(group) % size == 0 and one_value(group.view(-1, size))]
+    if not fitting:
         return None
-    g = runs[:, 0].long()
+    size = fitting[0]
+    g = group[::size].long()                                                           # (G',)
     scale, zero = (F.pad(t.float()[:, g].T, rows) for t in (m.scale, m.zero))          # (G', O) each
     grid = torch.stack((scale, (8 - zero) * scale), dim=-1).bfloat16()                 # (G', O, 2)
     codes = F.pad(m.q[:, order], columns + rows)                                       # (O, I)
@@ -791,27 +792,38 @@ def int4_product(layer: Linear4) -> Product | None:
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1)
 
+    in_order, padded = bool((order[1:] > order[:-1]).all()), len(group) > I
+
     def product(x: Tensor) -> Tensor:
-        ordered = x.flatten(0, -2)[:, order].bfloat16()                                # (N, I)
-        ordered = F.pad(ordered, columns).contiguous()
-        y = multiply(ordered, weight, 32, grid)[:, :O]                                 # (N, O)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])                                # (..., O)
+        rows = x.flatten(0, -2)                                                        # (N, I)
+        if not in_order:
+            rows = rows[:, order]
+        if padded:
+            rows = F.pad(rows, columns)
+        y = multiply(rows.bfloat16().contiguous(), weight, size, grid)[:, :O]          # (N, O)
+        return y.to(x.dtype).view(*x.shape[:-1], O)                                    # (..., O)
     return product
+
+
+def one_value(runs: Tensor) -> bool:
+    """Whether each row of runs (G', size) is of one value."""
+    return bool((runs == runs[:, :1]).all())
 
 
 def int8_product(layer: Linear8) -> Product:
     """int8 times int8: every row of x is rounded to int8 by its own largest entry, products are summed in int32, both
     scales are multiplied in afterwards. oneDNN's kernel takes x as unsigned bytes only, so 128 stands for 0."""
     weight = torch.ops.onednn.qlinear_prepack(layer.weight, None)
-    scale = layer.scale
+    scale, half = layer.scale / 127, torch.tensor(128.5)
     zero = torch.zeros(layer.out_features, dtype=torch.int64)
     multiply = torch.ops.onednn.qlinear_pointwise
 
     def product(x: Tensor) -> Tensor:
-        unit = x.float().abs().amax(-1, keepdim=True).clamp_(min=1e-30) / 127          # (..., 1)
-        q = (x / unit + 128.5).to(torch.uint8)                                         # + 0.5 and cut off is rounding
+        wide = x.float()
+        largest = wide.abs().amax(-1, keepdim=True).clamp_(min=1e-30)                  # (..., 1)
+        q = torch.addcdiv(half, wide, largest, value=127).to(torch.uint8)              # + 0.5 and cut off is rounding
         y = multiply(q, 1.0, 128, weight, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
-        return (y * unit).to(x.dtype)                                                  # (..., O)
+        return y.mul_(largest).to(x.dtype)                                             # (..., O)
     return product
 
 
