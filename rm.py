@@ -206,7 +206,7 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--dataset", type=Path, nargs="+",
                         help="preferences: prompt/chosen/rejected, HH-RLHF transcripts or rankings (data/records.py)")
     parser.add_argument("--loss_fn", choices=sorted(LOSSES), default="log_sig",
-                        help="two names for the same function, see the docstring")
+                        help="of a pair; both are -log sigmoid of the difference, see the docstring")
     sft.add_loop_flags(parser, "rankings", 64)
     parser.tell(FINETUNE, DEMO)
     args = parser.parse_args(argv)
