@@ -122,11 +122,12 @@ def test_merged_is_the_adapter_and_unmerged_is_the_base_to_the_bit():
     when train() and eval() alternate."""
     model, base = trained(), small().state_dict()
     on = logits(model)
+    bound = 3e-5 * on.abs().max()  # kernels of other processors add up in another order
     for _ in range(5):
         merge(model)
         merge(model)
         model.train().eval()
-        assert 0 < differ(logits(model), on) < 1e-5 * on.abs().max()
+        assert 0 < differ(logits(model), on) < bound
         with pytest.raises(ValueError, match="call unmerge"), disabled(model):
             pass
         unmerge(model)
@@ -138,7 +139,7 @@ def test_merged_is_the_adapter_and_unmerged_is_the_base_to_the_bit():
         model = trained()
         prepare(model)
         fold(model)
-        assert differ(logits(model), on) < 1e-5 * on.abs().max()
+        assert differ(logits(model), on) < bound
         assert model.state_dict().keys() == base.keys() and all(p.requires_grad for p in model.parameters())
 
 
