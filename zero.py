@@ -385,9 +385,11 @@ class ZeRO2:
                 whole = torch.cat(shards or [whole])                                # (N * n,) on process 0
             if self.rank == 0:
                 bucket.show(whole.to("cpu", dtype))
-        yield
-        for bucket in self.buckets:
-            bucket.show(bucket.flat)
+        try:
+            yield
+        finally:
+            for bucket in self.buckets:
+                bucket.show(bucket.flat)
 
     COUNTS = ("updates", "skipped", "skips_in_row", "good_in_row", "scale")
 
