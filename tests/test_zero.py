@@ -189,7 +189,7 @@ def test_masters_are_the_files_weights():
     p = nn.Parameter(exact.clone())
     optimizer = zero.ZeRO2([("w", p)], torch.bfloat16)
     assert torch.equal(optimizer.buckets[0].master, exact) and torch.equal(p.detach(), exact.bfloat16())
-    with pytest.raises(OSError, match="full"), optimizer.masters():  # also where saving fails, the model goes on in bf16
+    with pytest.raises(OSError, match="full"), optimizer.masters():  # where saving fails, the model stays in bf16
         assert torch.equal(p.detach(), exact)
         raise OSError("the disk is full")
     assert torch.equal(p.detach(), exact.bfloat16())
