@@ -92,7 +92,7 @@ class LoRALinear(nn.Module):
             return y
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)                                 # (2, 8), (6, 2)
         h = self.scaling * F.linear(self.dropout(x), A)                                         # (..., 2)
-        y += F.linear(h, B)                                                                     # (..., 6)
+        y += F.linear(h, B)     # in place: y, product and sum never lie side by side             (..., 6)
         return y
 
     @torch.no_grad()
