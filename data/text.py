@@ -63,14 +63,22 @@ class Tokenizer:
         self.eos_id = self.sp.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{file} defines no BOS or no EOS piece: it is not a LLaMA tokenizer")
+        self.pad_id = max(self.sp.unk_id(), 0)  # of a reward model: with bytes for every character, no text produces it
         first = self.sp.encode_as_pieces("a")[0]
         self.space = b" " if first.startswith("▁") else b""  # encoding puts it before every text
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """The ids of a text, BOS before them and EOS after them if asked for."""
+    def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = True) -> list[int]:
+        """The ids of a text, BOS before them and EOS after them if asked for.
+
+        special: the marks of special tokens inside the text become their ids. A sentencepiece model lists no such marks.
+        """
         # Sentencepiece refuses a lone surrogate (half an emoji in broken JSON), so it becomes U+FFFD first.
         valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return [self.bos_id] * bos + self.sp.encode(valid) + [self.eos_id] * eos  # 1. never parsed from the text
+
+    def special(self, mark: str) -> int | None:
+        """The id of a special token. "<s>" and "</s>" are BOS and EOS, whatever this tokenizer calls them."""
+        return {"<s>": self.bos_id, "</s>": self.eos_id}.get(mark)
 
     def piece(self, i: int) -> str:
         """The piece of an id as the vocabulary has it: "▁fox" or "<0xF0>"."""
@@ -433,6 +441,11 @@ def collate(examples: list[tuple[list[int], list[bool]]], filler: int = 0) -> tu
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def has_tokenizer(directory: str | Path) -> bool:
+    """Does a directory hold a tokenizer's file?"""
+    return (Path(directory) / "tokenizer.model").exists()
 
 
 def find_tokenizer(path: Path) -> Path:

@@ -125,6 +125,8 @@ def test_special_tokens_are_ids_never_text(tokenizer):
     assert [tokenizer.piece(i) for i in (1, 2, -1)] == ["<s>", "</s>", "(-1)"]
     assert [tokenizer.token_bytes(i) for i in (1, 2, tokenizer.vocab_size, -1)] == [b""] * 4
     assert b"".join(map(tokenizer.token_bytes, tokenizer.encode("é fox"))) == " é fox".encode()
+    assert [tokenizer.special(mark) for mark in ("<s>", "</s>", "<|im_end|>")] == [1, 2, None]
+    assert tokenizer.pad_id == 0 and tokenizer.encode("a</s>", special=False) == tokenizer.encode("a</s>")
 
 
 def test_a_tokenizer_without_the_space_in_front(tmp_path):
