@@ -177,6 +177,7 @@ class Template(NamedTuple):
     opening_input: str = ""   # the same for a first question with an input, if it is worded differently
     again: str = ""           # {opening} of every later question
     strip: bool = False       # opening and question together, and replies, lose the white space around them
+    end: str = "</s>"         # the marker that closes an answer
 
     def render(self, messages: list[dict]) -> list[Segment]:
         """Checked messages -> segments. A reply is one segment. A question is cut after each </s> of its wording."""
@@ -283,6 +284,13 @@ def check_messages(messages: list[dict], last: str) -> list[dict]:
 
 
 # ---- text -> ids ----------------------------------------------------------------------------------------------------
+
+
+def answer_end(tokenizer: Tokenizer, template: Template) -> int:
+    """The id of the marker that closes an answer: the last target of every reply, and where generation stops."""
+    if template.end != "</s>":
+        raise ValueError(f"the tokenizer has no {template.end}: template and tokenizer do not fit")
+    return tokenizer.eos_id
 
 
 def encode_messages(messages: list[dict], tokenizer: Tokenizer, template: Template) -> tuple[list[int], list[bool]]:
@@ -461,6 +469,20 @@ def find_tokenizer(path: Path) -> Path:
 
 
 def read_template(directory: str | Path) -> str | None:
-    """The name of the prompt template in a directory's tokenizer_config.json, or None."""
+    """The name of the prompt template in a directory's tokenizer_config.json, or None if there is none known here."""
     file = Path(directory) / "tokenizer_config.json"
-    return weights.read_json(file).get("template") if file.exists() else None
+    named = weights.read_json(file).get("template") if file.exists() else None
+    return named if named in TEMPLATES else None
+
+
+def choose_template(directory: str | Path, asked: str | None, usual: str, say: Callable[[str], object]) -> str:
+    """The name of the template to use with a directory: the one asked for, else the directory's own, else the usual.
+    say takes a note where a template is replaced or the usual one is taken."""
+    own = read_template(directory)
+    if asked is not None:
+        if own not in (None, asked):
+            say(f"note: {directory} was trained with the template {own}, --template {asked} replaces it")
+        return asked
+    if own is None:
+        say(f"note: {directory} names no known prompt template, the {usual} one is used; --template chooses another")
+    return own or usual
