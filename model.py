@@ -27,8 +27,8 @@ import copy
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -417,6 +417,12 @@ class Llama(Transformer):
         """Returns the ids that end an answer. eos_id is as for `generate`."""
         eos_id = self.config.eos_id if eos_id is None else eos_id
         return {eos_id} if isinstance(eos_id, int | None) else set(eos_id)
+
+    def stop_at(self, ids: Iterable[int]) -> None:
+        """Lets answers end at these ids too, here and in the directory that is written."""
+        eos_id = self.config.eos_id
+        before = [eos_id] if isinstance(eos_id, int) else eos_id or []
+        self.config = replace(self.config, eos_id=tuple(dict.fromkeys([*before, *ids])))
 
     def room(self, prompts: list[list[int]], max_new_tokens: int | list[int]) -> list[int]:
         """Returns how many new tokens each prompt may get: as asked, or as many as the context leaves. Raises

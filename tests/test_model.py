@@ -379,6 +379,16 @@ def test_an_answer_ends_at_any_eos(eos_id, answers):
     assert model.generate([[3], [5]], 5, 0) == answers
 
 
+@pytest.mark.parametrize("before, after", [(None, (4, 7)), (7, (7, 4)), ((2, 7), (2, 7, 4))])
+def test_ids_that_end_an_answer_are_added_and_saved(before, after, tmp_path):
+    model = markov({3: 4, 4: 2, 5: 6, 6: 7}, vocab=16)
+    model.config.eos_id = before
+    model.stop_at([4, 7, 4])
+    assert model.config.eos_id == after and model.generate([[3], [5]], 5, 0) == [[4], [6, 7]]
+    model.save_pretrained(tmp_path)
+    assert Llama.from_pretrained(tmp_path).config.eos_id == after
+
+
 def test_the_context_is_the_limit():
     model = tiny(max_seq_len=32)
     answers = model.generate([some(30), some(32), some(2)], 50, 0, eos_id=-1)
