@@ -5,9 +5,6 @@ fail it, else the exhibit would prove nothing. Read one, cover the right line, a
 """
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,8 @@ import lora
 import ppo
 import rm
 import sft
-from data import text
+import zero
+from data import run, text
 from model import Llama, LlamaConfig
 
 TINY = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=64, max_seq_len=32)
@@ -251,45 +249,29 @@ def test_unmerging_by_subtraction():
     assert not torch.equal(wrong(), original)
 
 
-UNREDUCED = """
-import sys, torch
-from data import run
-import sft, zero
-from test_museum import examples, tiny
-from data import text
-
-world = run.start("cpu", "ddp")
-torch.set_num_threads(1)
-batch = examples([12, 9])
-mine = batch[world.rank::world.world]
-tokens, _, target = text.collate(mine)
-targets = sum(sum(flags) for _, flags in batch)
-
-wrong = tiny()
-(sft.lm_loss(wrong, tokens, target) / targets).backward()     # the bug: nothing sums gradients over processes
-torch.optim.SGD(wrong.parameters(), lr=0.1).step()
-
-right = tiny()
-optimizer = zero.ZeRO2(right.named_parameters(), max_norm=0.0)
-optimizer.backward(sft.lm_loss(right, tokens, target) / targets)
-optimizer.step(1e-3)
-torch.save({"wrong": wrong.state_dict(), "right": right.state_dict()}, f"{sys.argv[1]}/{world.rank}.pt")
-run.stop()
-"""
+def unreduced(folder: Path) -> None:
+    """One of two processes that share a batch: saves the model after the wrong and after the right step."""
+    world = run.start("cpu", "ddp")
+    batch = examples([12, 9])
+    tokens, _, target = text.collate(batch[world.rank::world.world])
+    targets = sum(sum(flags) for _, flags in batch)
+    wrong, right = tiny(), tiny()
+    (sft.lm_loss(wrong, tokens, target) / targets).backward()  # the bug: nothing sums gradients over processes
+    torch.optim.SGD(wrong.parameters(), lr=0.1).step()
+    optimizer = zero.ZeRO2(right.named_parameters(), max_norm=0.0)
+    optimizer.backward(sft.lm_loss(right, tokens, target) / targets)
+    optimizer.step(1e-3)
+    torch.save({"wrong": wrong.state_dict(), "right": right.state_dict()}, folder / f"{world.rank}.pt")
+    run.stop()
 
 
-def test_gradients_that_nobody_sums(tmp_path):
+def test_gradients_that_nobody_sums(tmp_path, start):
     """minimind's PPO called model.module(...) under DistributedDataParallel: the wrapper's reducer never ran.
 
     Every process trained a model of its own, silently, and the first one was saved. After a step all must be equal.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, "worker.py", str(tmp_path)]
-    (tmp_path / "worker.py").write_text(UNREDUCED, encoding="utf-8")
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    for process in start(2, unreduced, tmp_path).wait():
+        assert process.code == 0, process.err
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
     def distance(kind: str) -> float:

@@ -1,21 +1,19 @@
 """zero.py against torch's own AdamW and plain autograd, on one process and on two and four real ones (gloo).
 
-What several processes do is in the functions named `check_...`: this file, started by torchrun, runs them all in turn,
-and each is reported by a test of its own.
+What several processes do is in the functions named `check_...`: the processes run them all in turn, and each is reported
+by a test of its own.
 """
 
 import contextlib
+import ctypes
 import gc
 import io
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -30,7 +28,6 @@ import zero
 from data import run
 from model import SHAPES, Llama, LlamaConfig
 
-ROOT = Path(__file__).parents[1]
 CONFIG = LlamaConfig(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=20, vocab_size=37, max_seq_len=16)
 WIDER = LlamaConfig(dim=64, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=32, ffn_dim=96, vocab_size=99, max_seq_len=16)
 TOKENS = torch.arange(8 * 10).view(8, 10) ** 2 % 37
@@ -754,10 +751,11 @@ def check_buckets_are_sent_while_backward_runs(rank: int, world: int, folder: Pa
 CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}
 
 
-def work(folder: Path) -> None:
+def run_checks(folder: Path) -> None:
     """One process of the run: all checks in turn; `folder` takes what each says. None goes on after one that failed,
     whose collectives would be taken for the next one's."""
     rank, world, *_ = run.start("cpu")
+    gc.freeze()  # live_bytes then looks at what the checks make, not at half a million objects of the imports
     assert run.broadcast_object(f"from {rank}") == "from 0"
     for name, check in CHECKS.items():
         try:
@@ -769,29 +767,13 @@ def work(folder: Path) -> None:
     run.stop()
 
 
-def processes(world: int, *args, launcher: bool = True, timeout: int = 240, **env) -> list[subprocess.CompletedProcess]:
-    """Starts this file in `world` processes: under torchrun, or each by hand, as another launcher would."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
-    script = [__file__, *map(str, args)]
-    if launcher:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        return [subprocess.run(torchrun + script, env=env, capture_output=True, text=True, timeout=timeout)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
-    started = [subprocess.Popen([sys.executable, *script], env=env | address | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(world)]
-    outputs = [p.communicate(timeout=timeout) for p in started]
-    return [subprocess.CompletedProcess(p.args, p.returncode, *output) for p, output in zip(started, outputs)]
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, start) -> Path:
     """What the checks on four processes, and then on two, have left."""
     folder = tmp_path_factory.mktemp("processes")
     for world in (4, 2):
-        result, = processes(world, "work", folder)
-        (folder / f"output-{world}").write_text(result.stdout + result.stderr)
+        ended = start(world, run_checks, folder).wait()
+        (folder / f"output-{world}").write_text("".join(process.out + process.err for process in ended))
     return folder
 
 
@@ -818,39 +800,38 @@ def test_saved_on_several_resumed_on_one(world, folder):
     assert relative(model.parameters(), later) < 1e-6
 
 
-def die(argv: list[str]) -> None:
+def die(who: list[int]) -> None:
     """One process of a run in which the other is killed while this one reduce-scatters."""
     rank, *_ = run.start("cpu")
     model = llama()
     optimizer = sharded(model, bucket_elements=50)
     train(optimizer, model, 1)
-    if rank == int(argv[0]):
+    if rank in who:
         os.kill(os.getpid(), signal.SIGKILL)
     optimizer.backward(lm(model, TOKENS))
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_a_process_that_dies_ends_the_other(who):
+def test_a_process_that_dies_ends_the_other(who, start):
     """With a sentence, under a launcher that does not end it."""
-    results = processes(2, "die", who, launcher=False, timeout=60)
-    said = results[1 - who].stderr
-    assert [results[who].returncode, results[1 - who].returncode] == [-9, 1], said
-    assert f"test_zero.py: process {1 - who} stops: it lost the connection to another one" in said
+    ended = start(2, run.command, die, [who]).wait(60)
+    said = ended[1 - who].err
+    assert [ended[who].code, ended[1 - who].code] == [-9, 1], said
+    assert f"a_test.py: process {1 - who} stops: it lost the connection to another one" in said
 
 
-def measure(argv: list[str]) -> None:
+def measure(strategy: str, lora_rank: int, heap: str) -> None:
     """One process of a training run of mid on random tokens: prints the planned and the measured peak.
 
     "holes" is a heap as in real use, which keeps what is freed, so that there are holes between tensors. "none" gives
     each tensor memory of its own from the system: then the peak is that of live tensors."""
-    strategy, lora_rank, heap = argv
     if heap == "none":
-        run.keep_freed_memory = lambda: None
+        run.keep_freed_memory = lambda: ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
     world = run.start("cpu", strategy)
-    batch, length, rank = 2 // world.world, 256, int(lora_rank)
+    batch, length = 2 // world.world, 256
     model = Llama(SHAPES["mid"], generator=torch.Generator().manual_seed(0))
-    if rank:
-        lora.attach(model, rank)
+    if lora_rank:
+        lora.attach(model, lora_rank)
     optimizer = zero.ZeRO2(model.named_parameters(), strategy=strategy)
     tokens = torch.randint(3, 32_000, (batch, length), generator=torch.Generator().manual_seed(world.rank))
     target = torch.ones_like(tokens, dtype=torch.bool)
@@ -860,24 +841,37 @@ def measure(argv: list[str]) -> None:
         optimizer.step(1e-4)
         run.barrier()
     measured = run.peak_memory_bytes(world.device) - world.idle
-    size = zero.size_of(SHAPES["mid"], rank)
+    size = zero.size_of(SHAPES["mid"], lora_rank)
     rows = zero.plan(size, strategy, world.world, batch * length, element=4, gpu=False)
     planned = rows["device: peak at once"] - rows["device: heap"] * (heap == "none")
     run.say(world, f"planned {planned} measured {measured}")
     run.stop()
 
 
-@pytest.mark.parametrize("world, strategy, lora_rank, heap, bound", [
-    (1, "naive", 0, "holes", 0.15), (2, "zero2", 0, "holes", 0.15),
-    (1, "naive", 16, "none", 0.1), (2, "zero2_cpu", 16, "none", 0.1)])
-def test_plan_is_what_is_measured(world, strategy, lora_rank, heap, bound):
+RUNS = [(1, "naive", 0, "holes", 0.15), (1, "naive", 16, "none", 0.1),
+        (2, "zero2", 0, "holes", 0.15), (2, "zero2_cpu", 16, "none", 0.1)]
+
+
+@pytest.fixture(scope="module")
+def measured(start) -> dict:
+    """How each run ended. Those of one process run at the same time."""
+    groups = {}
+    for world, *what, _ in RUNS:
+        if world > 1:
+            for group in groups.values():
+                group.wait()
+        groups[world, *what] = start(world, measure, *what)
+    return {run: group.wait() for run, group in groups.items()}
+
+
+@pytest.mark.parametrize("world, strategy, lora_rank, heap, bound", RUNS)
+def test_plan_is_what_is_measured(world, strategy, lora_rank, heap, bound, measured):
     """A plan without activations, logits and buckets."""
-    own_memory = {"MALLOC_MMAP_THRESHOLD_": "65536"} if heap == "none" else {}
-    result, = processes(world, "measure", strategy, lora_rank, heap, **own_memory)
-    figures = re.search(r"planned (\d+) measured (\d+)", result.stdout)
-    assert figures, result.stderr
-    planned, measured = map(int, figures.groups())
-    assert planned == pytest.approx(measured, rel=bound)
+    first, *_ = measured[world, strategy, lora_rank, heap]
+    figures = re.search(r"planned (\d+) measured (\d+)", first.out)
+    assert figures, first.err
+    planned, peak = map(int, figures.groups())
+    assert planned == pytest.approx(peak, rel=bound)
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -900,11 +894,3 @@ def load(model: Llama, state: dict) -> None:
 def test_refusals(refused, sentence):
     with pytest.raises(ValueError, match=sentence):
         refused()
-
-
-if __name__ == "__main__":
-    what, *arguments = sys.argv[1:]
-    if what == "work":
-        work(Path(*arguments))
-    else:
-        run.command({"die": die, "measure": measure}[what], arguments)
