@@ -17,11 +17,14 @@ drops that space. On the way from a file to a batch (B, T), a conversation is
     a record --normalise--> messages --render--> segments --encode_example--> ids and targets --collate--> tensors
 
 Choices that raise no error when they are made wrongly:
-1. Markers such as [INST] are text. Only BOS and EOS are ids: a user who types "</s>" gets ordinary pieces.
-2. Only the replies of a conversation are targets. A reply ends in EOS, unless max_len cut it: cut text is not an end.
-3. Segments are tokenized one by one, so a prompt is the exact beginning of its training example. A reply encoded alone
-   begins with "▁". Other servers encode "### Response: reply" as one text, and there the reply begins with "▁" too
-   (Hugging Face's tokenizer in its default, "legacy" mode).
+1. A template's markers, such as <|im_end|>, become ids before its gaps are filled. What people say is never searched
+   for markers: a user who types "<|im_end|>" gets ordinary pieces. ([INST] is text even in the template of Llama 2.)
+2. Only the replies of a conversation are targets. A reply ends in the template's end marker, which is a target too,
+   unless max_len cut it: cut text is not an end. What follows the marker belongs to the next question.
+3. What stands between two markers is tokenized as one string, as other servers do it, but a reply by itself. So a
+   prompt is the exact beginning of its training example. A sentencepiece reply begins with "▁" then. Other servers
+   encode "### Response: reply" as one text, and there the reply begins with "▁" too (Hugging Face's tokenizer in its
+   default, "legacy" mode).
 4. Masks come from lengths, never from comparing ids, so padding may have any id, even that of EOS.
 5. The order of an epoch depends on seed, epoch and global batch only: the same steps on 1 process and on 8.
 
@@ -31,6 +34,8 @@ Letters: B rows of a batch, T time.
 import codecs
 import hashlib
 import random
+import re
+import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -44,13 +49,17 @@ from data import weights
 
 # ---- the tokenizer: text <-> ids ------------------------------------------------------------------------------------
 
+# What Hugging Face's directories say of a tokenizer. Of the first two, the first is read if both are there.
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "chat_template.jinja")
+
 
 class Tokenizer:
     """A sentencepiece model. BOS and EOS are added as ids, never as text."""
 
     def __init__(self, path: str | Path):
         """path: a sentencepiece file, or a directory that has it as tokenizer.model."""
-        file = find_tokenizer(Path(path))
+        file = self.file = find_tokenizer(Path(path))
         self.proto = file.read_bytes()
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
@@ -103,16 +112,30 @@ class Tokenizer:
         yield text.rest()
 
     def save(self, directory: str | Path, template: str | None = None) -> None:
-        """Writes tokenizer.model and tokenizer_config.json, with the prompt template's name and its Jinja text."""
-        config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
-                  "bos_token": self.piece(self.bos_id), "eos_token": self.piece(self.eos_id),
-                  "unk_token": self.piece(self.sp.unk_id())}
+        """Writes the tokenizer's files as they came, so that transformers gives a text the same ids. The prompt template
+        is named in tokenizer_config.json. If another one came, its Jinja text is replaced."""
+        directory, home = Path(directory), self.file.parent
+        name = "tokenizer.json" if self.file.suffix == ".json" else "tokenizer.model"
+        files = {other: (home / other).read_bytes() for other in TOKENIZER_FILES if (home / other).exists()}
+        files[name] = self.file.read_bytes()
+        if "tokenizer_config.json" in files:
+            config = weights.read_json(home / "tokenizer_config.json")
+        else:
+            config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
+                      "legacy": True, "bos_token": self.piece(self.bos_id), "eos_token": self.piece(self.eos_id),
+                      "unk_token": self.piece(self.sp.unk_id())}
         if template is not None:
             config["template"] = template
-        if template in TEMPLATES:
-            config["chat_template"] = TEMPLATES[template].jinja
-        weights.write_file(Path(directory) / "tokenizer.model", self.proto)
-        weights.write_json(Path(directory) / "tokenizer_config.json", config)
+            if template != read_template(home):
+                config["chat_template"] = TEMPLATES[template].jinja(self)
+                if "chat_template.jinja" in files:  # there, it counts more than the config's
+                    files["chat_template.jinja"] = config["chat_template"].encode()
+        for other in TOKENIZER_FILES:
+            if other in files:
+                weights.write_file(directory / other, files[other])
+            else:
+                (directory / other).unlink(missing_ok=True)  # another tokenizer's, from an earlier run
+        weights.write_json(directory / "tokenizer_config.json", config)
 
 
 class TextStream:
@@ -155,32 +178,46 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
 # ---- templates: the words around a conversation ---------------------------------------------------------------------
 
 
+# The markers that are ids. Other markers, such as Llama 2's [INST] and Zephyr's <|user|>, are text.
+MARKER = re.compile(r"(</?s>|<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id)\|>)")
+
+
 class Segment(NamedTuple):
-    """A part of a conversation that is tokenized on its own. BOS always opens the first segment of a conversation."""
+    """A marker, which becomes its id, or a text, which is tokenized on its own."""
 
     text: str
-    reply: bool = False  # text of the assistant: a target, and always followed by EOS
-    bos: bool = False    # opened by BOS
-    eos: bool = False    # closed by an EOS that is not a target
+    marker: bool
+    target: bool
+
+
+def fill(wording: str, target: bool, **said: str | None) -> list[Segment]:
+    """A wording -> its markers, and between them its texts, filled with what was said. No text is searched for markers,
+    because the wording is split before it is filled."""
+    parts = MARKER.split(wording)  # a text, a marker, a text, ..., a text
+    return [Segment(part.format(**said), place % 2 == 1, target) for place, part in enumerate(parts) if part]
 
 
 class Template(NamedTuple):
     """The words around a conversation. {system}, {question}, {input} and {reply} are what its messages say. {opening}
-    stands before a question. <s> and </s> are the ids BOS and EOS."""
+    stands before a question. <s> and </s> are the ids BOS and EOS, whatever the tokenizer calls them."""
 
-    question: str             # a user's turn, up to where the reply goes on
-    jinja: str                # the template as a chat_template for other servers (only Alpaca's knows "input")
-    input: str = "\n{input}"  # follows a question that has an "input", as Alpaca's records have
+    question: str                # a user's turn, up to where the reply goes on
+    input: str = "\n{input}"     # follows a question that has an "input", as Alpaca's records have
     reply: str = "{reply}"
-    system: str = "{system}"  # {opening} of the first question, if the conversation has a system message
-    opening: str = ""         # {opening} of the first question, if it has none
-    opening_input: str = ""   # the same for a first question with an input, if it is worded differently
-    again: str = ""           # {opening} of every later question
-    strip: bool = False       # opening and question together, and replies, lose the white space around them
-    end: str = "</s>"         # the marker that closes an answer
+    end: str = "</s>"            # the marker that closes a reply
+    system: str = "<s>{system}"  # {opening} of the first question, if the conversation has a system message
+    opening: str = "<s>"         # {opening} of the first question, if it has none
+    opening_input: str = ""      # the same for a first question with an input, if it is worded differently
+    again: str = ""              # {opening} of every later question
+    strip: tuple[str, ...] = ()  # the roles whose messages lose the white space around them
+
+    @property
+    def inside(self) -> bool:
+        """Is the opening stripped together with its question? White space between the two is inside then, and stays."""
+        return "{opening}{question}" in self.question
 
     def render(self, messages: list[dict]) -> list[Segment]:
-        """Checked messages -> segments. A reply is one segment. A question is cut after each </s> of its wording."""
+        """Checked messages -> segments. The words of a reply are one segment."""
         segments, opening, system = [], self.opening, None
         if "input" in messages[0]:
             opening = self.opening_input or opening
@@ -188,30 +225,54 @@ class Template(NamedTuple):
             said = message["content"]
             if "input" in message:
                 said += self.input.format(input=message["input"])
-            if self.strip:  # white space between an opening and a question is inside the two, and stays
-                said = said.rstrip() if opening else said.strip()
+            if message["role"] in self.strip:
+                said = said.rstrip() if self.inside and opening else said.strip()
             if message["role"] == "system":
-                opening, system = self.system, message["content"]
+                opening, system = self.system, said
             elif message["role"] == "assistant":
-                segments.append(Segment(self.reply.format(reply=said), reply=True))
+                segments += fill(self.reply + self.end, target=True, reply=said)
             else:
-                parts = self.question.replace("{opening}", opening).split("</s>")
-                for part in parts:
-                    text = part.removeprefix("<s>").format(question=said, system=system)
-                    segments.append(Segment(text, bos=part.startswith("<s>"), eos=part is not parts[-1]))
+                wording = self.question.replace("{opening}", opening)
+                segments += fill(wording, target=False, question=said, system=system)
                 opening = self.again
         return segments
 
+    def jinja(self, tokenizer: Tokenizer) -> str:
+        """The template as a chat_template, so that other servers give a conversation the same ids with this tokenizer.
+        """
+        names = dict.fromkeys(("{system}", "{question}", "{reply}"), "said")
+        names |= {"{opening}": "turn.opening", "{input}": "message['input']", "</s>": "eos_token"}
+        names["<s>"] = "bos_token" if tokenizer.bos_id is not None else "''"
 
-def jinja(opening: str, question: str) -> str:
-    """The chat_template of a format with one opening and one wording of a question."""
-    return ("{{ bos_token }}"
-            "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}" + opening + "{% endif %}"
-            "{% for message in messages %}"
-            "{% if message['role'] == 'user' %}" + question +
-            "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
-            "{% endif %}{% endfor %}")
+        def expression(wording: str) -> str:
+            parts = filter(None, re.split(r"(</?s>|{\w+})", wording))
+            return " + ".join(names.get(part, repr(part)) for part in parts) or "''"
 
+        asked, end, start = self.question.partition(self.end)  # `start` opens the reply
+        space = tokenizer.space.decode() if not self.question.endswith("\n") else ""  # a reply's own "▁"
+        return JINJA.substitute(
+            opening=expression(self.opening),
+            opening_input=expression(self.opening_input or self.opening),
+            input=expression(self.input),
+            strip=list(self.strip),
+            inside="turn.opening" if self.inside else "false",
+            system=expression(self.system),
+            question=expression(asked + end),
+            start=expression(start),
+            again=expression(self.again),
+            reply=expression(space + self.reply + self.end))
+
+
+# Template.render in Jinja. The names after $ are expressions that Template.jinja makes of the wording.
+JINJA = string.Template(
+    "{% set turn = namespace(opening=$opening_input if messages[0]['input'] else $opening) %}"
+    "{% for message in messages %}"
+    "{% set said = message['content'] + ($input if message['input'] else '') %}"
+    "{% if message['role'] in $strip %}{% set said = said.rstrip() if $inside else said.strip() %}{% endif %}"
+    "{% if message['role'] == 'system' %}{% set turn.opening = $system %}"
+    "{% elif message['role'] == 'assistant' %}{{ $reply }}"
+    "{% else %}{{ $question }}{% if add_generation_prompt or not loop.last %}{{ $start }}{% endif %}"
+    "{% set turn.opening = $again %}{% endif %}{% endfor %}")
 
 # Stanford Alpaca's two wordings, which Coati took over: github.com/tatsu-lab/stanford_alpaca#data-release
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -221,50 +282,55 @@ ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an i
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
+# SmolLM2's own Jinja puts it before a conversation without a system message.
+SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+# Llama 3.1's Jinja opens every system message with two dates, and puts them there even if there is no message. Its today
+# is the 26th of July 2024. Llama 3.2's asks the clock instead, and both word tools: we do neither.
+LLAMA31 = ("<s><|start_header_id|>system<|end_header_id|>\n\n"
+           "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{system}<|eot_id|>")
+
 TEMPLATES = {
     "alpaca": Template(
-        opening=ALPACA,
-        opening_input=ALPACA_INPUT,
+        opening="<s>" + ALPACA,
+        opening_input="<s>" + ALPACA_INPUT,
         question="{opening}\n\n### Instruction:\n{question}\n\n### Response:",
-        input="\n\n### Input:\n{input}",
-        jinja=jinja("{% if messages[0]['input'] %}" + ALPACA_INPUT + "{% else %}" + ALPACA + "{% endif %}",
-                    r"{{ '\n\n### Instruction:\n' + message['content'] }}"
-                    r"{% if message['input'] %}{{ '\n\n### Input:\n' + message['input'] }}{% endif %}"
-                    r"{{ '\n\n### Response:' }}")),
+        input="\n\n### Input:\n{input}"),
     # Meta's chat_completion. Every question opens with BOS, and a space stands between a reply and its EOS.
     "llama2": Template(
         system="<<SYS>>\n{system}\n<</SYS>>\n\n",
+        opening="",
         question="<s>[INST] {opening}{question} [/INST]",
         reply="{reply} ",
-        strip=True,
-        jinja="{% if messages[0]['role'] == 'system' %}"
-              r"{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
-              "{% else %}{% set system = '' %}{% endif %}{% for message in messages %}"
-              "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' }}"
-              "{{ ((system if loop.index0 < 2 else '') + message['content']) | trim + ' [/INST]' }}"
-              "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}"
-              "{% endif %}{% endfor %}"),
+        strip=("user", "assistant")),
     # TinyLlama's too. Every turn ends in EOS, and a reply begins its line, without a space.
     "zephyr": Template(
-        system="<|system|>\n{system}</s>\n",
+        system="<s><|system|>\n{system}</s>\n",
         question="{opening}<|user|>\n{question}</s>\n<|assistant|>\n",
-        again="\n",
-        jinja="{{ bos_token }}{% for message in messages %}"
-              r"{{ ('' if loop.first else '\n') + '<|' + message['role'] + '|>' }}"
-              r"{{ '\n' + message['content'] + eos_token }}{% endfor %}"
-              r"{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"),
+        again="\n"),
     "vicuna": Template(
-        opening=f"{VICUNA} ",
-        system="{system} ",
-        question="{opening}USER: {question} ASSISTANT:",
-        jinja=jinja(VICUNA, "{{ (' ' if loop.index0 < 2 else '') + 'USER: ' + message['content'] + ' ASSISTANT:' }}")),
+        opening=f"<s>{VICUNA} ",
+        system="<s>{system} ",
+        question="{opening}USER: {question} ASSISTANT:"),
     # HH-RLHF's transcript, which base models continue well.
     "plain": Template(
-        system="{system}\n\n",
+        system="<s>{system}\n\n",
         question="{opening}Human: {question}\n\nAssistant:",
-        again="\n\n",
-        jinja=jinja("", r"{{ ('' if loop.first else '\n\n') + 'Human: ' + message['content'] + '\n\nAssistant:' }}")),
+        again="\n\n"),
+    # OpenAI's markup of chats, as SmolLM2 words it. No BOS opens it.
+    "chatml": Template(
+        opening=f"<|im_start|>system\n{SMOLLM}<|im_end|>\n",
+        system="<|im_start|>system\n{system}<|im_end|>\n",
+        question="{opening}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+        end="<|im_end|>",
+        again="\n"),
+    "llama3": Template(
+        system="<s><|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+        question="{opening}<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+                 "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        end="<|eot_id|>",
+        strip=("system", "user", "assistant")),
 }
+TEMPLATES["llama3.1"] = TEMPLATES["llama3"]._replace(system=LLAMA31, opening=LLAMA31.replace("{system}", ""))
 
 
 def check_messages(messages: list[dict], last: str) -> list[dict]:
@@ -286,30 +352,38 @@ def check_messages(messages: list[dict], last: str) -> list[dict]:
 # ---- text -> ids ----------------------------------------------------------------------------------------------------
 
 
+def marker_ids(marker: str, tokenizer: Tokenizer) -> list[int]:
+    """The id of a marker, in a list. The list is empty for the BOS of a tokenizer that opens texts with none."""
+    found = tokenizer.special(marker)
+    if found is None and marker != "<s>":
+        raise ValueError(f"the tokenizer has no {marker}: template and tokenizer do not fit, choose by --template")
+    return [] if found is None else [found]
+
+
 def answer_end(tokenizer: Tokenizer, template: Template) -> int:
-    """The id of the marker that closes an answer: the last target of every reply, and where generation stops."""
-    if template.end != "</s>":
-        raise ValueError(f"the tokenizer has no {template.end}: template and tokenizer do not fit")
-    return tokenizer.eos_id
+    """The id of the marker that closes a reply: a target of every example, and where generation stops."""
+    return marker_ids(template.end, tokenizer)[0]
 
 
 def encode_messages(messages: list[dict], tokenizer: Tokenizer, template: Template) -> tuple[list[int], list[bool]]:
     """Messages -> ids and target flags, uncut."""
     ids, target, before = [], [], ""
-    for segment in template.render(messages):
-        # A reply that begins a line has no "▁" (Zephyr's): it is encoded after a line break, whose ids are dropped.
-        line_break = "\n" if segment.reply and before.endswith("\n") else ""
-        dropped = len(tokenizer.encode(line_break, bos=False))
-        bos, eos = segment.bos or not ids, segment.eos or segment.reply
-        new = tokenizer.encode(line_break + segment.text, bos, eos)[dropped:]  # 3. every segment by itself
+    for text, marker, is_target in template.render(messages):
+        if marker:
+            new = marker_ids(text, tokenizer)
+        else:
+            # A reply that begins a line has no "▁" (Zephyr's): it is encoded after a line break, which is dropped.
+            line_break = "\n" if is_target and tokenizer.space and before.endswith("\n") else ""
+            dropped = len(tokenizer.encode(line_break, bos=False))
+            new = tokenizer.encode(line_break + text, bos=False, special=False)[dropped:]  # 1., 3.
         ids += new
-        target += [segment.reply] * len(new)  # 2. replies alone, with their EOS
-        before = segment.text
+        target += [is_target] * len(new)  # 2. replies alone, with their end
+        before = text
     return ids, target
 
 
 def encode_prompt(messages: list[dict], tokenizer: Tokenizer, template: Template) -> list[int]:
-    """The ids of a prompt, BOS first, up to where the reply begins. The ids of its training example begin with them.
+    """The ids of a prompt, up to where the reply begins. The ids of its training example begin with them.
     ValueError where check_messages(messages, "user") finds fault."""
     ids, _ = encode_messages(check_messages(messages, "user"), tokenizer, template)
     return ids
@@ -317,8 +391,9 @@ def encode_prompt(messages: list[dict], tokenizer: Tokenizer, template: Template
 
 def encode_example(record: dict, tokenizer: Tokenizer, template: Template,
                    max_len: int) -> tuple[list[int], list[bool]] | None:
-    """An sft record -> at most max_len ids, BOS first, and flags that are True where the id is a target: replies and
-    their EOS, or all of a {"text"} but BOS. None if the cut leaves no target."""
+    """An sft record -> at most max_len ids, and flags that are True where the id is a target: replies and their end
+    markers, or all of a {"text"} but the first id, which nothing predicts. The first is BOS where the tokenizer opens a
+    text with it. None if the cut leaves no target."""
     if "text" in record:
         ids = tokenizer.encode(record["text"], bos=True, eos=True)
         target = [False] + [True] * (len(ids) - 1)
@@ -328,7 +403,7 @@ def encode_example(record: dict, tokenizer: Tokenizer, template: Template,
 
 
 def encode_preference(record: dict, tokenizer: Tokenizer, template: Template, max_len: int) -> list[list[int]] | None:
-    """A preference record -> for each response, best first, the ids of prompt + response + EOS, at most max_len.
+    """A preference record -> for each response, best first, the ids of prompt + response + its end, at most max_len.
 
     A response that the cut made equal to a better one is left out: it would teach nothing (loss ln 2, gradient 0). None
     if fewer than two remain, for example because the prompt alone fills max_len."""
@@ -468,11 +543,46 @@ def find_tokenizer(path: Path) -> Path:
     return file
 
 
+# The words that a Jinja text has if it says what a template of ours says, and words that it then has not. A text that
+# does not pass is unknown: to take its template for another would put a wrong word, or a hidden system message that the
+# model never saw, into every prompt, and raise no error. Mistral's [INST] and Phi-3's <|user|> differ in such ways.
+KNOWN_BY = {
+    "chatml": (["<|im_start|>", "<|im_end|>\n", SMOLLM], ["bos_token"]),
+    "llama3.1": (["<|start_header_id|>", "Cutting Knowledge Date: December 2023\n", 'set system_message = ""'], []),
+    "llama3": (["<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "trim", "bos_token"], ["system"]),
+    "llama2": (["bos_token + '[INST] '", "'<<SYS>>\n'", "'\n<</SYS>>\n\n'", "' [/INST]'"], ["You are"]),
+    "zephyr": (["'<|user|>\n' + message['content'] + eos_token", "'<|assistant|>"], ["You are"]),
+    "vicuna": (["'USER: '", "ASSISTANT:", VICUNA[:VICUNA.index("user's")], "eos_token"], []),
+    "alpaca": (["### Instruction:\n", "### Response:", ALPACA], ["### Response:\n"]),
+}
+
+
+def read_jinja(directory: Path) -> tuple[Path, str] | None:
+    """The file that holds a directory's chat_template, and its text. Of several named ones it is the default."""
+    file = directory / "chat_template.jinja"
+    if file.exists():
+        return file, file.read_text("utf-8")
+    file = directory / "tokenizer_config.json"
+    found = weights.read_json(file).get("chat_template") if file.exists() else None
+    if isinstance(found, list):
+        found = {named["name"]: named["template"] for named in found}.get("default")
+    return (file, found) if found else None
+
+
 def read_template(directory: str | Path) -> str | None:
-    """The name of the prompt template in a directory's tokenizer_config.json, or None if there is none known here."""
-    file = Path(directory) / "tokenizer_config.json"
+    """The name of a directory's prompt template if it is one of ours: as tokenizer_config.json says, or else as its
+    Jinja text shows."""
+    directory = Path(directory)
+    file = directory / "tokenizer_config.json"
     named = weights.read_json(file).get("template") if file.exists() else None
-    return named if named in TEMPLATES else None
+    if named in TEMPLATES:
+        return named
+    _, text = read_jinja(directory) or (None, "")
+    text = text.replace("\\n", "\n")
+    for name, (has, has_not) in KNOWN_BY.items():
+        if all(words in text for words in has) and not any(words in text for words in has_not):
+            return name
+    return None
 
 
 def choose_template(directory: str | Path, asked: str | None, usual: str, say: Callable[[str], object]) -> str:
@@ -484,5 +594,9 @@ def choose_template(directory: str | Path, asked: str | None, usual: str, say: C
             say(f"note: {directory} was trained with the template {own}, --template {asked} replaces it")
         return asked
     if own is None:
+        unknown = read_jinja(Path(directory))
+        if unknown is not None:
+            raise ValueError(f"{unknown[0]} has a chat_template that is none of ours: choose the one nearest to it by "
+                             f"--template {'|'.join(TEMPLATES)}")
         say(f"note: {directory} names no known prompt template, the {usual} one is used; --template chooses another")
     return own or usual

@@ -27,11 +27,19 @@ ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an i
                 "\n\n### Instruction:\nhi\n\n### Input:\nyo\n\n### Response:")
 
 
-class Bytes:
-    """A tokenizer of bytes: 3 + byte, BOS 1, EOS 2."""
+MARKERS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        return [1] * bos + [3 + byte for byte in text.encode()] + [2] * eos
+
+class Bytes:
+    """A tokenizer of bytes: 10 + byte, BOS 1, EOS 2, and an id for every marker."""
+
+    bos_id, eos_id, space = 1, 2, b""
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = True) -> list[int]:
+        return [1] * bos + [10 + byte for byte in text.encode()] + [2] * eos
+
+    def special(self, marker: str) -> int | None:
+        return MARKERS.index(marker) + 1 if marker in MARKERS else None
 
 
 def real(name: str) -> Path:
@@ -151,6 +159,13 @@ def test_the_embedding_may_have_more_rows_but_not_fewer(tokenizer):
 
 # ---- templates and ids ----------------------------------------------------------------------------------------------
 
+
+
+def header(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+
+DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 TALK = [{"role": "system", "content": "S"}, user("a", input="i"), *chat("a", "b", "c", "d")["messages"][1:]]
 RENDERED = {  # <s> and </s> stand for the ids, {} for the targets
     "alpaca": "<s>S\n\n### Instruction:\na\n\n### Input:\ni\n\n### Response:{b</s>}"
@@ -160,21 +175,30 @@ RENDERED = {  # <s> and </s> stand for the ids, {} for the targets
               "\n<|user|>\nc</s>\n<|assistant|>\n{d</s>}",
     "vicuna": "<s>S USER: a\ni ASSISTANT:{b</s>}USER: c ASSISTANT:{d</s>}",
     "plain": "<s>S\n\nHuman: a\ni\n\nAssistant:{b</s>}\n\nHuman: c\n\nAssistant:{d</s>}",
+    "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na\ni<|im_end|>\n<|im_start|>assistant\n{b<|im_end|>}"
+              "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n{d<|im_end|>}",
+    "llama3": "<s>" + header("system") + "S<|eot_id|>" + header("user") + "a\ni<|eot_id|>" + header("assistant")
+              + "{b<|eot_id|>}" + header("user") + "c<|eot_id|>" + header("assistant") + "{d<|eot_id|>}",
 }
+RENDERED["llama3.1"] = RENDERED["llama3"].replace("S<", DATES + "S<")
 BARE = {
-    "alpaca": ALPACA_HI,
-    "llama2": "[INST] hi [/INST]",
-    "zephyr": "<|user|>\nhi</s>\n<|assistant|>\n",
-    "vicuna": data.text.VICUNA + " USER: hi ASSISTANT:",
-    "plain": "Human: hi\n\nAssistant:",
+    "alpaca": "<s>" + ALPACA_HI,
+    "llama2": "<s>[INST] hi [/INST]",
+    "zephyr": "<s><|user|>\nhi</s>\n<|assistant|>\n",
+    "vicuna": f"<s>{data.text.VICUNA} USER: hi ASSISTANT:",
+    "plain": "<s>Human: hi\n\nAssistant:",
+    "chatml": "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+              "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+    "llama3": "<s>" + header("user") + "hi<|eot_id|>" + header("assistant"),
+    "llama3.1": "<s>" + header("system") + DATES + "<|eot_id|>" + header("user") + "hi<|eot_id|>" + header("assistant"),
 }
 
 
 def by_hand(rendered: str) -> tuple[list[int], list[bool]]:
     ids, target = [], []
     for i, part in enumerate(re.split("[{}]", rendered)):
-        for piece in re.split("(<s>|</s>)", part):
-            ids += {"<s>": [1], "</s>": [2]}.get(piece, Bytes().encode(piece, bos=False))
+        for piece in re.split("(" + "|".join(map(re.escape, MARKERS)) + ")", part):
+            ids += [MARKERS.index(piece) + 1] if piece in MARKERS else Bytes().encode(piece, bos=False)
         target += [i % 2 == 1] * (len(ids) - len(target))
     return ids, target
 
@@ -188,46 +212,69 @@ def test_a_conversation_is_worded_and_flagged_as_written_by_hand(name):
     for end in (2, 4):  # the prompt is how the example begins, and the reply goes on right there
         prompt = encode_prompt(TALK[:end], Bytes(), template)
         assert ids[: len(prompt)] == prompt and target[len(prompt)] and not target[len(prompt) - 1]
-    assert encode_prompt([user("hi")], Bytes(), template) == by_hand("<s>" + BARE[name])[0]
+    assert encode_prompt([user("hi")], Bytes(), template) == by_hand(BARE[name])[0]
     with pytest.raises(ValueError, match="end with a message of the user"):
         encode_prompt(TALK, Bytes(), template)
 
 
+def worded(template: str, *messages: dict, tokenizer=Bytes()) -> str:
+    """What the template says, its markers among it, and a reply's own space."""
+    before, said = "", ""
+    for text, marker, target in TEMPLATES[template].render(list(messages)):
+        begins = target and not marker and not before.endswith("\n")
+        text = "" if text == "<s>" and tokenizer.bos_id is None else text
+        said += tokenizer.space.decode() * begins + text
+        before = text
+    return said
+
+
 @pytest.mark.lesson
 def test_alpaca_words_an_input_of_its_own():
-    assert TEMPLATES["alpaca"].render([user("hi")])[0].text == ALPACA_HI
-    assert TEMPLATES["alpaca"].render([user("hi", input="yo")]) == [(ALPACA_INPUT, False, False, False)]
+    assert worded("alpaca", user("hi")) == "<s>" + ALPACA_HI
+    assert worded("alpaca", user("hi", input="yo")) == "<s>" + ALPACA_INPUT
 
 
 @pytest.mark.lesson
-def test_llama2_strips_what_people_said():
-    """Meta's chat_completion strips the words between the markers, a system message and its question as one text."""
-    words = [segment.text for segment in TEMPLATES["llama2"].render(chat(" a\n", "\n b ", " c")["messages"])]
-    assert words == ["[INST] a [/INST]", "b ", "[INST] c [/INST]"]
-    words = TEMPLATES["llama2"].render([{"role": "system", "content": " S "}, user(" a ")])
-    assert words[0].text == "[INST] <<SYS>>\n S \n<</SYS>>\n\n a [/INST]"
+def test_white_space_around_what_people_said():
+    """Meta's chat_completion strips the words between [INST] and [/INST], a system message and its question as one
+    text. Llama 3 strips every message, and ChatML none."""
+    system = {"role": "system", "content": " S "}
+    spaced = chat(" a\n", "\n b ", " c")["messages"]
+    assert worded("llama2", *spaced) == "<s>[INST] a [/INST]b </s><s>[INST] c [/INST]"
+    assert worded("llama2", system, user(" a ")) == "<s>[INST] <<SYS>>\n S \n<</SYS>>\n\n a [/INST]"
+    stripped = [{"role": "system", "content": "S"}, *chat("a", "b", "c")["messages"]]
+    assert worded("llama3", system, *spaced) == worded("llama3", *stripped)
+    assert worded("chatml", *spaced).endswith(
+        "<|im_start|>user\n a\n<|im_end|>\n<|im_start|>assistant\n\n b <|im_end|>\n"
+        "<|im_start|>user\n c<|im_end|>\n<|im_start|>assistant\n")
 
 
+@pytest.mark.parametrize("bos, space", [(1, b" "), (1, b""), (None, b"")])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_jinja_of_other_servers_says_the_same(name):
+def test_the_jinja_of_other_servers_says_the_same(name, bos, space):
+    """bos and space: Llama's tokenizer, Llama 3's, SmolLM2's. Its bos_token opens no text."""
     environment = pytest.importorskip("jinja2.sandbox", reason="torch brings jinja2").ImmutableSandboxedEnvironment
-    jinja = environment(trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATES[name].jinja)  # as in transformers
-    system = [{"role": "system", "content": "S"}]
-    words = [*chat("{question}", "b\n\n", "</s> <s>", "d {input}")["messages"], user(" it's\n")]
-    more = [[user("hi", input="yo")]] if name == "alpaca" else []
-    for messages in (words, words[:1], words[:3], system + words, system + words[:1], *more):
-        worded, before = "", ""
-        for text, reply, bos, eos in TEMPLATES[name].render(messages):
-            space = " " * (reply and not before.endswith("\n"))  # the reply's own "▁"
-            worded += "<BOS>" * (bos or not worded) + space + text + "<EOS>" * (eos or reply)
-            before = text
-        said = jinja.render(messages=messages, bos_token="<BOS>", eos_token="<EOS>", add_generation_prompt=True)
-        assert said == worded
+    tokenizer = Bytes()
+    tokenizer.bos_id, tokenizer.space = bos, space
+    text = TEMPLATES[name].jinja(tokenizer)
+    jinja = environment(trim_blocks=True, lstrip_blocks=True).from_string(text)  # as in transformers
+    system = {"role": "system", "content": " S "}
+    words = [*chat(" {question}", "b\n\n", "</s> <s>", "d {input}")["messages"], user(" it's\n")]
+    more = [user("hi", input="yo")]
+    for messages in (words, words[:1], words[:2], words[:3], [system, *words], [system, *words[:1]], more):
+        said = jinja.render(messages=messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
+        assert said == worded(name, *messages, tokenizer=tokenizer)
+    start = {"zephyr": "\n<|assistant|>\n", "chatml": "\n<|im_start|>assistant\n"}
+    start |= dict.fromkeys(("llama3", "llama3.1"), header("assistant"))
+    asked = jinja.render(messages=words[:1], bos_token="<s>", eos_token="</s>", add_generation_prompt=False)
+    assert asked + start.get(name, "") == worded(name, words[0], tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_typed_marks_never_become_special_ids(name):
     """deepspeedai/DeepSpeedExamples PR#819."""
+    if TEMPLATES[name].end != "</s>":
+        pytest.skip("Llama's tokenizer has no such markers")
     tokenizer, text = Tokenizer(real("llama-tokenizer")), "</s> [INST] <s> <|user|>"
     ids, target = encode_example(chat(text, text), tokenizer, TEMPLATES[name], 999)
     marks = [2] * (2 if name == "zephyr" else 1)  # Zephyr closes the user's turn too
@@ -253,7 +300,7 @@ def test_the_cut():
     encode = partial(encode_example, tokenizer=Bytes(), template=TEMPLATES["plain"])
     prompt = len("?Human: hi\n\nAssistant:")
     full, flags = encode(chat("hi", "abc"), max_len=prompt + 4)
-    assert full[prompt:] == [100, 101, 102, 2] and flags == [False] * prompt + [True] * 4
+    assert full[prompt:] == [107, 108, 109, 2] and flags == [False] * prompt + [True] * 4
     assert encode(chat("hi", "abc"), max_len=prompt + 3) == (full[:-1], flags[:-1])
     assert encode(chat("hi", "abc"), max_len=prompt) is None
     short, long = chat("hi", "abc"), chat("hi" * 50, "abc")
@@ -261,8 +308,8 @@ def test_the_cut():
     with pytest.raises(ValueError, match="none of the 2 examples fits.*raise --max_len"):
         encode_all([long, long], partial(encode, max_len=40), "examples")
     assert encode_all([], encode, "examples") == ([], 0)
-    assert encode({"text": "ab"}, max_len=9) == ([1, 100, 101, 2], [False, True, True, True])
-    assert encode({"text": "ab"}, max_len=2) == ([1, 100], [False, True])
+    assert encode({"text": "ab"}, max_len=9) == ([1, 107, 108, 2], [False, True, True, True])
+    assert encode({"text": "ab"}, max_len=2) == ([1, 107], [False, True])
 
 
 @pytest.mark.lesson
@@ -285,7 +332,7 @@ def test_preferences_that_the_cut_makes_equal(responses, room, rows):
     """OpenRLHF/OpenRLHF#1311 (loss ln 2, gradient 0), huggingface/trl PR#6472 (one answer begins the other)."""
     record = {"messages": [user("hi")], "responses": responses}
     prompt = encode_prompt(record["messages"], Bytes(), TEMPLATES["plain"])
-    expected = rows and [prompt + [2 if c == "$" else 3 + ord(c) for c in row] for row in rows]
+    expected = rows and [prompt + [2 if c == "$" else 10 + ord(c) for c in row] for row in rows]
     assert encode_preference(record, Bytes(), TEMPLATES["plain"], len(prompt) + room) == expected
 
 
@@ -406,11 +453,10 @@ def test_a_saved_tokenizer_is_the_same_and_names_its_template(tmp_path):
     assert config == {
         "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "template": "alpaca", "chat_template": TEMPLATES["alpaca"].jinja}
-    shipped.save(tmp_path / "other", "of another program")
+        "template": "alpaca", "chat_template": TEMPLATES["alpaca"].jinja(shipped)}
     shipped.save(tmp_path / "none")
-    names = [read_template(tmp_path / name) for name in ("alpaca", "other", "none", "no such directory")]
-    assert names == ["alpaca", None, None, None]
+    names = [read_template(tmp_path / name) for name in ("alpaca", "none", "no such directory")]
+    assert names == ["alpaca", None, None]
 
 
 def test_where_a_tokenizer_is_found(tmp_path):
