@@ -54,7 +54,7 @@ class LlamaConfig:
     max_seq_len: int = 512
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_factor: float = 1.0    # positions are divided by it
+    rope_scaling: tuple[float, ...] = ()    # of the context: (), (s,) or Llama 3's (s, low, high, N), see below
     tie_embeddings: bool = False
     dtype: str = "float32"      # of the file that was read, and so of the file that will be written
     bos_id: int | None = 1
@@ -63,7 +63,7 @@ class LlamaConfig:
 
     def __post_init__(self):
         """Raises ValueError for a value that no model can have."""
-        vars(self).update(weights.check_config(dict(vars(self))))
+        weights.check_config(vars(self))
 
 
 class RMSNorm(nn.Module):
@@ -78,14 +78,37 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
+    """Returns by what angle each pair of a head turns from one position to the next, f_i = theta^(-i/D) for
+    i = 0, 2, 4 ... D - 2, slowed down where the context was made longer after training.
+
+    Linear scaling divides all f by s (Chen et al. 2023). Llama 3.1 lets pairs that turn often in the N tokens of the
+    first training as they are, and divides those that turn less than `low` times, with a passage between:
+
+        r = N f / 2 pi                  turns of the pair in N tokens
+        g = (r - low) / (high - low)    clamped to 0 .. 1
+        f' = (1 - g) f / s + g f
+
+    The operations come in the order of transformers: rounded otherwise, angles at position 100,000 differ by 0.001.
+    """
+    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)        # (D/2,)
+    frequency = 1.0 / float(config.rope_theta) ** (i / config.head_dim)                # (D/2,)
+    if not config.rope_scaling:
+        return frequency
+    factor, *bands = map(float, config.rope_scaling)
+    kept = 0.0
+    if bands:
+        low, high, context = bands
+        turns = context / (2 * math.pi / frequency)                                    # (D/2,)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)                              # (D/2,)
+    return (1 - kept) * frequency / factor + kept * frequency
+
+
 def rope_table(config: LlamaConfig, device=None) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin of the angles position / rope_factor * theta^(-i/D), i = 0, 2, 4 ... D - 2, each
-    (max_seq_len, D): once for either half of D, sin negative in the first, as `rotate` takes them.
-    The operations come in the order of transformers: rounded otherwise, angles at position 100,000 differ by 0.001."""
-    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-    frequency = 1.0 / config.rope_theta ** (i / config.head_dim) / config.rope_factor  # (D/2,)
+    """Returns cos and sin of position * frequency, each (max_seq_len, D): once for either half of D, sin negative in
+    the first, as `rotate` takes them."""
     position = torch.arange(config.max_seq_len, device=device, dtype=torch.float32)
-    angle = torch.outer(position, frequency)                                           # (max_seq_len, D/2)
+    angle = torch.outer(position, rope_frequencies(config, device))                    # (max_seq_len, D/2)
     cos, sin = angle.cos(), angle.sin()                                                # (max_seq_len, D/2)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 

@@ -25,10 +25,11 @@ import json
 import math
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -284,17 +285,23 @@ def is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def is_id(value: object) -> bool:
-    return value is None or type(value) is int
-
-
 def are_ids(value: object) -> bool:
-    ids = value if isinstance(value, list | tuple) and value else [value]
-    return all(is_id(token) for token in ids)
+    ids = as_tuple(value)
+    return value is None or len(ids) > 0 and all(type(token) is int for token in ids)
+
+
+def as_tuple(value: object) -> tuple:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def is_scaling(numbers: tuple) -> bool:
+    positive_ones = all(is_number(number) and 0 < number <= 1e30 for number in numbers)
+    return positive_ones and (len(numbers) < 4 or numbers[1] < numbers[2])
 
 
 # What a LlamaConfig may hold. Without limits, building what a broken file says might never end.
 SIZE = whole(2**20)
+ID = ("a whole number or null", lambda value: value is None or type(value) is int)
 RANGES = {
     "dim": SIZE,
     "n_layers": whole(1000),
@@ -306,31 +313,24 @@ RANGES = {
     "max_seq_len": SIZE,
     "norm_eps": positive(1),
     "rope_theta": positive(1e30),
-    "rope_factor": positive(1e30),
+    "rope_scaling": ("numbers above 0, low_freq_factor below high_freq_factor", is_scaling),
     "tie_embeddings": ("true or false", lambda value: type(value) is bool),
-    "bos_id": ("a whole number or null", is_id),
+    "dtype": among(*DTYPES),
+    "bos_id": ID,
+    "pad_token_id": ID,
     "eos_id": ("a whole number, a list of them, or null", are_ids),
     "reward_mean": ("a finite number", is_number),
 }
 
 
-def check_config(fields: dict, source: str | Path = "config") -> dict:
-    """Returns the fields of a LlamaConfig in its types: a file may have 10000 for 10000.0, and a list for a tuple.
-
-    Raises ValueError where they describe no LLaMA that can be built.
-    """
+def check_config(fields: dict, source: str | Path = "config") -> None:
+    """Raises ValueError where the fields of a LlamaConfig describe no LLaMA that can be built."""
     check(fields | fields["extra"], RANGES, source)
     if fields["n_heads"] % fields["n_kv_heads"]:
         raise ValueError(f"{source}: {fields['n_heads']} query heads cannot be shared out over {fields['n_kv_heads']} "
                          "key/value heads")
     if fields["head_dim"] % 2:
         raise ValueError(f"{source}: head_dim {fields['head_dim']} is odd, rotary embedding needs pairs")
-    fields = fields | {name: float(fields[name]) for name in ("norm_eps", "rope_theta", "rope_factor")}
-    if fields["dtype"] not in DTYPES:
-        fields["dtype"] = "float32"  # float64 and the like
-    if isinstance(fields["eos_id"], list):
-        fields["eos_id"] = tuple(fields["eos_id"])
-    return fields
 
 
 def read_config(directory: str | Path) -> dict:
@@ -344,12 +344,15 @@ def read_config(directory: str | Path) -> dict:
     if not file.exists():
         raise no_model(directory)
     try:
-        fields = translate(read_json(file), directory)
+        fields = translate(read_json(file), file)
+        if fields["dtype"] not in DTYPES:
+            fields["dtype"] = "float32"  # float64 and the like
+        check_config(fields, file)
     except KeyError as error:
         raise ValueError(f"{file} lacks {error}: copy it again") from None
-    except (TypeError, ZeroDivisionError) as error:  # null where a number should be, zero heads
+    except (TypeError, AttributeError, ZeroDivisionError) as error:  # null where a number should be, zero heads
         raise ValueError(f"{file} does not describe a LLaMA ({error}): copy it again") from None
-    return check_config(fields, file)
+    return fields
 
 
 def no_model(directory: Path) -> Exception:
@@ -387,67 +390,103 @@ KEYS = {
     "bos_id": "bos_token_id",
     "eos_id": "eos_token_id",
 }
-# transformers leaves out of config.json what equals the defaults of its LlamaConfig.
+# transformers leaves out of config.json what equals the defaults of its LlamaConfig, or of its MistralConfig.
 DEFAULTS = {
     "num_key_value_heads": None,
     "head_dim": None,
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
-    "rope_theta": None,
     "tie_word_embeddings": False,
     "torch_dtype": None,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "model_type": None,
+}
+MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
+# The kinds of rotary scaling, and the numbers of each in the order of LlamaConfig.rope_scaling.
+SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 # The model_type of quantize.py's 8-bit directories. As "llama", transformers would take their codes for weights.
 FOREIGN = "octet_int8"
-# Options of config.json that change what the model computes.
+# Keys that change what a model computes, with the values that are computed here.
 OPTIONS = {
     "model_type": among("llama", "mistral", FOREIGN),
+    "architectures": among(None, ["LlamaForCausalLM"], ["LLaMAForCausalLM"], ["LlamaForSequenceClassification"],
+                           ["MistralForCausalLM"], ["MistralForSequenceClassification"]),
     "attention_bias": among(False, None),
     "mlp_bias": among(False, None),
     "hidden_act": among("silu", None),
-    "rope_type": among("default", "linear"),
+    "rope_type": among(*SCALINGS),
+    "rope_interleaved": among(False, None),
+    "partial_rotary_factor": among(1, None),
+    "attn_logit_softcapping": among(None),
+    "final_logit_softcapping": among(None),
 }
+# Keys that change nothing here.
+IDLE = {
+    "_name_or_path", "transformers_version", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp",
+    "pad_token_id", "unk_token_id", "num_labels", "id2label", "label2id", "is_llama_config", "transformers.js_config",
+}
+USED = {*KEYS.values(), *OPTIONS, *SCALINGS["llama3"], "dtype", "rope_parameters", "rope_scaling", "type",
+        "sliding_window", "quantization_config", "reward_mean"}
 
 
-def fields_from_hf(config: dict, directory: Path) -> dict:
+def fields_from_hf(config: dict, file: Path) -> dict:
     """Returns the fields of a config.json, with transformers' defaults for the keys that it lacks."""
-    # Since transformers 5, rope_parameters holds what rope_theta and rope_scaling held before.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{directory}/config.json has {rope!r} as rope_parameters or rope_scaling: copy it again")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    check({"model_type": None} | config | {"rope_type": rope_type}, OPTIONS, directory / "config.json",
-          ": others are not supported")
-    config = DEFAULTS | config
+    # rope_parameters is the name since transformers 5, which takes rope_scaling where a file has both.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    thetas = (rope.get("rope_theta"), config.get("rope_theta"), 10000.0)
+    defaults = DEFAULTS | MISTRAL if config.get("model_type") == "mistral" else DEFAULTS
+    config = defaults | config | {"rope_type": rope.get("type", "default")} | rope
+    config["rope_theta"] = next(theta for theta in thetas if theta is not None)
+    check(config, OPTIONS, file, ": others are not supported")
+    unknown = [key for key, value in config.items() if value and key not in USED | IDLE]
+    if unknown:
+        note(f"{file} has keys that are not known here, they change nothing{listed(unknown)}")
     fields = {field: config[key] for field, key in KEYS.items()}
     if config.get("sliding_window"):  # up to its window, Mistral's sliding attention is plain attention
         fields["max_seq_len"] = min(fields["max_seq_len"], config["sliding_window"])
-    thetas = (rope.get("rope_theta"), config["rope_theta"], 10000.0)
+    generation = file.with_name("generation_config.json")
+    also = read_json(generation).get("eos_token_id") if generation.exists() else None
+    ends = dict.fromkeys(end for end in as_tuple(fields["eos_id"]) + as_tuple(also) if end is not None)
     dtype = config.get("dtype") or config["torch_dtype"]
     if not dtype:
-        dtype = read_tensors(directory)["tok_embeddings.weight"].dtype
+        dtype = read_tensors(file.parent)["tok_embeddings.weight"].dtype
     return fields | {
         "n_kv_heads": fields["n_kv_heads"] or fields["n_heads"],
         "head_dim": fields["head_dim"] or fields["dim"] // fields["n_heads"],
-        "rope_theta": next(theta for theta in thetas if theta is not None),
-        "rope_factor": rope["factor"] if rope_type == "linear" else 1.0,
+        "rope_scaling": tuple(rope[key] for key in SCALINGS[config["rope_type"]]),
         "dtype": str(dtype).removeprefix("torch."),
-        "extra": {key: config[key] for key in ("reward_mean",) if key in config},
+        "eos_id": tuple(ends) if len(ends) > 1 else next(iter(ends), fields["eos_id"]),
+        "extra": {key: config[key] for key in ("reward_mean", "pad_token_id") if {key, "reward_mean"} <= config.keys()},
     }
 
 
-def fields_from_meta(params: dict, directory: Path) -> dict:
+# What a params.json does not say, by its rope_theta: the context, BOS, and EOS.
+META = {
+    10000.0: (2048, 1, 2),      # LLaMA 1. Llama 2 looks like it and has 4096: write "max_seq_len": 4096 into the file.
+    1000000.0: (16384, 1, 2),   # CodeLlama
+    500000.0: (8192, 128000, (128001, 128008, 128009)),  # Llama 3: end of text, of a message, of a turn
+}
+
+
+def fields_from_meta(params: dict, file: Path) -> dict:
     """Returns the fields of a params.json, with those that it lacks from the shapes of the tensors."""
+    scaling = ()
     if params.get("use_scaled_rope"):
-        raise ValueError(f"{directory}: params.json has use_scaled_rope, the rotary scaling of Llama 3.1, which is not "
-                         "supported")
+        if "rope_scaling_factor" not in params:
+            raise ValueError(f"{file} has use_scaled_rope, but not by how much: write \"rope_scaling_factor\": 8 into it "
+                             "for Llama 3.1, 32 for Llama 3.2")
+        scaling = (params["rope_scaling_factor"], 1, 4, 8192)
     head_dim = params.get("head_dim") or params["dim"] // params["n_heads"]
-    tensors = join_parts(meta_parts(directory), head_dim)
+    tensors = join_parts(meta_parts(file.parent), head_dim)
     tied = "output.weight" not in tensors
     wq, wk = (tensors[f"layers.0.attention.{name}.weight"] for name in ("wq", "wk"))
     theta = params.get("rope_theta", 10000.0)
+    context, bos_id, eos_id = META.get(theta, META[10000.0])
     return {
         "dim": params["dim"],
         "n_layers": params["n_layers"],
@@ -456,16 +495,14 @@ def fields_from_meta(params: dict, directory: Path) -> dict:
         "head_dim": head_dim,
         "ffn_dim": tensors["layers.0.feed_forward.w1.weight"].shape[0],
         "vocab_size": tensors["tok_embeddings.weight" if tied else "output.weight"].shape[0],
-        # LLaMA 1 has 2048, CodeLlama 16384. Llama 2 looks like LLaMA 1 and has 4096: write "max_seq_len": 4096 into its
-        # params.json.
-        "max_seq_len": params.get("max_seq_len", 16384 if theta > 1e4 else 2048),
+        "max_seq_len": params.get("max_seq_len", 131072 if scaling else context),
         "norm_eps": params.get("norm_eps", 1e-5),
         "rope_theta": theta,
-        "rope_factor": 1.0,
+        "rope_scaling": scaling,
         "tie_embeddings": tied,
         "dtype": str(wk.dtype).removeprefix("torch."),
-        "bos_id": 1,
-        "eos_id": 2,
+        "bos_id": bos_id,
+        "eos_id": eos_id,
         "extra": {},
     }
 
@@ -474,13 +511,12 @@ def fields_from_meta(params: dict, directory: Path) -> dict:
 
 def hf_config(fields: dict, architecture: str) -> dict:
     """Returns config.json with both spellings of the keys that transformers 5 renamed."""
-    rope = {"rope_type": "default", "rope_theta": fields["rope_theta"]}
-    scaling = None
-    if fields["rope_factor"] != 1.0:
-        scaling = {"type": "linear", "rope_type": "linear", "factor": fields["rope_factor"]}
-        rope |= {"rope_type": "linear", "factor": fields["rope_factor"]}
+    scaling = fields["rope_scaling"]
+    rope_type = next(name for name, keys in SCALINGS.items() if len(keys) == len(scaling))
+    rope = {"rope_type": rope_type, "rope_theta": fields["rope_theta"], **dict(zip(SCALINGS[rope_type], scaling))}
     constants = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    # A reward model is read at the last id that differs from pad_token_id. No text has the id 0; EOS would be skipped.
+    # A reward model is read at the last id that differs from pad_token_id. No text of a sentencepiece tokenizer has the
+    # id 0; EOS would be skipped.
     reward = {"pad_token_id": 0, "num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     return {
         "architectures": [architecture],
@@ -489,7 +525,7 @@ def hf_config(fields: dict, architecture: str) -> dict:
         **{key: fields[field] for field, key in KEYS.items()},
         "dtype": fields["dtype"],
         "rope_parameters": rope,
-        "rope_scaling": scaling,
+        "rope_scaling": {"type": rope_type, **rope} if scaling else None,
         **fields["extra"],
     }
 
@@ -531,13 +567,21 @@ def write_model(directory: str | Path, fields: dict, tensors: dict[str, Tensor |
         for file in directory.glob(pattern):
             if file.name not in files:
                 file.unlink()
-    write_json(directory / "config.json", hf_config(fields, architecture) | more)
+    config = hf_config(fields, architecture) | more
+    write_json(directory / "config.json", config)
+    write_json(directory / "generation_config.json", {key: config[key] for key in ("bos_token_id", "eos_token_id")})
 
 
 def in_memory(tensor: Tensor | Stored, dtype: torch.dtype) -> Tensor:
     """Returns the tensor as it will be written."""
     tensor = tensor.read() if isinstance(tensor, Stored) else tensor.detach()
     return tensor.to("cpu", dtype).contiguous()
+
+
+@cache
+def note(sentence: str) -> None:
+    """Prints a sentence about a directory, once however often it is opened."""
+    print(f"note: {sentence}", file=sys.stderr)
 
 
 # ---- JSON, and files that are written whole --------------------------------------------------------------------------

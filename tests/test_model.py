@@ -83,6 +83,18 @@ def markov(successors: dict[int, int], sizes: list[int] | None = None, vocab: in
 
 # ---- formulas -------------------------------------------------------------------------------------------------------
 
+def slowed(frequency: float, scaling: tuple[float, ...]) -> float:
+    """One pair's frequency, case by case, by wavelengths in tokens as Meta's own code has it."""
+    factor, low, high, context = (*scaling, 1, 4, 0)[:4] if scaling else (1, 1, 4, 0)  # linear: all waves are long
+    wavelength = 2 * math.pi / frequency
+    if wavelength < context / high:
+        return frequency
+    if wavelength > context / low:
+        return frequency / factor
+    smooth = (context / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
 def by_hand(model: Llama, ids: list[int]) -> np.ndarray:
     """The whole forward pass in numpy and fp64, head by head and pair by pair."""
     c = model.config
@@ -94,7 +106,7 @@ def by_hand(model: Llama, ids: list[int]) -> np.ndarray:
     def turn(x):  # (T, D)
         out = x.copy()
         for p, i in np.ndindex(len(x), c.head_dim // 2):
-            angle, j = p / c.rope_factor * c.rope_theta ** (-2 * i / c.head_dim), i + c.head_dim // 2
+            angle, j = p * slowed(c.rope_theta ** (-2 * i / c.head_dim), c.rope_scaling), i + c.head_dim // 2
             out[p, i] = x[p, i] * math.cos(angle) - x[p, j] * math.sin(angle)
             out[p, j] = x[p, i] * math.sin(angle) + x[p, j] * math.cos(angle)
         return out
@@ -122,7 +134,8 @@ def by_hand(model: Llama, ids: list[int]) -> np.ndarray:
 @pytest.mark.lesson
 @pytest.mark.parametrize("sizes", [
     {}, dict(n_kv_heads=4, head_dim=6), dict(n_kv_heads=1, tie_embeddings=True),
-    dict(n_layers=1, rope_factor=4.0, rope_theta=500.0),
+    dict(n_layers=1, rope_scaling=(4.0,), rope_theta=500.0),
+    dict(n_layers=1, rope_scaling=(8.0, 1.0, 4.0, 64), rope_theta=500.0),  # pairs of waves 6, 30, 140 and 664 tokens
 ])
 def test_forward_is_the_formula(sizes):
     model = tiny(**sizes)
@@ -501,7 +514,7 @@ def test_convert_writes_hugging_faces_layout(layout, tmp_path, capsys):
     M.main(["convert", str(STORIES / layout), str(tmp_path / "out")])
     assert "in Hugging Face layout, 64 tokens have the same logits to the bit" in capsys.readouterr().out
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"}
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"}
     theirs, ours = (read_tensors(folder) for folder in (STORIES / "hf", tmp_path / "out"))
     assert all(torch.equal(theirs[name].read(), ours[name].read()) for name in theirs) and theirs.keys() <= ours.keys()
     M.main([str(tmp_path / "out"), "Once upon a time", "--temperature", "0", "--max_new_tokens", "200"])

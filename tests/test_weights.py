@@ -199,7 +199,8 @@ def test_damaged_directories_end_in_one_sentence(layout, tmp_path):
 
 @pytest.mark.parametrize("sizes", [
     {}, dict(tie_embeddings=True), dict(eos_id=(2, 7, 9)), dict(bos_id=None, eos_id=None),
-    dict(head_dim=6, rope_theta=5e5, rope_factor=2.0, norm_eps=1e-3, bos_id=5, eos_id=7, extra={"reward_mean": 0.5}),
+    dict(rope_scaling=(8.0, 1.0, 4.0, 32)),
+    dict(head_dim=6, rope_theta=5e5, rope_scaling=(2.0,), norm_eps=1e-3, bos_id=5, eos_id=7, extra={"reward_mean": 0.5}),
 ])
 def test_saved_and_reloaded_is_before(sizes, tmp_path):
     model = tiny(**sizes)
@@ -210,13 +211,13 @@ def test_saved_and_reloaded_is_before(sizes, tmp_path):
 
 
 def test_config_is_written_in_both_spellings():
-    fields = vars(LlamaConfig(**SIZES, rope_theta=5e5, rope_factor=4.0, dtype="bfloat16", eos_id=[2, 7]))
+    fields = vars(LlamaConfig(**SIZES, rope_theta=5e5, rope_scaling=(4.0,), dtype="bfloat16", eos_id=(2, 7)))
     config = weights.hf_config(fields, "LlamaForCausalLM")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
     assert config["rope_scaling"]["type"] == config["rope_parameters"]["rope_type"] == "linear"
     assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 4.0
     assert config["dtype"] == config["torch_dtype"] == "bfloat16" and json.dumps(config["eos_token_id"]) == "[2, 7]"
-    plain = weights.hf_config(fields | {"rope_factor": 1.0}, "LlamaForCausalLM")
+    plain = weights.hf_config(fields | {"rope_scaling": ()}, "LlamaForCausalLM")
     assert plain["rope_scaling"] is None and plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
 
 
@@ -309,7 +310,8 @@ def test_file_modes_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "m").iterdir()} == dict.fromkeys(
-        ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json", "state.pt"), 0o640)
+        ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
+         "state.pt"), 0o640)
 
 
 WRITE = """
@@ -498,7 +500,7 @@ CODER = dict(norm_eps=1e-5, max_seq_len=16384, rope_theta=1e6, dtype="bfloat16")
     pytest.param(LLAMA, LLAMA_7B, dict(max_sequence_length=2048), {}, id="Vicuna 1.3"),
     pytest.param(LLAMA2, LLAMA2_7B, {}, SECOND, id="Vicuna 1.5"),
     pytest.param(LLAMA2, LLAMA2_7B, dict(rope_scaling={"factor": 4.0, "type": "linear"}, max_sequence_length=16384),
-                 SECOND | dict(rope_factor=4.0), id="Vicuna 1.5 16k"),
+                 SECOND | dict(rope_scaling=(4.0,)), id="Vicuna 1.5 16k"),
     pytest.param(LLAMA, LLAMA_7B, dict(vocab_size=32001, torch_dtype="float32"),
                  dict(vocab_size=32001, dtype="float32"), id="Alpaca"),
     pytest.param(LLAMA, sizes_of(3200, 8640, 26, 32), {}, {}, id="OpenLLaMA 3B"),
@@ -552,20 +554,26 @@ def test_published_params(parts, params, vocab, ffn, ours, tmp_path):
 
 
 OLD, NEW = ("rope_theta", "rope_scaling"), ("rope_parameters",)
+BANDS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 
 
-@pytest.mark.parametrize("drop, keys, theta, factor", [
-    (NEW, dict(rope_theta=5e5, rope_scaling=None), 5e5, 1),
-    (OLD, dict(rope_parameters={"rope_theta": 5e5, "rope_type": "default"}), 5e5, 1),
-    (OLD + NEW, {}, 1e4, 1),
-    (NEW, dict(rope_theta=1e4, rope_scaling={"type": "linear", "factor": 4.0}), 1e4, 4),
-    (OLD, dict(rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}), 1e4, 4),
+@pytest.mark.parametrize("drop, keys, theta, scaling", [
+    (NEW, dict(rope_theta=5e5, rope_scaling=None), 5e5, ()),
+    (OLD, dict(rope_parameters={"rope_theta": 5e5, "rope_type": "default"}), 5e5, ()),
+    (OLD + NEW, {}, 1e4, ()),
+    (NEW, dict(rope_theta=1e4, rope_scaling={"type": "linear", "factor": 4.0}), 1e4, (4.0,)),
+    (OLD, dict(rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}), 1e4, (4.0,)),
+    ((), dict(rope_scaling={"rope_type": "linear", "factor": 4.0}), 1e4, (4.0,)),  # over rope_parameters' "default"
+    (NEW, dict(rope_theta=5e5, rope_scaling=BANDS | {"type": "llama3"}), 5e5, (8.0, 1.0, 4.0, 256)),
+    (OLD, dict(rope_parameters=BANDS | {"rope_type": "llama3", "rope_theta": 5e5}), 5e5, (8.0, 1.0, 4.0, 256)),
 ])
-def test_spellings_of_rotary_embedding(drop, keys, theta, factor, tmp_path):
+def test_spellings_of_rotary_embedding(drop, keys, theta, scaling, tmp_path):
     fields = read_config(configure(saved(tmp_path), drop, max_position_embeddings=1000, **keys))
-    assert (fields["rope_theta"], fields["rope_factor"]) == (theta, factor)
+    assert (fields["rope_theta"], fields["rope_scaling"]) == (theta, scaling)
+    angle = 900 * theta ** -(np.arange(0, 8, 2) / 8)
+    # Llama 3's pairs have waves of 6, 167, 4443 and 118143 tokens. The second turns 1.532 times in 256.
+    angle *= {(): 1, (4.0,): 1 / 4, (8.0, 1.0, 4.0, 256): [1, 1 / 8 + 7 / 8 * 0.177402514, 1 / 8, 1 / 8]}[scaling]
     cos, sin = rope_table(LlamaConfig(**fields))
-    angle = 900 / factor * theta ** -(np.arange(0, 8, 2) / 8)
     expected = np.concatenate((np.cos(angle), np.cos(angle), -np.sin(angle), np.sin(angle)))
     np.testing.assert_allclose(np.concatenate((cos[900], sin[900])), expected, atol=1e-4)
 
@@ -573,19 +581,44 @@ def test_spellings_of_rotary_embedding(drop, keys, theta, factor, tmp_path):
 @pytest.mark.parametrize("key, value, field", [
     ("rms_norm_eps", 0.5, "norm_eps"), ("num_key_value_heads", 4, "n_kv_heads"), ("head_dim", 16, "head_dim"),
     ("tie_word_embeddings", True, "tie_embeddings"), ("eos_token_id", [7, 8], "eos_id"),
-    ("eos_token_id", [7], "eos_id"), ("bos_token_id", None, "bos_id"), ("max_position_embeddings", 99, "max_seq_len"),
+("bos_token_id", None, "bos_id"), ("max_position_embeddings", 99, "max_seq_len"),
 ])
 def test_each_key_has_its_field(key, value, field, tmp_path):
     before = read_config(saved(tmp_path))
+    (tmp_path / "generation_config.json").unlink()
     after = tuple(value) if isinstance(value, list) else value
     assert read_config(configure(tmp_path, **{key: value})) == before | {field: after}
 
 
+@pytest.mark.parametrize("config, generation, eos_id, written", [
+    (2, [2, 7], (2, 7), [2, 7]), ([7, 2], 9, (7, 2, 9), [7, 2, 9]), (2, None, 2, 2), (None, 5, 5, 5), ([4], [4], 4, 4),
+    (None, None, None, None), (3, 3, 3, 3),
+])
+def test_every_eos_of_both_files_ends_an_answer_and_is_saved(config, generation, eos_id, written, tmp_path):
+    """Llama 3 Instruct's end of a turn stood in generation_config.json alone, and answers went on after it."""
+    configure(saved(tmp_path / "a"), eos_token_id=config)
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps({"eos_token_id": generation, "top_p": 0.9}))
+    model = Llama.from_pretrained(tmp_path / "a")
+    assert model.config.eos_id == eos_id
+    model.save_pretrained(tmp_path / "b")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "b" / name).read_text())["eos_token_id"] == written
+
+
+def test_keys_that_are_not_known_are_named_once(tmp_path, capsys):
+    directory = configure(saved(tmp_path), alibi=True, rope_parameters={"ntk_alpha": 2, "rope_theta": 1e4}, flash=False)
+    assert read_config(directory) == read_config(directory)
+    assert capsys.readouterr().err == (f"note: {directory / 'config.json'} has keys that are not known here, they change "
+                                       "nothing (alibi, ntk_alpha)\n")
+
+
 def test_defaults_are_those_of_transformers(tmp_path):
     optional = ("head_dim", "rms_norm_eps", "num_key_value_heads", "max_position_embeddings")
-    fields = read_config(configure(saved(tmp_path), optional, sliding_window=50, model_type="mistral"))
-    found = [fields[name] for name in ("head_dim", "norm_eps", "n_kv_heads", "max_seq_len")]
-    assert found == [8, 1e-6, 4, 50]
+    llama = configure(saved(tmp_path), optional)
+    for more, expected in (({}, [8, 1e-6, 4, 2048]), (dict(model_type="mistral", num_attention_heads=8), [4, 1e-6, 8, 4096]),
+                           (dict(sliding_window=50), [4, 1e-6, 8, 50]), (dict(sliding_window=None), [4, 1e-6, 8, 131072])):
+        fields = read_config(configure(llama, **more))
+        assert [fields[name] for name in ("head_dim", "norm_eps", "n_kv_heads", "max_seq_len")] == expected
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -666,10 +699,15 @@ def test_sizes_beyond_any_model_are_refused_at_once(name, value):
     (dict(model_type="gemma"), "'gemma'"), (dict(model_type="qwen2"), "'qwen2'"), (dict(model_type="Yi"), "'Yi'"),
     (dict(attention_bias=True), "attention_bias is True, .* not supported"), (dict(mlp_bias=True), "mlp_bias is True"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu', it must be silu"),
-    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_type is 'llama3', it must be default or linear"),
-    (dict(rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}), "rope_type is 'llama3'"),
-    (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type is 'dynamic'"),
-    (dict(rope_scaling={"type": "yarn", "factor": 2.0}), "rope_type is 'yarn'"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "lacks 'low_freq_factor'"),
+    (dict(rope_scaling=BANDS | {"type": "llama3", "low_freq_factor": 4}), "low_freq_factor below high_freq_factor"),
+    (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type is 'dynamic', it must be default or linear or lla"),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_type is 'yarn'"),
+    (dict(rope_parameters={"rope_type": "longrope", "rope_theta": 5e5}), "rope_type is 'longrope'"),
+    (dict(rope_parameters={"rope_type": "proportional"}), "rope_type is 'proportional'"),
+    (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5, it must be 1"),
+    (dict(rope_interleaved=True), "rope_interleaved is True"), (dict(final_logit_softcapping=30.0), "softcapping is 30"),
+    (dict(architectures=["LlamaForTokenClassification"]), "architectures is .'LlamaForToken.*it must be None or .'Llama"),
     (dict(quantization_config={"quant_method": "gptq"}), "is quantized: open it with quantize"),
 ])
 def test_other_architectures_are_refused_by_name(keys, sentence, tmp_path):
@@ -684,7 +722,8 @@ def test_other_architectures_are_refused_by_name(keys, sentence, tmp_path):
     (dict(vocab_size=None), "vocab_size is None"),
 ])
 def test_configs_that_describe_no_llama(keys, sentence, tmp_path):
-    assert re.search(sentence, refusal(configure(saved(tmp_path), **keys)))
+    (saved(tmp_path) / "generation_config.json").unlink()
+    assert re.search(sentence, refusal(configure(tmp_path, **keys)))
     assert "lacks 'vocab_size'" in refusal(configure(tmp_path, drop=("vocab_size",)))
 
 
