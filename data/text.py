@@ -114,28 +114,27 @@ class Tokenizer:
     def save(self, directory: str | Path, template: str | None = None) -> None:
         """Writes the tokenizer's files as they came, so that transformers gives a text the same ids. The prompt template
         is named in tokenizer_config.json. If another one came, its Jinja text is replaced."""
-        directory, home = Path(directory), self.file.parent
-        name = "tokenizer.json" if self.file.suffix == ".json" else "tokenizer.model"
-        files = {other: (home / other).read_bytes() for other in TOKENIZER_FILES if (home / other).exists()}
-        files[name] = self.file.read_bytes()
-        if "tokenizer_config.json" in files:
-            config = weights.read_json(home / "tokenizer_config.json")
+        directory, own = Path(directory), "tokenizer.json" if self.file.suffix == ".json" else "tokenizer.model"
+        for name in TOKENIZER_FILES:
+            came = self.file if name == own else self.file.parent / name
+            if came.exists():
+                weights.write_file(directory / name, came.read_bytes())
+            else:
+                (directory / name).unlink(missing_ok=True)  # another tokenizer's, from an earlier run
+        config_file, jinja_file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+        if config_file.exists():
+            config = weights.read_json(config_file)
         else:
             config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
                       "legacy": True, "bos_token": self.piece(self.bos_id), "eos_token": self.piece(self.eos_id),
-                      "unk_token": self.piece(self.sp.unk_id())}
+                      "unk_token": self.piece(self.pad_id)}
         if template is not None:
             config["template"] = template
-            if template != read_template(home):
+            if template != read_template(directory):
                 config["chat_template"] = TEMPLATES[template].jinja(self)
-                if "chat_template.jinja" in files:  # there, it counts more than the config's
-                    files["chat_template.jinja"] = config["chat_template"].encode()
-        for other in TOKENIZER_FILES:
-            if other in files:
-                weights.write_file(directory / other, files[other])
-            else:
-                (directory / other).unlink(missing_ok=True)  # another tokenizer's, from an earlier run
-        weights.write_json(directory / "tokenizer_config.json", config)
+                if jinja_file.exists():  # it counts more than the config's text
+                    weights.write_file(jinja_file, config["chat_template"].encode())
+        weights.write_json(config_file, config)
 
 
 class TextStream:
@@ -250,22 +249,15 @@ class Template(NamedTuple):
 
         asked, end, start = self.question.partition(self.end)  # `start` opens the reply
         space = tokenizer.space.decode() if not self.question.endswith("\n") else ""  # a reply's own "▁"
-        return JINJA.substitute(
-            opening=expression(self.opening),
-            opening_input=expression(self.opening_input or self.opening),
-            input=expression(self.input),
-            strip=list(self.strip),
-            inside="turn.opening" if self.inside else "false",
-            system=expression(self.system),
-            question=expression(asked + end),
-            start=expression(start),
-            again=expression(self.again),
-            reply=expression(space + self.reply + self.end))
+        wordings = self._asdict() | {"question": asked + end, "start": start, "reply": space + self.reply + self.end}
+        expressions = {name: expression(words) for name, words in wordings.items() if isinstance(words, str)}
+        inside = "turn.opening" if self.inside else "false"
+        return JINJA.substitute(expressions, strip=list(self.strip), inside=inside)
 
 
 # Template.render in Jinja. The names after $ are expressions that Template.jinja makes of the wording.
 JINJA = string.Template(
-    "{% set turn = namespace(opening=$opening_input if messages[0]['input'] else $opening) %}"
+    "{% set turn = namespace(opening=messages[0]['input'] and $opening_input or $opening) %}"
     "{% for message in messages %}"
     "{% set said = message['content'] + ($input if message['input'] else '') %}"
     "{% if message['role'] in $strip %}{% set said = said.rstrip() if $inside else said.strip() %}{% endif %}"
@@ -557,46 +549,43 @@ KNOWN_BY = {
 }
 
 
-def read_jinja(directory: Path) -> tuple[Path, str] | None:
-    """The file that holds a directory's chat_template, and its text. Of several named ones it is the default."""
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        return file, file.read_text("utf-8")
+def find_template(directory: Path) -> tuple[str | None, Path | None]:
+    """The name of a directory's prompt template, and the file that says it. The name is None where the file's Jinja text
+    says nothing of ours, and the file too where there is none."""
     file = directory / "tokenizer_config.json"
-    found = weights.read_json(file).get("chat_template") if file.exists() else None
-    if isinstance(found, list):
-        found = {named["name"]: named["template"] for named in found}.get("default")
-    return (file, found) if found else None
+    config = weights.read_json(file) if file.exists() else {}
+    if config.get("template") in TEMPLATES:
+        return config["template"], file
+    text = config.get("chat_template") or ""
+    if isinstance(text, list):  # of named ones
+        text = {one["name"]: one["template"] for one in text}.get("default", "")
+    if (directory / "chat_template.jinja").exists():
+        file = directory / "chat_template.jinja"
+        text = file.read_text("utf-8")
+    said = text.replace("\\n", "\n")
+    for name, (has, has_not) in KNOWN_BY.items():
+        if all(words in said for words in has) and not any(words in said for words in has_not):
+            return name, file
+    return None, file if text else None
 
 
 def read_template(directory: str | Path) -> str | None:
-    """The name of a directory's prompt template if it is one of ours: as tokenizer_config.json says, or else as its
-    Jinja text shows."""
-    directory = Path(directory)
-    file = directory / "tokenizer_config.json"
-    named = weights.read_json(file).get("template") if file.exists() else None
-    if named in TEMPLATES:
-        return named
-    _, text = read_jinja(directory) or (None, "")
-    text = text.replace("\\n", "\n")
-    for name, (has, has_not) in KNOWN_BY.items():
-        if all(words in text for words in has) and not any(words in text for words in has_not):
-            return name
-    return None
+    """The name of a directory's prompt template: as tokenizer_config.json says, or else as the Jinja text shows."""
+    name, _ = find_template(Path(directory))
+    return name
 
 
 def choose_template(directory: str | Path, asked: str | None, usual: str, say: Callable[[str], object]) -> str:
     """The name of the template to use with a directory: the one asked for, else the directory's own, else the usual.
     say takes a note where a template is replaced or the usual one is taken."""
-    own = read_template(directory)
+    own, file = find_template(Path(directory))
     if asked is not None:
         if own not in (None, asked):
             say(f"note: {directory} was trained with the template {own}, --template {asked} replaces it")
         return asked
+    if own is None and file is not None:
+        raise ValueError(f"{file} has a chat_template that is none of ours: choose the one nearest to it by --template "
+                         + "|".join(TEMPLATES))
     if own is None:
-        unknown = read_jinja(Path(directory))
-        if unknown is not None:
-            raise ValueError(f"{unknown[0]} has a chat_template that is none of ours: choose the one nearest to it by "
-                             f"--template {'|'.join(TEMPLATES)}")
         say(f"note: {directory} names no known prompt template, the {usual} one is used; --template chooses another")
     return own or usual
