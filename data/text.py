@@ -112,8 +112,8 @@ class Tokenizer:
         yield text.rest()
 
     def save(self, directory: str | Path, template: str | None = None) -> None:
-        """Writes the tokenizer's files as they came, so that transformers gives a text the same ids. The prompt template
-        is named in tokenizer_config.json. If another one came, its Jinja text is replaced."""
+        """Writes the tokenizer's files as they came, so that transformers gives a text the same ids. The template is
+        named in tokenizer_config.json. If another one came, its Jinja text is replaced."""
         directory, own = Path(directory), "tokenizer.json" if self.file.suffix == ".json" else "tokenizer.model"
         for name in TOKENIZER_FILES:
             came = self.file if name == own else self.file.parent / name
@@ -276,8 +276,8 @@ VICUNA = ("A chat between a curious user and an artificial intelligence assistan
 
 # SmolLM2's own Jinja puts it before a conversation without a system message.
 SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-# Llama 3.1's Jinja opens every system message with two dates, and puts them there even if there is no message. Its today
-# is the 26th of July 2024. Llama 3.2's asks the clock instead, and both word tools: we do neither.
+# Llama 3.1's Jinja opens every system message with two dates, and puts them there even if no one wrote a message. Its
+# today is the 26th of July 2024. Llama 3.2's Jinja asks the clock instead, and both word tools: we do neither.
 LLAMA31 = ("<s><|start_header_id|>system<|end_header_id|>\n\n"
            "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{system}<|eot_id|>")
 
@@ -535,23 +535,23 @@ def find_tokenizer(path: Path) -> Path:
     return file
 
 
-# The words that a Jinja text has if it says what a template of ours says, and words that it then has not. A text that
-# does not pass is unknown: to take its template for another would put a wrong word, or a hidden system message that the
-# model never saw, into every prompt, and raise no error. Mistral's [INST] and Phi-3's <|user|> differ in such ways.
+# What a Jinja text has if it says what a template of ours says, and what it then has not. Any other text is unknown. To
+# take one for another would put a wrong word, or a system message that the model never saw, into every prompt, and
+# raise no error: Qwen's ChatML has another default system message, Mistral's [INST] has no <<SYS>>.
 KNOWN_BY = {
     "chatml": (["<|im_start|>", "<|im_end|>\n", SMOLLM], ["bos_token"]),
     "llama3.1": (["<|start_header_id|>", "Cutting Knowledge Date: December 2023\n", 'set system_message = ""'], []),
     "llama3": (["<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "trim", "bos_token"], ["system"]),
-    "llama2": (["bos_token + '[INST] '", "'<<SYS>>\n'", "'\n<</SYS>>\n\n'", "' [/INST]'"], ["You are"]),
-    "zephyr": (["'<|user|>\n' + message['content'] + eos_token", "'<|assistant|>"], ["You are"]),
+    "llama2": (["bos_token + '[INST] '", "'<<SYS>>\n'", "'\n<</SYS>>\n\n'", "' [/INST]'"], ["system_message = '"]),
+    "zephyr": (["'<|user|>\n' + message['content'] + eos_token", "'<|assistant|>"], ["messages[0]"]),
     "vicuna": (["'USER: '", "ASSISTANT:", VICUNA[:VICUNA.index("user's")], "eos_token"], []),
     "alpaca": (["### Instruction:\n", "### Response:", ALPACA], ["### Response:\n"]),
 }
 
 
 def find_template(directory: Path) -> tuple[str | None, Path | None]:
-    """The name of a directory's prompt template, and the file that says it. The name is None where the file's Jinja text
-    says nothing of ours, and the file too where there is none."""
+    """The name of a directory's prompt template, and the file that says it. The name is None where the file's Jinja
+    text is unknown, and the file too where there is none."""
     file = directory / "tokenizer_config.json"
     config = weights.read_json(file) if file.exists() else {}
     if config.get("template") in TEMPLATES:

@@ -14,9 +14,9 @@ import torch
 
 import data.text
 from data import demo, records
-from data.text import (TEMPLATES, TextStream, Tokenizer, check_messages, check_tokenizer, collate, encode_all,
-                       encode_example, encode_preference, encode_prompt, global_batches, micro_batches, pad,
-                       padding_share, read_template, split_held_out)
+from data.text import (TEMPLATES, TextStream, Tokenizer, answer_end, check_messages, check_tokenizer, choose_template,
+                       collate, encode_all, encode_example, encode_preference, encode_prompt, global_batches,
+                       micro_batches, pad, padding_share, read_template, split_held_out)
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 LINE = "Two  spaces,\ta tab,\na line: 🦊 and 👩‍👧, “写一个关于狐狸和风筝的故事。” é \x07 end  " * 2
@@ -336,6 +336,43 @@ def test_preferences_that_the_cut_makes_equal(responses, room, rows):
     assert encode_preference(record, Bytes(), TEMPLATES["plain"], len(prompt) + room) == expected
 
 
+@pytest.mark.lesson
+def test_the_parts_of_a_conversation():
+    """What stands between two markers is one text, the reply is one by itself, and its end marker is a target."""
+    segments = TEMPLATES["chatml"].render(chat("\nhi", "\nyo", "{question}")["messages"])
+    ours = [(text, marker, target) for text, marker, target in segments][4:]
+    assert ours == [
+        ("<|im_start|>", True, False), ("user\n\nhi", False, False), ("<|im_end|>", True, False), ("\n", False, False),
+        ("<|im_start|>", True, False), ("assistant\n", False, False), ("\nyo", False, True), ("<|im_end|>", True, True),
+        ("\n", False, False), ("<|im_start|>", True, False), ("user\n{question}", False, False),
+        ("<|im_end|>", True, False), ("\n", False, False), ("<|im_start|>", True, False), ("assistant\n", False, False)]
+
+
+@pytest.mark.lesson
+def test_a_template_that_does_not_fit_the_tokenizer_is_refused():
+    llama = Tokenizer(demo.FOLDER)
+    assert answer_end(llama, TEMPLATES["alpaca"]) == llama.eos_id
+    assert [answer_end(Bytes(), TEMPLATES[name]) for name in ("plain", "chatml", "llama3")] == [2, 4, 7]
+    with pytest.raises(ValueError, match=r"has no <\|im_end\|>: template and tokenizer do not fit, choose by --t"):
+        answer_end(llama, TEMPLATES["chatml"])
+    with pytest.raises(ValueError, match=r"has no <\|start_header_id\|>: template and tokenizer do not fit"):
+        encode_prompt([user("hi")], llama, TEMPLATES["llama3"])
+
+
+@pytest.mark.lesson
+def test_a_tokenizer_that_opens_texts_with_nothing():
+    """SmolLM2's bos_token is <|im_start|>, which its tokenizer puts before no text. A first id that nothing predicts is
+    no target, be it BOS or not."""
+    tokenizer = Bytes()
+    tokenizer.bos_id = None
+    tokenizer.encode = lambda text, bos=True, eos=False, special=True: Bytes().encode(text, False, eos)
+    tokenizer.special = lambda marker: None if marker == "<s>" else Bytes().special(marker)
+    for name in ("alpaca", "llama2", "llama3"):
+        ids, target = encode_example(chat("a", "b"), Bytes(), TEMPLATES[name], 999)
+        assert encode_example(chat("a", "b"), tokenizer, TEMPLATES[name], 999) == (ids[1:], target[1:])
+    assert encode_example({"text": "ab"}, tokenizer, TEMPLATES["plain"], 9) == ([107, 108, 2], [False, True, True])
+
+
 @pytest.mark.parametrize("messages, last, reason", [
     ([], "user", "must end with a message of the user"),
     ([{"role": "system", "content": "S"}], "user", "must end with a message of the user"),
@@ -457,6 +494,109 @@ def test_a_saved_tokenizer_is_the_same_and_names_its_template(tmp_path):
     shipped.save(tmp_path / "none")
     names = [read_template(tmp_path / name) for name in ("alpaca", "none", "no such directory")]
     assert names == ["alpaca", None, None]
+
+
+SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+CHATML = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+          "{{ '<|im_start|>system\\n" + SMOLLM + "<|im_end|>\\n' }}{% endif %}"
+          "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+LLAMA2 = ("{% for message in messages %}{% if loop.index0 == 0 and system_message != false %}"
+          "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}{% endif %}"
+          "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+          "{% else %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
+LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}"
+          "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+          "+ message['content'] | trim + '<|eot_id|>' %}"
+          "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+LLAMA31 = ("{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content']|trim %}"
+           '{%- else %}{%- set system_message = "" %}{%- endif %}'
+           '{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}{{- "Cutting Knowledge Date: December 2023\\n" }}'
+           '{{- "Today Date: " + date_string + "\\n\\n" }}{{- system_message }}{{- "<|eot_id|>" }}...')
+TINYLLAMA = ("{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+             "{{ '<|user|>\\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
+             "{{ '<|assistant|>\\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+             "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
+
+
+@pytest.mark.lesson
+@pytest.mark.parametrize("name, jinja", [
+    ("chatml", CHATML), ("llama2", LLAMA2), ("llama3", LLAMA3), ("llama3.1", LLAMA31), ("zephyr", TINYLLAMA),
+    # Wordings of other models that have the same markers.
+    (None, CHATML.replace(SMOLLM, "You are a helpful assistant")),  # Qwen2's
+    (None, CHATML.replace(SMOLLM, "")),
+    (None, "{{ bos_token }}" + CHATML),
+    (None, "{% set system_message = 'Vous êtes Vigogne' %}" + LLAMA2),
+    (None, LLAMA2.replace("<<SYS>>", "")),
+    (None, "{% if messages[0]['role'] != 'system' %}You are a pirate{% endif %}" + LLAMA3),
+    (None, LLAMA31.replace('message = ""', 'message = "You are a pirate"')),
+    (None, TINYLLAMA.replace("eos_token", "'<|end|>'")),  # Phi-3's
+    (None, TINYLLAMA.replace("<|user|>\\n' + message['content'] + eos_token", "<|user|>\\n' + message['content']")),
+    (None, "{% if messages[0]['role'] != 'system' %}{{ '<|system|>\\nHi' }}{% endif %}" + TINYLLAMA),
+    (None, "{{ 'You are an AI programmer' }}{{ '### Instruction:\\n' }}{{ '### Response:' }}"),  # DeepSeek Coder's
+])
+def test_a_template_is_known_by_its_jinja(tmp_path, name, jinja):
+    """A wording taken for another raises no error, least of all a hidden system message."""
+    def written(config: dict, beside: str | None = None) -> str | None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+        if beside is not None:
+            (tmp_path / "chat_template.jinja").write_text(beside, "utf-8")
+        return read_template(tmp_path)
+
+    assert written({"chat_template": jinja}) == name
+    named = {"tool_use": "?", "default": jinja}
+    assert written({"chat_template": [{"name": key, "template": text} for key, text in named.items()]}) == name
+    assert written({"chat_template": jinja, "template": "plain"}) == "plain"  # what we wrote says it
+    assert written({"chat_template": "of an older file"}, beside=jinja) == name
+    if name is None:
+        with pytest.raises(ValueError, match=r"template.jinja has a chat_template that is none of ours: .*--template"):
+            choose_template(tmp_path, None, "alpaca", say=print)
+    assert written({}, beside="") is None
+
+
+def test_a_template_is_chosen(tmp_path):
+    notes = []
+    assert choose_template(tmp_path, None, "alpaca", notes.append) == "alpaca"
+    said = "names no known prompt template, the alpaca one is used; --template chooses another"
+    assert notes.pop() == f"note: {tmp_path} {said}"
+    (tmp_path / "chat_template.jinja").write_text("unknown")
+    assert choose_template(tmp_path, "zephyr", "alpaca", notes.append) == "zephyr" and notes == []
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    assert choose_template(tmp_path, None, "alpaca", notes.append) == "chatml" and notes == []
+    assert choose_template(tmp_path, "chatml", "alpaca", notes.append) == "chatml" and notes == []
+    assert choose_template(tmp_path, "plain", "alpaca", notes.append) == "plain"
+    assert notes == [f"note: {tmp_path} was trained with the template chatml, --template plain replaces it"]
+
+
+def test_a_tokenizer_is_saved_as_it_came(tmp_path):
+    """What was there from another tokenizer goes, the Jinja text where training changed the template, and no more."""
+    came, out = tmp_path / "came", tmp_path / "out"
+    came.mkdir(), out.mkdir()
+    shutil.copy(demo.FOLDER / "tokenizer.model", came)
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>", "x": [1]}
+    written = {"tokenizer_config.json": json.dumps(config), "chat_template.jinja": TINYLLAMA, "vocab.txt": "not ours",
+               "special_tokens_map.json": "{}", "tokenizer.json": "{}"}
+    for name, content in written.items():
+        (came / name).write_text(content, "utf-8")
+    (out / "added_tokens.json").write_text("{}")
+    read = {name: content for name, content in written.items() if name != "vocab.txt"}
+
+    def saved(template: str | None) -> dict:
+        Tokenizer(came).save(out, template)
+        files = {file.name: file.read_text("utf-8") for file in out.iterdir() if file.name != "tokenizer.model"}
+        files["tokenizer_config.json"] = json.loads(files["tokenizer_config.json"])
+        return files
+
+    for _ in range(2):
+        assert saved(None) == read | {"tokenizer_config.json": config}
+        assert saved("zephyr") == read | {"tokenizer_config.json": config | {"template": "zephyr"}}
+        jinja = TEMPLATES["plain"].jinja(Tokenizer(came))
+        changed = config | {"template": "plain", "chat_template": jinja}
+        assert saved("plain") == read | {"tokenizer_config.json": changed, "chat_template.jinja": jinja}
+        again = {file.name: file.read_bytes() for file in out.iterdir()}
+        Tokenizer(out).save(out, "plain")
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == again and read_template(out) == "plain"
 
 
 def test_where_a_tokenizer_is_found(tmp_path):
