@@ -53,7 +53,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -69,6 +69,7 @@ import zero
 from data import demo, records, run, text, weights
 from model import Llama
 from rm import RewardModel
+from sft import Stage
 
 
 class Models(NamedTuple):
@@ -91,6 +92,14 @@ def frozen(models: Models) -> Iterator[None]:
 class Optimizers(NamedTuple):
     actor: zero.ZeRO2
     critic: zero.ZeRO2
+
+    def state_dict(self) -> dict:
+        return {name: optimizer.state_dict() for name, optimizer in self._asdict().items()}
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """states: of all processes that wrote the checkpoint."""
+        for name, optimizer in self._asdict().items():
+            optimizer.load_state_dict([state[name] for state in states])
 
 
 class Experience(NamedTuple):
@@ -115,18 +124,6 @@ def select(e: Experience, rows: Tensor) -> Experience:
     return e._replace(tokens=e.tokens[:, :longest])             # (b, T)
 
 
-class Stage(NamedTuple):
-    """What the functions below share and do not change."""
-    args: argparse.Namespace
-    world: run.World
-    dtype: torch.dtype                  # of the computation
-    tokenizer: text.Tokenizer
-    is_demo: bool
-
-    def say(self, line: str) -> None:
-        run.say(self.world, line)
-
-
 # ---- 1. rollout -----------------------------------------------------------------------------------------------------
 
 def seeded(*purpose: object, device: torch.device | str = "cpu") -> torch.Generator:
@@ -136,7 +133,7 @@ def seeded(*purpose: object, device: torch.device | str = "cpu") -> torch.Genera
 
 def rollout(actor: Llama, prompts: list[list[int]], purpose: tuple, stage: Stage, announce: bool = False) -> Experience:
     """Step 1: answers this process's share of the prompts, --experience_batch_size at a time. purpose: see seeded."""
-    args, eos_id = stage.args, stage.tokenizer.eos_id
+    args, stops = stage.args, actor.stops()
     rank, world, device, _ = stage.world
     prompts = prompts[rank::world] or prompts[:1]       # fewer prompts than processes: the first is answered again
     generator = seeded(*purpose, rank, device=device)   # no two rollouts and no two processes sample alike
@@ -145,13 +142,13 @@ def rollout(actor: Llama, prompts: list[list[int]], purpose: tuple, stage: Stage
         for i in range(0, len(prompts), args.experience_batch_size):
             some = prompts[i:i + args.experience_batch_size]
             room = [args.max_seq_len - len(prompt) for prompt in some]
-            answers += actor.generate(some, room, args.temperature, eos_id=eos_id, generator=generator)
+            answers += actor.generate(some, room, args.temperature, generator=generator)
             if announce:
                 stage.say(f"rollout: {len(answers)} of {len(prompts)} answers")
     tokens, _ = text.pad([prompt + answer for prompt, answer in zip(prompts, answers)])     # (B, T)
     _, mask = text.pad(answers)                                                             # (B, R)
     prompt_len = torch.tensor([len(prompt) for prompt in prompts])                          # (B,)
-    ended = torch.tensor([answer[-1] == eos_id for answer in answers])                      # (B,)
+    ended = torch.tensor([answer[-1] in stops for answer in answers])                       # (B,)
     return Experience(*(x.to(device) for x in (tokens, prompt_len, mask, ended)))
 
 
@@ -347,7 +344,7 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
             row = run.reduce_sums(sums)
             logged.append(row)
             loss = row["loss/policy_avg"] + row["loss/value_avg"] + row["loss/ptx_avg"]
-            run.stop_if_broken(loss, step, schedule * args.lr, args.save_path)
+            run.stop_if_broken(loss, step, schedule * args.lr, args)
             optimizers.actor.step(schedule * args.lr)
             optimizers.critic.step(schedule * args.critic_lr)
         means = {name: fmean(row[name] for row in logged) for name in row}
@@ -385,14 +382,10 @@ def batches(items: list, lengths: list[int], size: int, seed: int, seen: int) ->
     """An endless stream of batches, each epoch shuffled anew, from item number `seen` on.
 
     A batch may cross the end of an epoch, so after n batches exactly n * size items were seen."""
-    left = []
-    epoch, skip = divmod(seen, len(items))
+    order = chain.from_iterable(text.epoch_order(lengths, size, seed, epoch) for epoch in count())
+    left = islice(order, seen, None)
     while True:
-        while len(left) < size:
-            left += sum(text.global_batches(lengths, size, seed, epoch, skip), [])
-            epoch, skip = epoch + 1, 0
-        yield [items[i] for i in left[:size]]
-        left = left[size:]
+        yield [items[i] for i in islice(left, size)]
 
 
 def train(models: Models, optimizers: Optimizers, prompts: list, examples: list, meta: dict, updates: int,
@@ -405,8 +398,7 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
     ptx_size = args.ptx_batch_size * world.world                # ptx examples of a minibatch
     asked = batches(prompts, [0] * len(prompts), size, args.seed, meta["prompts_seen"])     # not sorted by length
     ptx = batches(examples, [len(ids) for ids, _ in examples], ptx_size, args.seed, meta["ptx_seen"])
-    append = run.open_metrics(args.save_path, world, first)
-    started, all_tokens = time.perf_counter(), 0
+    log = run.Log(args, world, first, updates)
     for step in range(first + 1, updates + 1):
         began = time.perf_counter()
         rollouts_left = args.num_episodes * args.max_timesteps - (step - 1) * args.update_timesteps
@@ -422,40 +414,20 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
         means = objective(e, stage) | update(models, optimizers, e, ptx, schedule, step, stage)     # 5. update
         updated = time.perf_counter()
         tokens = sum(map(len, chosen)) + means["response_length"] * len(chosen)
-        all_tokens += tokens
-        row = means | {
-            "step": step,
-            "loss": means["loss/policy_avg"],
-            "lr": schedule * args.lr,
-            "seconds": updated - started,
-            "tokens_per_second": tokens / (updated - began),
+        row = means | log.row(step, means["loss/policy_avg"], schedule * args.lr, tokens, began) | {
             "seconds/rollout": rolled - began,
             "seconds/scoring": scored - rolled,
             "seconds/update": updated - scored,
             "skipped": sum(optimizer.skipped for optimizer in optimizers),
         }
-        append(row)
-        report(row, updates, started, first, stage)
+        log.append(row)
+        log.progress(step, describe(row), step % args.log_interval == 0 or step <= 3)
+        warn(row, stage)
         meta["step"] = step
         meta["prompts_seen"] += size
         meta["ptx_seen"] += row["minibatches"] * ptx_size
-        if args.save_interval and (step % args.save_interval == 0 or step == args.max_steps):
-            states = {name: optimizer.state_dict() for name, optimizer in optimizers._asdict().items()}
-            run.save_checkpoint(args.save_path, world, meta, states)
-    seconds = time.perf_counter() - started
-    return {
-        "steps": meta["step"],
-        "seconds": seconds,
-        "tokens_per_second": all_tokens / max(seconds, 1e-9),
-    }
-
-
-def resume(optimizers: Optimizers, marks: dict[str, str], stage: Stage) -> dict:
-    """Loads the newest checkpoint into the optimizers, and returns what it holds beside weights."""
-    meta, states, _ = run.load_checkpoint(stage.args.save_path, stage.world, marks, optimizers.actor.strategy)
-    for name, optimizer in optimizers._asdict().items():
-        optimizer.load_state_dict([state[name] for state in states])
-    return meta
+        run.save_checkpoint(args, world, meta, optimizers)
+    return {"steps": meta["step"]} | log.figures()
 
 
 def evaluate(models: Models, prompts: list[list[int]], when: str, stage: Stage) -> dict:
@@ -463,7 +435,7 @@ def evaluate(models: Models, prompts: list[list[int]], when: str, stage: Stage) 
     args, figures = stage.args, {}
     if stage.is_demo and stage.world.rank == 0:
         with quantize.packed(models.actor):
-            figures = demo.measure(models.actor, stage.tokenizer, text.TEMPLATES[args.template])
+            figures = demo.measure(models.actor, stage.tokenizer, stage.template)
     figures = run.broadcast_object(figures)
     answers = rollout(models.actor, prompts, ("evaluate", args.seed), stage)
     means = objective(scoring(models, answers, args), stage)
@@ -532,27 +504,19 @@ def plan(models: Models, prompts: int, examples: int, stage: Stage) -> tuple[int
     ptx = f"{examples} examples, weight {args.ptx_coef}" if examples else "off"
     stage.say(f"{prompts} prompts | {updates} updates of {args.update_timesteps} x {args.experience_batch_size} x "
               f"{world.world} answers, {args.max_epochs} epochs | ptx {ptx} | {trained:,} parameters trained")
-    line, peak = zero.run_plan(
-        [(model, model.config) for model in models[:2]],
-        list(models[2:]),
-        args.strategy,
-        world,
-        args.train_batch_size * args.max_seq_len,
-        stage.dtype,
-        args.lora_rank,
-        args.grad_checkpoint)
-    stage.say(line)
-    return updates, peak
+    return updates, sft.say_memory(models[:2], list(models[2:]), args.train_batch_size * args.max_seq_len, stage)
 
 
-def report(row: dict, updates: int, started: float, first: int, stage: Stage) -> None:
-    """Prints the progress line of an update, and a warning where the KL is out of bounds."""
-    step, kl = row["step"], row["objective/kl"]
-    line = (f"score {row['objective/scores']:+.3f} | kl {kl:.2f} | clipfrac {row['policy/clipfrac_avg']:.3f} | "
-            f"value loss {row['loss/value_avg']:.3f} | length {row['response_length']:.0f} | "
-            f"eos {row['eos_rate']:.2f}")
-    log = step % stage.args.log_interval == 0 or step <= 3
-    run.progress(stage.world, step, updates, started, line, log, first)
+def describe(row: dict) -> str:
+    """The progress line of an update."""
+    return (f"score {row['objective/scores']:+.3f} | kl {row['objective/kl']:.2f} | "
+            f"clipfrac {row['policy/clipfrac_avg']:.3f} | value loss {row['loss/value_avg']:.3f} | "
+            f"length {row['response_length']:.0f} | eos {row['eos_rate']:.2f}")
+
+
+def warn(row: dict, stage: Stage) -> None:
+    """Prints a warning where the KL is out of bounds."""
+    kl = row["objective/kl"]
     if not -1 <= kl <= KL_WARNING:
         advice = "raise --kl_coef or lower --lr" if kl > 0 else "log-probabilities and samples disagree"
         stage.say(f"warning: the KL to the SFT model is {kl:.1f} nats an answer: {advice}")
@@ -590,32 +554,27 @@ def frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def open_models(args: argparse.Namespace, tokenizer: text.Tokenizer, world: run.World,
-                dtype: torch.dtype) -> tuple[Models, str | None]:
+def open_models(stage: Stage) -> tuple[Models, str | None]:
     """The four models, and the base that an adapter of the actor will name (None where all weights are trained)."""
-    reward_tokenizer = sft.open_tokenizer(argparse.Namespace(template=args.template), args.rm_path, world)
-    if reward_tokenizer.fingerprint != tokenizer.fingerprint:
+    args, tokenizer = stage.args, stage.tokenizer
+    judge, _ = sft.open_tokenizer(args.rm_path, args.template, stage.say)
+    if judge.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{args.rm_path} has another tokenizer than {args.pretrain}: its ids mean other text, train "
                          "the reward model from this model")
-    stored = dtype if args.lora_rank else None      # None: as in the file, from which fp32 masters are made
-    actor = sft.open_llama(args.pretrain, stored, world)
-    critic = RewardModel.from_pretrained(args.rm_path, stored, world.device, args.rm_pretrain)
-    text.check_tokenizer(tokenizer, actor.config.vocab_size)
+    actor = sft.open_llama(stage)
+    critic = RewardModel.from_pretrained(args.rm_path, sft.stored_dtype(stage), stage.world.device, args.rm_pretrain)
     text.check_tokenizer(tokenizer, critic.config.vocab_size)
-    base = None
+    base = sft.base_for_adapter(actor, stage)
     if args.lora_rank:
-        base = sft.base_for_adapter(actor, args, tokenizer, world)
-        reward = RewardModel(critic.trunk)
-        reward.score = frozen_copy(critic.score, dtype)
-        sft.add_adapters(actor, args)
-        sft.add_adapters(critic, args)
-        critic.score.requires_grad_(True)
-        models = Models(actor, critic, actor, reward)
+        ref, reward = actor, RewardModel(critic.trunk)
+        reward.score = frozen_copy(critic.score, stage.dtype)
     else:
-        models = Models(actor, critic, frozen_copy(actor, dtype), frozen_copy(critic, dtype))
+        ref, reward = frozen_copy(actor, stage.dtype), frozen_copy(critic, stage.dtype)
+    models = Models(actor, critic, ref, reward)
+    for model in models[:2] if args.lora_rank else models:
+        sft.set_up(model, args)
     for model in models:
         model.eval()    # dropout off, see departure d
-        sft.set_up(getattr(model, "trunk", model), args)
     return models, base
 
 
@@ -631,8 +590,8 @@ def check_lengths(args: argparse.Namespace, models: Models) -> None:
 
 def encode_prompts(found: list[dict], stage: Stage) -> list[list[int]]:
     """Prompt records as ids, without those that are too long."""
-    template, limit = text.TEMPLATES[stage.args.template], stage.args.max_input_len
-    prompts = [text.encode_prompt(record["messages"], stage.tokenizer, template) for record in found]
+    limit = stage.args.max_input_len
+    prompts = [text.encode_prompt(record["messages"], stage.tokenizer, stage.template) for record in found]
     kept = [prompt for prompt in prompts if len(prompt) <= limit]
     if not kept:
         shortest = min(map(len, prompts))
@@ -651,14 +610,7 @@ def read_ptx(stage: Stage) -> list:
     if args.pretrain_dataset is None or args.ptx_coef == 0:
         args.ptx_coef = 0.0
         return []
-    found = records.read_records(
-        args.pretrain_dataset, "sft", args.skip_bad_records, args.max_datasets_size, stage.say)
-    encode = partial(
-        text.encode_example,
-        tokenizer=stage.tokenizer,
-        template=text.TEMPLATES[args.template],
-        max_len=args.max_seq_len)
-    return text.encode_all(found, encode, "ptx examples")[0]
+    return sft.read_examples(args.pretrain_dataset, args.max_seq_len, stage)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -724,54 +676,45 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     # flags
     args = parse(argv)
-    world = run.start(args.device, args.strategy)
     is_demo = args.prompt_dataset is None and demo.is_demo(args.pretrain)
-    run.check_save_path(args.save_path, sft.inputs_of(args))
     if args.save_path.resolve() == args.rm_path.resolve():
         raise ValueError(f"--save_path {args.save_path} is --rm_path: the run would overwrite the reward model, name "
                          "another directory")
-    tokenizer = sft.open_tokenizer(args, args.pretrain, world)
-    if not is_demo and args.prompt_dataset is None:
+    if args.prompt_dataset is None and not is_demo:
         raise ValueError("--prompt_dataset is missing: name the prompts to answer")
-    run.resolve(args, DEMO if is_demo else FINETUNE)
-    stage = Stage(args, world, run.choose_dtype(args.dtype, world.device), tokenizer, is_demo)
+    stage = sft.start(args, is_demo, DEMO if is_demo else FINETUNE)
 
     # models and data
-    models, base = open_models(args, tokenizer, world, stage.dtype)
+    models, base = open_models(stage)
     check_lengths(args, models)
-    found = records.read_records(
-        args.prompt_dataset, "prompt", args.skip_bad_records, args.max_datasets_size, stage.say)
-    prompts, examples = encode_prompts(found, stage), read_ptx(stage)
-    held = prompts
+    prompts = encode_prompts(sft.read_records(args.prompt_dataset, "prompt", stage), stage)
+    examples, held = read_ptx(stage), prompts
     if is_demo:     # pairs of things that never occur together in the files
         unseen = demo.prompt_records(0, held=True)
         held = encode_prompts([records.normalise(record, "prompt") for record in unseen], stage)
     held = held[:args.eval_size]
-    run.say_flags(world, args)
+    run.say_flags(stage.world, args)
     marks = run.fingerprint(nn.ModuleList(models[:2]), [prompts, examples], args.seed)
-    optimizers = Optimizers(
-        actor=sft.make_optimizer(models.actor, args, stage.dtype),
-        critic=sft.make_optimizer(models.critic, args, stage.dtype))
+    optimizers = Optimizers(*(sft.make_optimizer(model, stage) for model in models[:2]))
     updates, planned = plan(models, len(prompts), len(examples), stage)
 
     # training
     with run.resumable(args):
         if args.resume:
-            meta = resume(optimizers, marks, stage)
+            meta = run.load_checkpoint(args, stage.world, marks, optimizers)
         else:
             stage.say(f"answering {len(held)} prompts, to compare with afterwards")
             before = evaluate(models, held, "before", stage)
             meta = {"step": 0, "prompts_seen": 0, "ptx_seen": 0, "before": before, "marks": marks}
-        meta["strategy"] = optimizers.actor.strategy
         figures = meta["before"] | train(models, optimizers, prompts, examples, meta, updates, stage)
-        sft.save_model(models.actor, optimizers.actor, args, tokenizer, base, world)
+        sft.save_model(models.actor, optimizers.actor, base, stage)
         figures |= evaluate(models, held, "after", stage)
     figures["kl"] = figures.pop("kl_after")
     figures["skipped"] = sum(optimizer.skipped for optimizer in optimizers)
     figures["planned_memory_bytes"] = planned
-    summary = run.write_summary(args, world, figures)
-    if world.rank == 0:
-        print_table(args, summary, world)
+    summary = run.write_summary(args, stage.world, figures)
+    if stage.world.rank == 0:
+        print_table(args, summary, stage.world)
     return summary
 
 

@@ -25,6 +25,9 @@ Ouyang et al. 2022 (arXiv 2203.02155), section 3.5, second step; Stiennon et al.
 5. After training the mean score of the SFT model's own answers is stored as `reward_mean` and subtracted from every
    score, so that PPO starts near zero and a positive reward means "better than before".
 
+6. `pad_token_id` is an id that no text produces. transformers scores a row of a batch at the last id that differs from
+   it, so it may not be EOS.
+
 Letters: B rows of a batch (all responses), T time, C channels, P pairs.
 """
 
@@ -41,9 +44,8 @@ import lora
 import quantize
 import sft
 from data import demo, records, run, text, weights
-from data.run import World
-from data.text import Tokenizer
 from model import Llama
+from sft import Stage
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -166,28 +168,27 @@ def pair_figures(sums: dict[str, float]) -> dict[str, float]:
 
 # ---- the mean reward ------------------------------------------------------------------------------------------------
 
-def sample_answers(model: Llama, prompts: list[dict], tokenizer: Tokenizer, args: Namespace,
-                   n: int = 64) -> list[list[int]]:
+def sample_answers(model: Llama, prompts: list[dict], stage: Stage, n: int = 64) -> list[list[int]]:
     """Returns prompt and answer for the first n prompts that leave room for one; the SFT model answers.
 
     Every process samples the same."""
-    template = text.TEMPLATES[args.template]
-    encoded = (text.encode_prompt(record["messages"], tokenizer, template) for record in prompts)
-    rows = list(islice((row for row in encoded if len(row) < args.max_len), n))
-    generator = torch.Generator(model.device).manual_seed(args.seed)
-    room = [args.max_len - len(row) for row in rows]        # tokens of each answer at most
-    answers = model.generate(rows, room, eos_id=tokenizer.eos_id, generator=generator)
+    longest = stage.args.max_len
+    encoded = (text.encode_prompt(record["messages"], stage.tokenizer, stage.template) for record in prompts)
+    rows = list(islice((row for row in encoded if len(row) < longest), n))
+    generator = torch.Generator(model.device).manual_seed(stage.args.seed)
+    room = [longest - len(row) for row in rows]             # tokens of each answer at most
+    answers = model.generate(rows, room, generator=generator)
     return [row + answer for row, answer in zip(rows, answers)]
 
 
 @torch.no_grad()
 def mean_score(model: RewardModel, rows: list[list[int]]) -> float:
-    """Returns the mean score of some token rows before reward_mean is subtracted."""
+    """Returns the mean score of some token rows."""
     model.eval()
     total = 0.0
     for i in range(0, len(rows), 16):
         tokens, mask = (x.to(model.device) for x in text.pad(rows[i:i + 16]))
-        total += (at_last(model.values(tokens), mask) + model.reward_mean).sum().item()
+        total += model(tokens, mask).sum().item()
     return total / len(rows)
 
 
@@ -200,7 +201,7 @@ FINETUNE = {"lr": 9e-6, "batch_size": 4, "accumulation_steps": 8, "max_epochs": 
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    """Returns the flags of stage 2. Those that depend on the input are None until run.resolve fills them in."""
+    """Returns the flags of stage 2. Those that depend on the input are None until sft.start fills them in."""
     parser = run.training_parser("Stage 2: the reward model. Without flags, the demo: reads out/sft, writes out/rm.",
                                  "out/rm")
     parser.add_argument("--dataset", type=Path, nargs="+",
@@ -210,59 +211,40 @@ def parse(argv: list[str] | None) -> Namespace:
     sft.add_loop_flags(parser, "rankings", 64)
     parser.tell(FINETUNE, DEMO)
     args = parser.parse_args(argv)
-    if args.pretrain is None:
-        args.pretrain = run.finished(Path("out/sft"), "sft", "--pretrain")
+    args.pretrain = args.pretrain or run.finished(Path("out/sft"), "sft", "--pretrain")
     return args
 
 
-def read_rankings(args: Namespace, tokenizer: Tokenizer, world: World,
-                  is_demo: bool) -> tuple[list, list, list[dict]]:
-    """Returns rankings to train on, those held out, and the records of all.
+def split_rankings(found: list[dict], stage: Stage) -> tuple[list, list]:
+    """Returns the rankings to train on and those held out, encoded.
 
     Held out of the demo are rankings without label noise about unseen pairs of things."""
-    found = records.read_records(args.dataset, "preference", args.skip_bad_records, args.max_datasets_size,
-                                 partial(run.say, world))
-    template = text.TEMPLATES[args.template]
-    encode = partial(text.encode_preference, tokenizer=tokenizer, template=template, max_len=args.max_len)
-    rankings, dropped = text.encode_all(found, encode, "rankings")
-    n = len(found)
-    if dropped:
-        run.say(world, f"note: {dropped} of {n} rankings have a prompt of --max_len {args.max_len} tokens or responses "
-                       "that are equal up to there: left out")
-    if not is_demo:
-        return *text.split_held_out(rankings, args.eval_size, args.seed), found
+    args = stage.args
+    encode = partial(sft.encode_all, encode=text.encode_preference, what="rankings", max_len=args.max_len, stage=stage)
+    if not stage.is_demo:
+        return text.split_held_out(encode(found), args.eval_size, args.seed)
     clean = demo.preference_records(1, 150, noise=0.0, held=True)
-    held, _ = text.encode_all([records.normalise(record, "preference") for record in clean], encode, "rankings")
-    return rankings, held, found
+    return encode(found), encode([records.normalise(record, "preference") for record in clean])
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    world = run.start(args.device, args.strategy)
     is_demo = args.dataset is None and demo.is_demo(args.pretrain)
-    run.check_save_path(args.save_path, sft.inputs_of(args))
-    tokenizer = sft.open_tokenizer(args, args.pretrain, world)
-    if args.dataset is None and not is_demo:    # as in Coati's published command
-        run.say(world, "note: without --dataset the preferences are the demo's: name those of your own")
-    run.resolve(args, DEMO if is_demo else {"dataset": DEMO["dataset"]} | FINETUNE)
-    dtype = run.choose_dtype(args.dtype, world.device)
-    trunk = sft.open_llama(args.pretrain, dtype if args.lora_rank else None, world)
-    text.check_tokenizer(tokenizer, trunk.config.vocab_size)
+    named = args.dataset is not None
+    stage = sft.start(args, is_demo, DEMO if is_demo else {"dataset": DEMO["dataset"]} | FINETUNE)
+    if not named and not is_demo:   # as in Coati's published command
+        stage.say("note: without --dataset the preferences are the demo's: name those of your own")
+    trunk = sft.open_llama(stage)
     sft.resolve_max_len(args, trunk.config)
-    rankings, held, found = read_rankings(args, tokenizer, world, is_demo)
-    run.say_flags(world, args)
-    answers = sample_answers(trunk, found, tokenizer, args)             # 5. while the trunk still has its language head
-    base = sft.base_for_adapter(trunk, args, tokenizer, world) if args.lora_rank else None
+    found = sft.read_records(args.dataset, "preference", stage)
+    rankings, held = split_rankings(found, stage)
+    run.say_flags(stage.world, args)
+    answers = sample_answers(trunk, found, stage)           # 5. while the trunk still has its language head
+    base = sft.base_for_adapter(trunk, stage)
     trunk.output = None
     model = RewardModel(trunk, torch.Generator(trunk.device).manual_seed(args.seed))
-    model.config.extra.pop("reward_mean", None)
-    if args.lora_rank:
-        sft.add_adapters(model, args)
-        model.score.weight.requires_grad_(True)         # the head is new, so it is trained in full
-    marks = run.fingerprint(model, rankings, args.seed)
-    sft.set_up(trunk, args)
-    torch.manual_seed(args.seed * 1000 + world.rank)    # dropout: each process has its own
-    optimizer = sft.make_optimizer(model, args, dtype)
+    model.config.extra["pad_token_id"] = stage.tokenizer.pad_id     # 6.
+    sft.set_up(model, args)
 
     def sums(micro: list) -> dict[str, Tensor]:
         chosen, rejected, weight = score_rankings(model, micro)
@@ -270,18 +252,11 @@ def main(argv: list[str] | None = None) -> dict:
 
     rows, units = lambda ranking: list(map(len, ranking)), lambda ranking: 1
     task = sft.Task(rankings, held, rows, units, sums, ("loss", "right", "margin", "pairs"), pair_figures)
-    with run.resumable(args):
-        figures = sft.train(model, optimizer, task, marks, args, world)
+    optimizer, figures = sft.train(model, task, stage)
     model.config.extra["reward_mean"] = mean_score(model, answers)      # 5.
     figures["reward_mean"] = model.reward_mean
-    sft.save_model(model, optimizer, args, tokenizer, base, world, {"reward_mean": model.reward_mean})
-    summary = run.write_summary(args, world, figures)
-    measured = ""
-    if summary["accuracy"] is not None:
-        measured = f"held-out accuracy {summary['accuracy']:.3f}, mean margin {summary['margin']:.2f}, "
-    memory = run.peak_text(summary, world)
-    run.say(world, f"wrote {args.save_path}: {measured}{summary['seconds']:.0f} s, {memory}")
-    return summary
+    sft.save_model(model, optimizer, base, stage)
+    return sft.finish(figures, {"accuracy": "held-out accuracy {:.3f}", "margin": "mean margin {:.2f}"}, stage)
 
 
 if __name__ == "__main__":

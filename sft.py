@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=2 sft.py                   the same on two processes, the same losses
     python sft.py --pretrain LLAMA_DIR --dataset alpaca_data.json     fine-tune real weights
     python sft.py --pretrain LLAMA_DIR --dataset alpaca_data.json --lora_rank 16 --batch_size 1 --accumulation_steps 8
+    python sft.py --tokenizer TOKENIZER_DIR                           from scratch on the tokenizer that is named
 
 Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), section 3.5, first step.
 
@@ -29,6 +30,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -111,6 +113,19 @@ def cosine_lr(update: int, total: int, peak: float, warmup: float, floor: float 
 
 # ---- the training loop of stages 1 and 2 ----------------------------------------------------------------------------
 
+class Stage(NamedTuple):
+    """What the functions of a stage share and do not change."""
+    args: Namespace
+    world: World
+    dtype: torch.dtype                  # of the computation
+    tokenizer: Tokenizer
+    template: text.Template
+    is_demo: bool
+
+    def say(self, line: str) -> None:
+        run.say(self.world, line)
+
+
 class Task(NamedTuple):
     """What the loop must know of a stage. An example has one row of tokens in stage 1, one a response in stage 2."""
     examples: list                                      # to train on
@@ -126,29 +141,29 @@ class Task(NamedTuple):
         return [max(self.rows(example)) for example in examples]
 
 
-def batches(task: Task, batch: int, args: Namespace, position: dict) -> Iterator[list]:
+def batches(task: Task, batch: int, args: Namespace, meta: dict) -> Iterator[list]:
     """Yields the examples of every update that is left from a position on.
 
-    batch is the global batch size, position["batch"] the one for which the current epoch was shuffled. They differ if a
+    batch is the global batch size, meta["batch"] the one for which the current epoch was shuffled. They differ if a
     resumed run has another batch size."""
     lengths = task.lengths(task.examples)
-    first, seen = divmod(position["consumed"], len(lengths))
+    first, seen = divmod(meta["consumed"], len(lengths))
     for epoch in range(first, args.max_epochs):
         # 3. The order follows from seed, epoch and batch size.
-        for indices in text.global_batches(lengths, batch, args.seed, epoch, seen, position["batch"]):
+        for indices in text.global_batches(lengths, batch, args.seed, epoch, seen, meta["batch"]):
             yield [task.examples[i] for i in indices]
         seen = 0
 
 
-def run_batch(task: Task, examples: list, args: Namespace, world: World,
-              optimizer: zero.ZeRO2 | None = None) -> dict[str, float]:
+def run_batch(task: Task, examples: list, stage: Stage, optimizer: zero.ZeRO2 | None = None) -> dict[str, float]:
     """Runs this process's share of a batch: forward, and with an optimizer backward.
 
     Returns loss and metrics of the whole batch."""
+    rank, world, device, _ = stage.world
     divisor = sum(map(task.units, examples))        # 2. of the whole batch, on every process
-    sums = dict.fromkeys(task.names, torch.zeros((), device=world.device))
+    sums = dict.fromkeys(task.names, torch.zeros((), device=device))
     indices, lengths = list(range(len(examples))), task.lengths(examples)
-    mine = text.micro_batches(indices, lengths, args.batch_size, world.rank, world.world)
+    mine = text.micro_batches(indices, lengths, stage.args.batch_size, rank, world)
     for number, micro in enumerate(mine, 1):
         loss = None                                 # a process without examples still calls backward: see zero.py
         if micro:
@@ -161,79 +176,62 @@ def run_batch(task: Task, examples: list, args: Namespace, world: World,
     return {"loss": sums["loss"] / divisor} | task.figures(sums)
 
 
-def train(model: nn.Module, optimizer: zero.ZeRO2, task: Task, marks: dict, args: Namespace,
-          world: World) -> dict:
-    """Trains to the end. Returns what summary.json takes: last loss, steps, seconds, tokens_per_second, ...
+def train(model: nn.Module, task: Task, stage: Stage) -> tuple[zero.ZeRO2, dict]:
+    """Trains to the end. Returns the optimizer, and what summary.json takes: last loss, steps, seconds, ...
 
-    marks tell which model, data and seed a checkpoint is of (run.fingerprint). position is where the run is: its step,
-    the examples consumed, the batch size of the current epoch, and the evaluation before the first step."""
+    meta is what a checkpoint holds beside weights: the step, the examples consumed, the batch size of the current
+    epoch, the evaluation before the first step, and marks that tell which model, data and seed they are of."""
+    args, world, loss = stage.args, stage.world, None
+    marks = run.fingerprint(model, task.examples, args.seed)
+    torch.manual_seed(args.seed * 1000 + world.rank)            # dropout: each process has its own
+    optimizer = make_optimizer(model, stage)
     batch = args.batch_size * args.accumulation_steps * world.world
-    if args.resume:
-        position = restore(optimizer, marks, args, world)
+    if args.resume:     # 4.
+        meta = run.load_checkpoint(args, world, marks, optimizer)
     else:
-        position = {"step": 0, "consumed": 0, "batch": batch, "before": evaluate(model, task, args, world)}
-    first, left = position["step"], list(batches(task, batch, args, position))
+        meta = {"step": 0, "consumed": 0, "batch": batch, "before": evaluate(model, task, stage), "marks": marks}
+    first, left = meta["step"], list(batches(task, batch, args, meta))
     total = min(first + len(left), args.max_steps or math.inf)
-    planned = say_plan(model, task, batch, total, args, world)
-    append = run.open_metrics(args.save_path, world, first)
-    started, tokens_done, loss = time.perf_counter(), 0, None
+    planned = say_plan(model, task, batch, total, stage)
+    log = run.Log(args, world, first, total)
     model.train()
-    for step, examples in enumerate(left[:max(0, total - first)], first + 1):
-        began = time.perf_counter()
-        lr = cosine_lr(step, total, args.lr, args.warmup)
-        figures = run_batch(task, examples, args, world, optimizer)
-        loss = figures.pop("loss")
-        run.stop_if_broken(loss, step, lr, args.save_path)
-        stats = optimizer.step(lr)
-        # ---- log, evaluate, save ----
-        tokens = sum(sum(task.rows(example)) for example in examples)
-        tokens_done += tokens
-        now = time.perf_counter()
-        row = {
-            "step": step,
-            "loss": loss,
-            "lr": lr,
-            "seconds": now - started,
-            "tokens_per_second": tokens / (now - began),
-            "grad_norm": stats.grad_norm,
-            "skipped": optimizer.skipped,
-            "seconds/optimizer": stats.seconds,
-            "seconds/copies": stats.copying,
-        } | figures
-        log = step % args.log_interval == 0 or step == total
-        run.progress(world, step, total, started, describe(row, figures), log, first)
-        if args.eval_interval and step % args.eval_interval == 0 and step < total:
-            row |= evaluate(model, task, args, world)
-        if log or "eval_loss" in row:
-            append(row)
-        position |= {"step": step, "consumed": position["consumed"] + len(examples)}
-        if position["consumed"] % len(task.examples) == 0:
-            position["batch"] = batch       # the next epoch is shuffled for this run's batch size
-        if args.save_interval and (step % args.save_interval == 0 or step == args.max_steps):
-            meta = position | {"marks": marks, "strategy": optimizer.strategy}
-            run.save_checkpoint(args.save_path, world, meta, optimizer.state_dict())
-    seconds = time.perf_counter() - started
-    before = {f"{key}_before": value for key, value in position["before"].items()}
-    return before | evaluate(model, task, args, world) | {
-        "planned_memory_bytes": planned, "loss": loss, "steps": position["step"], "seconds": seconds,
-        "tokens_per_second": tokens_done / seconds, "skipped": optimizer.skipped}
-
-
-def restore(optimizer: zero.ZeRO2, marks: dict, args: Namespace, world: World) -> dict:
-    """4. Brings optimizer, weights and random state back from the newest checkpoint. Returns its position."""
-    position, states, random = run.load_checkpoint(args.save_path, world, marks, optimizer.strategy)
-    optimizer.load_state_dict(states)
-    run.set_random_state(random, world)
-    return position
+    with run.resumable(args):
+        for step, examples in enumerate(left[:max(0, total - first)], first + 1):
+            began, lr = time.perf_counter(), cosine_lr(step, total, args.lr, args.warmup)
+            figures = run_batch(task, examples, stage, optimizer)
+            loss = figures.pop("loss")
+            run.stop_if_broken(loss, step, lr, args)
+            stats = optimizer.step(lr)
+            # ---- log, evaluate, save ----
+            tokens = sum(sum(task.rows(example)) for example in examples)
+            row = log.row(step, loss, lr, tokens, began) | figures | {
+                "grad_norm": stats.grad_norm,
+                "skipped": optimizer.skipped,
+                "seconds/optimizer": stats.seconds,
+                "seconds/copies": stats.copying,
+            }
+            logged = step % args.log_interval == 0 or step == total
+            log.progress(step, describe(row, figures), logged)
+            if args.eval_interval and step % args.eval_interval == 0 and step < total:
+                row |= evaluate(model, task, stage)
+            if logged or "eval_loss" in row:
+                log.append(row)
+            meta |= {"step": step, "consumed": meta["consumed"] + len(examples)}
+            if meta["consumed"] % len(task.examples) == 0:
+                meta["batch"] = batch       # the next epoch is shuffled for this run's batch size
+            run.save_checkpoint(args, world, meta, optimizer)
+    summary = {f"{key}_before": value for key, value in meta["before"].items()} | log.figures()
+    summary |= {"planned_memory_bytes": planned, "loss": loss, "steps": meta["step"], "skipped": optimizer.skipped}
+    return optimizer, summary | evaluate(model, task, stage)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, args: Namespace, world: World) -> dict:
+def evaluate(model: nn.Module, task: Task, stage: Stage) -> dict:
     """Returns eval_loss and the stage's own metrics over the held-out examples; all are None without any."""
     if not task.held:   # figures of zeros tell the names
         return dict.fromkeys(["eval_loss", *task.figures(dict.fromkeys(task.names, 0.0))])
     model.eval()
-    figures = run_batch(task, task.held, args, world)
+    figures = run_batch(task, task.held, stage)
     model.train()
     return {"eval_loss": figures.pop("loss"), **figures}
 
@@ -245,26 +243,23 @@ def describe(row: dict, figures: dict) -> str:
     return f"loss {row['loss']:.4f}{own} | lr {row['lr']:.1e} | {row['tokens_per_second']:,.0f} tokens/s{skipped}"
 
 
-def say_plan(model: nn.Module, task: Task, batch: int, total: int, args: Namespace, world: World) -> int:
+def say_plan(model: nn.Module, task: Task, batch: int, total: int, stage: Stage) -> int:
     """Prints what the run will do and need. Returns the planned peak of memory above start-up, in bytes."""
+    args, world = stage.args, stage.world
     lengths, rows = task.lengths(task.examples), [task.rows(example) for example in task.examples]
     epoch = text.global_batches(lengths, batch, args.seed, 0)                       # of all processes
     micro_batches = [text.micro_batches(indices, lengths, args.batch_size, 0, 1) for indices in epoch]
     padding = 100 * text.padding_share(rows, micro_batches)
     trainable, everything = lora.trainable_report(model)
     n, tokens = len(rows), sum(map(sum, rows))
-    run.say(world, f"{n} examples, {tokens:,} tokens, padding {padding:.1f} % | {total} updates of {args.batch_size} x "
-                   f"{args.accumulation_steps} accumulated x {world.world} processes = {batch} examples | "
-                   f"{trainable:,} of {everything:,} parameters trained")
+    stage.say(f"{n} examples, {tokens:,} tokens, padding {padding:.1f} % | {total} updates of {args.batch_size} x "
+              f"{args.accumulation_steps} accumulated x {world.world} processes = {batch} examples | "
+              f"{trainable:,} of {everything:,} parameters trained")
     largest = args.batch_size * max(len(row) * max(row) for row in rows)        # tokens of a micro-batch
-    dtype = run.choose_dtype(args.dtype, world.device)
-    trained = [(model, model.config)]
-    plan, peak = zero.run_plan(trained, [], args.strategy, world, largest, dtype, args.lora_rank, args.grad_checkpoint)
-    run.say(world, plan)
-    return peak
+    return say_memory([model], [], largest, stage)
 
 
-# ---- opening and saving models, for all three stages ----------------------------------------------------------------
+# ---- opening and saving, for all three stages -----------------------------------------------------------------------
 
 def inputs_of(args: Namespace) -> list[Path]:
     """Returns the directories that --pretrain is read from: a model's, or those of an adapter and its base."""
@@ -274,94 +269,145 @@ def inputs_of(args: Namespace) -> list[Path]:
     return [args.pretrain, *base]
 
 
-def open_tokenizer(args: Namespace, directory: Path | None, world: World) -> Tokenizer:
-    """Opens the tokenizer of a model directory (None: the demo's), and settles args.template."""
-    if directory is None:
-        directory = demo.FOLDER
-    elif not directory.exists():
+def open_tokenizer(directory: Path, template: str | None, say: Callable[[str], None]) -> tuple[Tokenizer, str]:
+    """Opens the tokenizer of a model directory. Returns it, and the template's name: --template or the directory's."""
+    if not directory.exists():
         raise FileNotFoundError(f"{directory} does not exist: name a weights directory")
     home = lora.home(directory)
-    named = text.read_template(home)
-    if args.template is None:
-        args.template = named if named in text.TEMPLATES else "alpaca"
-    elif named not in (None, args.template):
-        run.say(world, f"note: {home} was trained with the template {named}, --template {args.template} replaces it")
-    return Tokenizer(home)
+    return Tokenizer(home), text.choose_template(home, template, "alpaca", say)
 
 
-def open_llama(directory: Path, dtype: torch.dtype | None, world: World, head: bool = True) -> Llama:
-    """Opens --pretrain to train it: an adapter is merged into its base.
+def start(args: Namespace, is_demo: bool, defaults: dict) -> Stage:
+    """Joins the other processes, settles every flag, and opens the tokenizer."""
+    world = run.start(args.device, args.strategy)
+    run.check_save_path(args.save_path, inputs_of(args))
+    if args.pretrain is None:       # nothing was learnt in another template yet
+        tokenizer, name = Tokenizer(args.tokenizer or demo.FOLDER), args.template or "alpaca"
+    else:
+        tokenizer, name = open_tokenizer(args.pretrain, args.template, partial(run.say, world))
+    run.resolve(args, defaults | {"template": name})
+    return Stage(args, world, run.choose_dtype(args.dtype, world.device), tokenizer, text.TEMPLATES[name], is_demo)
 
-    dtype None keeps the file's dtype. It is for training all weights, whose fp32 masters are made from the file's."""
-    base = lora.base_path(directory) if lora.is_adapter(directory) else directory
+
+def open_llama(stage: Stage) -> Llama:
+    """Opens --pretrain to train it: an adapter is merged into its base. Answers end where the template ends them."""
+    args, tokenizer = stage.args, stage.tokenizer
+    *adapter, base = inputs_of(args)
     if weights.quantization(base) is not None:
-        if dtype is None and base == directory:
-            raise ValueError(f"{directory} is quantized, its weights cannot be trained: give --lora_rank to train "
-                             "adapters beside them")
-        if base != directory:
-            run.say(world, f"note: {directory} is an adapter of a quantized model: merged they are a full-precision "
-                           "one, with that one's memory")
-    return quantize.open_model(directory, dtype, world.device, head=head, adapter="merge")
+        if not adapter and not args.lora_rank:
+            raise ValueError(f"{base} is quantized, its weights cannot be trained: give --lora_rank to train adapters "
+                             "beside them")
+        if adapter:
+            stage.say(f"note: {args.pretrain} is an adapter of a quantized model: merged they are a full-precision "
+                      "one, with that one's memory")
+    model = quantize.open_model(args.pretrain, stored_dtype(stage), stage.world.device, adapter="merge")
+    text.check_tokenizer(tokenizer, model.config.vocab_size)
+    model.stop_at([tokenizer.eos_id, text.answer_end(tokenizer, stage.template)])
+    return model
 
 
-def add_adapters(model: nn.Module, args: Namespace) -> None:
-    """Freezes the model and puts adapters on it, with the same numbers on every process."""
-    generator = torch.Generator(model.device).manual_seed(args.seed)
-    lora.attach(model, args.lora_rank, args.lora_alpha, args.lora_dropout, dtype=torch.float32, generator=generator)
+def stored_dtype(stage: Stage) -> torch.dtype | None:
+    """Returns the dtype to open weights in. None is the file's, from which fp32 masters are made; adapters leave the
+    weights as they are, so that of the computation is enough."""
+    return stage.dtype if stage.args.lora_rank else None
 
 
-def set_up(model: Llama, args: Namespace) -> None:
-    """Applies --grad_checkpoint and --compile."""
-    model.grad_checkpoint = args.grad_checkpoint
-    if args.compile:
-        for layer in model.layers:
-            layer.compile()     # from the second batch length on, with dynamic shapes
-
-
-def make_optimizer(model: nn.Module, args: Namespace, dtype: torch.dtype) -> zero.ZeRO2:
-    return zero.ZeRO2(model.named_parameters(), dtype, weight_decay=args.weight_decay, max_norm=args.clip_grad,
-                      strategy=args.strategy, trace=args.trace)
-
-
-def base_for_adapter(model: Llama, args: Namespace, tokenizer: Tokenizer, world: World) -> str:
+def base_for_adapter(model: Llama, stage: Stage) -> str | None:
     """Returns what a new adapter will name as its base: --pretrain, or "base" if --pretrain is an adapter itself.
 
-    Then the merged model is written to SAVE_PATH/base."""
+    Then the merged model is written to SAVE_PATH/base. None without --lora_rank."""
+    args = stage.args
+    if not args.lora_rank:
+        return None
     if not lora.is_adapter(args.pretrain):
         return str(args.pretrain.resolve())
-    if world.rank == 0:
+    if stage.world.rank == 0:
         model.save_pretrained(args.save_path / "base")
-        tokenizer.save(args.save_path / "base", args.template)
+        stage.tokenizer.save(args.save_path / "base", args.template)
     return "base"
 
 
-def save_model(model: nn.Module, optimizer: zero.ZeRO2, args: Namespace, tokenizer: Tokenizer,
-               base: str | None, world: World, extra: dict | None = None) -> None:
+def set_up(model: nn.Module, args: Namespace) -> None:
+    """Puts adapters on a model, the same on every process, and freezes the rest; --grad_checkpoint and --compile."""
+    if args.lora_rank:
+        generator = torch.Generator(model.device).manual_seed(args.seed)
+        lora.attach(model, args.lora_rank, args.lora_alpha, args.lora_dropout, dtype=torch.float32, generator=generator)
+        if hasattr(model, "score"):
+            model.score.requires_grad_(True)        # a reward model's head is new: it is trained in full
+    trunk = getattr(model, "trunk", model)
+    trunk.grad_checkpoint = args.grad_checkpoint
+    if args.compile:
+        for layer in trunk.layers:
+            layer.compile()     # from the second batch length on, with dynamic shapes
+
+
+def make_optimizer(model: nn.Module, stage: Stage) -> zero.ZeRO2:
+    args = stage.args
+    return zero.ZeRO2(model.named_parameters(), stage.dtype, weight_decay=args.weight_decay, max_norm=args.clip_grad,
+                      strategy=args.strategy, trace=args.trace)
+
+
+def say_memory(trained: list[nn.Module], frozen: list[nn.Module], tokens: int, stage: Stage) -> int:
+    """Prints what a run with micro-batches of so many tokens needs of memory. Returns its peak in bytes."""
+    args, models = stage.args, [(model, model.config) for model in trained]
+    plan, peak = zero.run_plan(models, frozen, args.strategy, stage.world, tokens, stage.dtype, args.lora_rank,
+                               args.grad_checkpoint)
+    stage.say(plan)
+    return peak
+
+
+def save_model(model: nn.Module, optimizer: zero.ZeRO2, base: str | None, stage: Stage) -> None:
     """Writes the model, or with a base its adapter. Removes an adapter, or a model, that an earlier run left there."""
-    adapter = base is not None
+    path, leftover = stage.args.save_path, ["adapter_*"]
     with optimizer.masters():
-        if world.rank == 0 and adapter:
-            lora.save_adapter(model, args.save_path, base, extra)
-        elif world.rank == 0:
-            model.save_pretrained(args.save_path)
-    if world.rank == 0:
-        for pattern in ("config.json", "model*.safetensors*") if adapter else ("adapter_*",):
-            for file in args.save_path.glob(pattern):
-                file.unlink()
-        tokenizer.save(args.save_path, args.template)
+        if stage.world.rank == 0 and base is None:
+            model.save_pretrained(path)
+        elif stage.world.rank == 0:
+            lora.save_adapter(model, path, base, model.config.extra)
+            leftover = ["config.json", "model*.safetensors*"]
+    if stage.world.rank == 0:
+        for file in [file for pattern in leftover for file in path.glob(pattern)]:
+            file.unlink()
+        stage.tokenizer.save(path, stage.args.template)
     run.barrier()
+
+
+def finish(figures: dict, measured: dict[str, str], stage: Stage) -> dict:
+    """Writes summary.json and prints the last line. measured: a figure's name -> how it is printed, where there is one.
+
+    Returns the summary."""
+    summary = run.write_summary(stage.args, stage.world, figures)
+    told = [wording.format(summary[name]) for name, wording in measured.items() if summary[name] is not None]
+    seconds, memory = summary["seconds"], run.peak_text(summary, stage.world)
+    stage.say(f"wrote {stage.args.save_path}: " + ", ".join([*told, f"{seconds:.0f} s", memory]))
+    return summary
+
+
+def read_records(paths: list[Path], kind: str, stage: Stage) -> list[dict]:
+    args = stage.args
+    return records.read_records(paths, kind, args.skip_bad_records, args.max_datasets_size, stage.say)
+
+
+def encode_all(found: list[dict], encode: Callable, what: str, max_len: int, stage: Stage) -> list:
+    """Returns what text.encode_example or encode_preference makes of the records, and says how many it left out."""
+    encode = partial(encode, tokenizer=stage.tokenizer, template=stage.template, max_len=max_len)
+    encoded, dropped = text.encode_all(found, encode, what)
+    if dropped:
+        stage.say(f"note: {dropped} of {len(found)} {what} are left out: the prompt alone fills {max_len} tokens, or "
+                  "the responses are equal up to there")
+    return encoded
 
 
 # ---- stage 1: files, flags, main ------------------------------------------------------------------------------------
 
-# The defaults for the demo world; real weights get FINETUNE.
-DEMO = {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "lr": 2e-3, "batch_size": 16, "accumulation_steps": 1,
-        "max_epochs": 2, "max_len": 160, "weight_decay": 0.1}
 # Coati: lr 5e-6, 3 epochs. 2e-5 and no decay are Alpaca's for full fine-tuning.
 FINETUNE = {"lr": 2e-5, "batch_size": 4, "accumulation_steps": 8, "max_epochs": 3, "weight_decay": 0.0}
+# For a model from scratch, of the shape below; and what is the demo's own.
+SCRATCH = {"lr": 2e-3, "batch_size": 16, "accumulation_steps": 1, "max_epochs": 2, "weight_decay": 0.1}
+DEMO = SCRATCH | {"dataset": [demo.FOLDER / "sft.jsonl.gz"], "max_len": 160}
 # The demo's task is mostly to copy words of the instruction. Tied embeddings learn that from one table.
-DEMO_MODEL = LlamaConfig(dim=192, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=512, vocab_size=1280,
-                         max_seq_len=256, tie_embeddings=True)
+SHAPE = LlamaConfig(dim=192, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=512, max_seq_len=256,
+                    tie_embeddings=True)
 
 
 def add_loop_flags(parser: run.Parser, examples: str, held: int) -> None:
@@ -378,38 +424,38 @@ def add_loop_flags(parser: run.Parser, examples: str, held: int) -> None:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    """Returns the flags of stage 1. Those that depend on the input are None until run.resolve fills them in."""
+    """Returns the flags of stage 1. Those that depend on the input are None until `start` fills them in."""
     parser = run.training_parser("Stage 1: supervised fine-tuning. Without flags, the demo: a small LLaMA from "
                                  "scratch on data/demo.", "out/sft")
     parser.add_argument("--dataset", type=Path, nargs="+",
                         help="records to learn: JSON list or lines, instruction, chat or text (data/records.py)")
+    parser.add_argument("--tokenizer", type=Path,
+                        help="train the demo's model from scratch on this tokenizer, see `python -m data.text train`")
     add_loop_flags(parser, "examples", 128)
     parser.tell(FINETUNE, DEMO)
     args = parser.parse_args(argv)
-    if args.pretrain is None and args.dataset is not None:
-        parser.error("--dataset needs --pretrain: without weights, only the demo is trained from scratch")
-    if args.pretrain is None and args.lora_rank:
-        parser.error("--lora_rank needs --pretrain: an adapter changes a trained model, from scratch there is none")
+    if args.pretrain is not None and args.tokenizer is not None:
+        parser.error("--tokenizer is for a model from scratch: the weights of --pretrain have a tokenizer of their own")
     if args.pretrain is not None and args.dataset is None:
         parser.error("--pretrain needs --dataset: name the records to fine-tune on")
+    if args.pretrain is None and args.lora_rank:
+        parser.error("--lora_rank needs --pretrain: an adapter changes a trained model, from scratch there is none")
+    if args.pretrain is None and args.tokenizer is None and args.dataset is not None:
+        parser.error("--dataset needs --pretrain, or --tokenizer to train a small model from scratch on it")
     return args
 
 
-def open_model(args: Namespace, tokenizer: Tokenizer, world: World) -> tuple[Llama, str | None]:
-    """Opens --pretrain or makes the demo's model. Returns it, and the base that an adapter on it will name."""
-    if args.pretrain is None:
-        # The weights are drawn on the CPU, so that they are the same on every device.
-        model = Llama(DEMO_MODEL, generator=torch.Generator().manual_seed(args.seed))
-        return model.to(world.device), None
-    # With adapters the model itself is frozen, so the compute dtype is enough.
-    dtype = run.choose_dtype(args.dtype, world.device) if args.lora_rank else None
-    model = open_llama(args.pretrain, dtype, world)
-    text.check_tokenizer(tokenizer, model.config.vocab_size)
-    if not args.lora_rank:
-        return model, None
-    base = base_for_adapter(model, args, tokenizer, world)
-    add_adapters(model, args)
-    return model, base
+def open_model(stage: Stage) -> tuple[Llama, str | None]:
+    """Opens --pretrain or makes a new model. Returns it, and the base that an adapter on it will name."""
+    args, tokenizer = stage.args, stage.tokenizer
+    if args.pretrain is not None:
+        model = open_llama(stage)
+        return model, base_for_adapter(model, stage)
+    # The weights are drawn on the CPU, so that they are the same on every device.
+    end = text.answer_end(tokenizer, stage.template)
+    config = replace(SHAPE, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=end)
+    model = Llama(config, generator=torch.Generator().manual_seed(args.seed))
+    return model.to(stage.world.device), None
 
 
 def resolve_max_len(args: Namespace, config: LlamaConfig) -> None:
@@ -419,55 +465,37 @@ def resolve_max_len(args: Namespace, config: LlamaConfig) -> None:
         raise ValueError(f"--max_len {args.max_len} is beyond the model's context of {config.max_seq_len} tokens")
 
 
-def read_examples(args: Namespace, tokenizer: Tokenizer, world: World) -> tuple[list, list]:
-    """Returns the examples to train on and those held out; an example is its ids and target flags."""
-    found = records.read_records(args.dataset, "sft", args.skip_bad_records, args.max_datasets_size,
-                                 partial(run.say, world))
-    template = text.TEMPLATES[args.template]
-    encode = partial(text.encode_example, tokenizer=tokenizer, template=template, max_len=args.max_len)
-    examples, dropped = text.encode_all(found, encode, "examples")
-    n = len(found)
-    if dropped:
-        run.say(world, f"note: {dropped} of {n} examples have a prompt of --max_len {args.max_len} tokens or more: "
-                       "left out")
-    return text.split_held_out(examples, args.eval_size, args.seed)
+def read_examples(paths: list[Path], max_len: int, stage: Stage) -> list:
+    """Returns examples to train on; each is its ids and target flags."""
+    return encode_all(read_records(paths, "sft", stage), text.encode_example, "examples", max_len, stage)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    world = run.start(args.device, args.strategy)
-    is_demo = args.pretrain is None
-    run.check_save_path(args.save_path, inputs_of(args))
-    tokenizer = open_tokenizer(args, args.pretrain, world)
-    run.resolve(args, DEMO if is_demo else FINETUNE)
-    model, base = open_model(args, tokenizer, world)
+    is_demo, defaults = args.dataset is None, FINETUNE
+    if args.pretrain is None:
+        defaults = DEMO if is_demo else SCRATCH
+    stage = start(args, is_demo, defaults)
+    model, base = open_model(stage)
     resolve_max_len(args, model.config)
-    examples, held = read_examples(args, tokenizer, world)
-    run.say_flags(world, args)
-    marks = run.fingerprint(model, examples, args.seed)
+    examples = read_examples(args.dataset, args.max_len, stage)
+    run.say_flags(stage.world, args)
     set_up(model, args)
-    torch.manual_seed(args.seed * 1000 + world.rank)        # dropout: each process has its own
-    optimizer = make_optimizer(model, args, run.choose_dtype(args.dtype, world.device))
 
     def sums(micro: list) -> dict[str, Tensor]:
         tokens, _, target = text.collate(micro)
         return {"loss": lm_loss(model, tokens, target)}
 
     rows, units = lambda example: [len(example[0])], lambda example: sum(example[1])
-    task = Task(examples, held, rows, units, sums)
-    with run.resumable(args):
-        figures = train(model, optimizer, task, marks, args, world)
-    save_model(model, optimizer, args, tokenizer, base, world)
+    examples, held = text.split_held_out(examples, args.eval_size, args.seed)
+    optimizer, figures = train(model, Task(examples, held, rows, units, sums), stage)
+    save_model(model, optimizer, base, stage)
     if is_demo:
-        gold = demo.measure(model, tokenizer, text.TEMPLATES[args.template]) if world.rank == 0 else None
+        gold = demo.measure(model, stage.tokenizer, stage.template) if stage.world.rank == 0 else None
         figures |= run.broadcast_object(gold)
-        run.say(world, f"held-out instructions: gold score {figures['gold']:.3f} "
-                       f"(en {figures['gold_en']:.3f}, zh {figures['gold_zh']:.3f})")
-    summary = run.write_summary(args, world, figures)
-    evaluated = "" if summary["eval_loss"] is None else f"eval loss {summary['eval_loss']:.4f}, "
-    memory = run.peak_text(summary, world)
-    run.say(world, f"wrote {args.save_path}: {evaluated}{summary['seconds']:.0f} s, {memory}")
-    return summary
+        stage.say(f"held-out instructions: gold score {figures['gold']:.3f} "
+                  f"(en {figures['gold_en']:.3f}, zh {figures['gold_zh']:.3f})")
+    return finish(figures, {"eval_loss": "eval loss {:.4f}"}, stage)
 
 
 if __name__ == "__main__":

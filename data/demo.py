@@ -281,12 +281,12 @@ def measure(model, tokenizer, template, seed: int = 0) -> dict:
     generator = torch.Generator(model.device).manual_seed(seed)
     answers = []
     for i in range(0, len(prompts), 104):  # four batches: the cache of all 416 at once would be large
-        answers += model.generate(prompts[i:i + 104], LONGEST, eos_id=tokenizer.eos_id, generator=generator)
+        answers += model.generate(prompts[i:i + 104], LONGEST, generator=generator)
     scores, samples = {"en": [], "zh": []}, []
     for question, ids in zip(asked, answers):
         text = tokenizer.decode(ids)
         language = "zh" if chinese(question) else "en"
-        scores[language].append(gold(question, text, ended=ids[-1:] == [tokenizer.eos_id]))
+        scores[language].append(gold(question, text, ended=not model.stops().isdisjoint(ids[-1:])))
         samples.append(f"{question} -> {text}")
     bigrams = [pair for ids in answers for pair in zip(ids, ids[1:])]
     return {

@@ -29,10 +29,12 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -205,6 +207,11 @@ def shown(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def typed(args: argparse.Namespace) -> dict[str, str]:
+    """Returns the values of all flags, in order of their names."""
+    return {flag: shown(value) for flag, value in sorted(vars(args).items())}
+
+
 def number(at_least: float = 0, at_most: float | None = None, above: bool = False, read: Callable = float,
            kind: str = "finite number") -> Callable[[str], float]:
     """The type of a flag that takes numbers from at_least to at_most; with `above` at_least itself is not allowed."""
@@ -297,9 +304,8 @@ def check_save_path(save_path: Path, inputs: list[Path]) -> None:
                          "name another directory")
     try:
         save_path.mkdir(parents=True, exist_ok=True)
-        probe = save_path / "write.tmp"
-        probe.write_bytes(b"")
-        probe.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=save_path):
+            pass
     except OSError as error:
         raise ValueError(f"--save_path {save_path} cannot be written ({error.strerror}): name a directory that can "
                          "be") from None
@@ -377,19 +383,7 @@ def say(world: World, text: str) -> None:
 
 
 def say_flags(world: World, args: argparse.Namespace) -> None:
-    say(world, "flags: " + " ".join(key + "=" + shown(value) for key, value in sorted(vars(args).items())))
-
-
-def progress(world: World, step: int, total: int, started: float, text: str, log: bool, first: int = 0) -> None:
-    """Prints the progress line: on a terminal over the one before, elsewhere as a line of its own if `log`."""
-    seconds = (time.perf_counter() - started) / max(step - first, 1) * (total - step)
-    minutes = seconds / 60
-    left = f"{minutes:.1f} min left" if minutes > 1.5 else f"{seconds:.0f} s left"
-    line = f"step {step}/{total} | {text} | {left}"
-    if world.rank == 0 and sys.stdout.isatty():
-        print(f"\r\x1b[K{line}", end="\n" if step == total else "", flush=True)
-    elif log or step == total:
-        say(world, line)
+    say(world, "flags: " + " ".join(f"{flag}={value}" for flag, value in typed(args).items()))
 
 
 def peak_text(summary: dict, world: World) -> str:
@@ -400,18 +394,10 @@ def peak_text(summary: dict, world: World) -> str:
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
-def random_state(world: World) -> dict[str, Tensor]:
-    gpu = {"cuda": torch.cuda.get_rng_state(world.device)} if world.device.type == "cuda" else {}
-    return {"cpu": torch.get_rng_state()} | gpu
-
-
-def set_random_state(state: dict[str, Tensor] | None, world: World) -> None:
-    """Sets the random state of a checkpoint; does nothing with None, where other processes wrote the checkpoint."""
-    if state is None:
-        return
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and world.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], world.device)
+def generators(world: World) -> list[torch.Generator]:
+    """Returns what training draws random numbers from: PyTorch's generator of the CPU, and the one of this GPU."""
+    gpu = [torch.cuda.default_generators[world.device.index]] if world.device.type == "cuda" else []
+    return [torch.default_generator, *gpu]
 
 
 def fingerprint(model: nn.Module, examples: list, seed: int) -> dict[str, str]:
@@ -429,19 +415,25 @@ def checkpoints(save_path: Path) -> list[Path]:
     return sorted(path for path in (save_path / "resume").glob("step-*") if path.suffix != ".tmp")
 
 
-def save_checkpoint(save_path: Path, world: World, meta: dict, state: dict) -> None:
-    """Writes SAVE_PATH/resume/step-N.tmp, renames it to step-N when complete, and then removes the previous one.
+def save_checkpoint(args: argparse.Namespace, world: World, meta: dict, optimizer) -> None:
+    """Writes a checkpoint if meta["step"] is one of --save_interval or the one where --max_steps stops.
 
-    So a kill at any moment leaves a complete checkpoint."""
-    folder = save_path / "resume"
-    new = folder / f"step-{meta['step']:08d}"
-    temporary, part = new.with_suffix(".tmp"), {"optimizer": state, "random": random_state(world)}
+    optimizer has state_dict(). SAVE_PATH/resume/step-N.tmp is written, renamed to step-N when complete, and then the
+    previous checkpoint is removed. So a kill at any moment leaves a complete one."""
+    step = meta["step"]
+    if not args.save_interval or step % args.save_interval and step != args.max_steps:
+        return
+    folder = args.save_path / "resume"
+    new = folder / f"step-{step:08d}"
+    temporary = new.with_suffix(".tmp")
+    random = [generator.get_state() for generator in generators(world)]
+    part = {"optimizer": optimizer.state_dict(), "random": random}
     try:
         if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            write_json(temporary / "meta.json", meta | {"world": world.world})
+            write_json(temporary / "meta.json", meta | {"world": world.world, "flags": typed(args)})
         barrier()
-        write_file(temporary / f"rank-{world.rank}.pt", lambda file: torch.save(part, file))
+        write_file(temporary / f"rank-{world.rank}.pt", partial(torch.save, part))
         barrier()
     except OSError:         # the disk is full
         shutil.rmtree(temporary, ignore_errors=True)
@@ -454,11 +446,12 @@ def save_checkpoint(save_path: Path, world: World, meta: dict, state: dict) -> N
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(save_path: Path, world: World, marks: dict[str, str],
-                    strategy: str) -> tuple[dict, list[dict], dict | None]:
-    """Returns meta, the optimizer states of all processes that wrote the newest checkpoint, and this process's random
-    state, or None if they were not as many. Refuses another model, dataset or seed."""
-    found, folder = checkpoints(save_path), save_path / "resume"
+def load_checkpoint(args: argparse.Namespace, world: World, marks: dict[str, str], optimizer) -> dict:
+    """Brings optimizer and random state back from the newest checkpoint. Returns its meta.
+
+    optimizer has load_state_dict(states of all processes that wrote the checkpoint). Another model, dataset or seed is
+    refused. Other flags and another number of processes are said."""
+    found, folder = checkpoints(args.save_path), args.save_path / "resume"
     if not found:
         raise FileNotFoundError(f"--resume, but {folder} holds no checkpoint: run without --resume first "
                                 "(a checkpoint every --save_interval updates)")
@@ -474,11 +467,17 @@ def load_checkpoint(save_path: Path, world: World, marks: dict[str, str],
         if meta["marks"].get(what) != mark:
             raise ValueError(f"{newest} is of another {what} than this run: resume with the flags of the first run, or "
                              "use another --save_path")
-    if (meta["world"], meta["strategy"]) != (world.world, strategy):
-        say(world, f"note: the checkpoint was written by {meta['world']} processes with {meta['strategy']}, this run "
-                   f"has {world.world} with {strategy}: optimizer state and the rest of the epoch are shared out anew")
-    random = ranks[world.rank]["random"] if meta["world"] == world.world else None
-    return meta, [part["optimizer"] for part in ranks], random
+    before = {"processes": meta["world"]} | meta["flags"]
+    now = {"processes": world.world} | typed(args)
+    changed = [key for key in now if now[key] != before.get(key) and key not in ("resume", "save_path")]
+    if changed:
+        old, new = (", ".join(f"{key}={flags.get(key)}" for key in changed) for flags in (before, now))
+        say(world, f"note: the checkpoint was written with {old}, this run goes on from it with {new}")
+    optimizer.load_state_dict([part["optimizer"] for part in ranks])
+    if meta["world"] == world.world:
+        for generator, state in zip(generators(world), ranks[world.rank]["random"]):
+            generator.set_state(state)
+    return meta
 
 
 @contextmanager
@@ -494,10 +493,10 @@ def resumable(args: argparse.Namespace) -> Iterator[None]:
         raise KeyboardInterrupt(left) from None
 
 
-def stop_if_broken(loss: float, step: int, lr: float, save_path: Path) -> None:
+def stop_if_broken(loss: float, step: int, lr: float, args: argparse.Namespace) -> None:
     """Raises FloatingPointError if the loss is not finite."""
     if not math.isfinite(loss):
-        kept = checkpoints(save_path)
+        kept = checkpoints(args.save_path)
         left = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise FloatingPointError(f"the loss is {loss} at step {step} with learning rate {lr:.3g}: lower --lr, or look "
                                  f"at the data; {left}")
@@ -505,28 +504,59 @@ def stop_if_broken(loss: float, step: int, lr: float, save_path: Path) -> None:
 
 # ---- metrics and summary --------------------------------------------------------------------------------------------
 
-def open_metrics(save_path: Path, world: World, step: int) -> Callable[[dict], None]:
-    """Cuts metrics.jsonl back to the rows up to `step`, and returns a function that appends a row.
+class Log:
+    """The rows of metrics.jsonl and the progress line of a run of `total` steps that begins after step `first`."""
 
-    A new run (step 0) also removes an old one's checkpoints, from which --resume would continue if it died early."""
-    file, kept = save_path / "metrics.jsonl", []
-    if world.rank == 0 and step == 0:
-        shutil.rmtree(save_path / "resume", ignore_errors=True)
-    elif world.rank == 0 and file.exists():
-        for line in file.read_text("utf-8").splitlines(keepends=True):
-            with suppress(json.JSONDecodeError):        # a killed run may leave half a line
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-    if world.rank == 0:
-        write_file(file, "".join(kept).encode())
-
-    def append(row: dict) -> None:
-        # JSON has no Infinity, such as the gradient norm of a skipped step: it is written as null.
-        finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+    def __init__(self, args: argparse.Namespace, world: World, first: int, total: int):
+        """Cuts off the rows after `first`. A new run (0) also removes an old one's checkpoints, from which --resume
+        would continue if the new one died early."""
+        self.world, self.first, self.total = world, first, total
+        self.file, kept = args.save_path / "metrics.jsonl", []
+        if world.rank == 0 and first == 0:
+            shutil.rmtree(args.save_path / "resume", ignore_errors=True)
+        elif world.rank == 0 and self.file.exists():
+            for line in self.file.read_text("utf-8").splitlines(keepends=True):
+                with suppress(json.JSONDecodeError):        # a killed run may leave half a line
+                    if json.loads(line)["step"] <= first:
+                        kept.append(line)
         if world.rank == 0:
-            with file.open("a", encoding="utf-8") as out:
+            write_file(self.file, "".join(kept).encode())
+        self.tokens, self.started = 0, time.perf_counter()
+
+    def row(self, step: int, loss: float, lr: float, tokens: int, began: float) -> dict:
+        """Returns the figures that every row has. began: the time.perf_counter() at which this step began."""
+        now = time.perf_counter()
+        self.tokens += tokens
+        return {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "seconds": now - self.started,
+            "tokens_per_second": tokens / (now - began),
+        }
+
+    def append(self, row: dict) -> None:
+        """Writes a row. JSON has no Infinity, such as the gradient norm of a skipped step: it is written as null."""
+        finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+        if self.world.rank == 0:
+            with self.file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(finite) + "\n")
-    return append
+
+    def progress(self, step: int, text: str, log: bool) -> None:
+        """Prints the progress line: on a terminal over the one before, elsewhere as a line of its own if `log`."""
+        seconds = (time.perf_counter() - self.started) / max(step - self.first, 1) * (self.total - step)
+        minutes = seconds / 60
+        left = f"{minutes:.1f} min left" if minutes > 1.5 else f"{seconds:.0f} s left"
+        line = f"step {step}/{self.total} | {text} | {left}"
+        if self.world.rank == 0 and sys.stdout.isatty():
+            print(f"\r\x1b[K{line}", end="\n" if step == self.total else "", flush=True)
+        elif log or step == self.total:
+            say(self.world, line)
+
+    def figures(self) -> dict:
+        """Returns what summary.json takes of the whole run."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        return {"seconds": seconds, "tokens_per_second": self.tokens / seconds}
 
 
 def write_summary(args: argparse.Namespace, world: World, figures: dict) -> dict:

@@ -72,8 +72,11 @@ class Scripted:
     def __init__(self, ids: list[int]):
         self.ids = ids
 
-    def generate(self, prompts, max_new_tokens, eos_id, generator):
+    def generate(self, prompts, max_new_tokens, generator):
         return [self.ids] * len(prompts)
+
+    def stops(self) -> set[int]:
+        return {2, 7}  # a chat model has an end of turn beside EOS
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -23,8 +23,9 @@ import sft
 import zero
 from data import demo, records, run, text
 from model import Llama, LlamaConfig
-from ppo import Experience, Models, Optimizers, Stage
+from ppo import Experience, Models, Optimizers
 from rm import RewardModel
+from sft import Stage
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
@@ -79,13 +80,14 @@ def resolved(base, out, *further) -> argparse.Namespace:
 
 
 def stage_of(args: argparse.Namespace, world: run.World = WORLD, dtype: torch.dtype = torch.float32) -> Stage:
-    return Stage(args, world, dtype, text.Tokenizer(demo.FOLDER), False)
+    return Stage(args, world, dtype, text.Tokenizer(demo.FOLDER), TEMPLATE, False)
 
 
 def opened(base, out, *further) -> tuple[argparse.Namespace, Models]:
     """The four models of a run, and its flags."""
     args = resolved(base, out, *further)
-    return args, ppo.open_models(args, sft.open_tokenizer(args, args.pretrain, WORLD), WORLD, torch.float32)[0]
+    args.template = "alpaca"
+    return args, ppo.open_models(stage_of(args))[0]
 
 
 def metrics(out: Path) -> list[dict]:

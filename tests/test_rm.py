@@ -239,17 +239,18 @@ def test_what_was_trained_is_what_is_loaded(base, tmp_path, monkeypatch, rank):
 def test_answers_have_the_room_of_their_own_prompt(base):
     """One prompt of nearly --max_len must not leave all the others one token; prompts without room are passed over."""
     model, tokenizer = Llama.from_pretrained(base / "model"), Tokenizer(demo.FOLDER)
-    args, plain = argparse.Namespace(template="plain", max_len=48, seed=0), text.TEMPLATES["plain"]
+    args, plain = argparse.Namespace(max_len=48, seed=0), text.TEMPLATES["plain"]
+    stage = sft.Stage(args, data.run.World(0, 1, model.device), torch.float32, tokenizer, plain, False)
     short, long, full = ({"messages": [{"role": "user", "content": "fox " * n}]} for n in (2, 30, 60))
     lengths = [len(text.encode_prompt(r["messages"], tokenizer, plain)) for r in (short, long)]
-    rows = rm.sample_answers(model, [full, full, long, short, short], tokenizer, args, 2)
+    rows = rm.sample_answers(model, [full, full, long, short, short], stage, 2)
     assert lengths[0] < 20 and 40 < lengths[1] < 48 and [len(row) for row in rows] == [48, 48]
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_all_forms_of_stage_1_are_accepted(base, tmp_path, rank):
     """An adapter's names looked for in a full model. Stage 3 opens each too, and all have the same trunk."""
-    world, tokens = data.run.World(0, 1, torch.device("cpu")), torch.arange(3, 60)[None]
+    tokens = torch.arange(3, 60)[None]
     run(base, tmp_path / "rm", "--max_steps", 1, "--lora_rank", rank)
     losses_before, hidden = [], []
     for form in ("adapter", "merged"):
@@ -257,8 +258,7 @@ def test_all_forms_of_stage_1_are_accepted(base, tmp_path, rank):
         losses_before.append(summary["eval_loss_before"])
         given = ["--pretrain", base / form, "--rm_path", tmp_path / form, "--lora_rank", rank]
         args = ppo.parse([str(x) for x in (*given, "--save_path", tmp_path / f"ppo-{form}")])
-        tokenizer = sft.open_tokenizer(args, base / form, world)
-        models, adapter_base = ppo.open_models(args, tokenizer, world, torch.float32)
+        models, adapter_base = ppo.open_models(sft.start(args, False, ppo.FINETUNE))
         assert (adapter_base == "base") == (form == "adapter" and rank > 0)
         assert (models.ref is models.actor) == bool(rank)
         with torch.no_grad():

@@ -21,11 +21,35 @@ ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ALONE = run.World(0, 1, torch.device("cpu"))
-META = {"world": 1, "strategy": "naive", "marks": {}}
+
+
+def args_of(folder: Path, **more) -> argparse.Namespace:
+    flags = dict(save_path=folder, save_interval=500, max_steps=None, dataset=[Path("故事.json")], lr=None, seed=3)
+    return argparse.Namespace(**flags | more)
+
+
+class Weight:
+    """Stands for an optimizer: a checkpoint of it is one tensor."""
+
+    def __init__(self, numbers: int = 0, value: float = 0.0):
+        self.states = [{"weight": torch.full((numbers,), value)}]
+
+    def state_dict(self) -> dict:
+        return self.states[0]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        self.states = states
 
 
 def save(folder: Path, step: int, numbers: int = 1000) -> None:
-    run.save_checkpoint(folder, ALONE, META | {"step": step}, {"weight": torch.full((numbers,), float(step))})
+    args = args_of(folder, save_interval=1)
+    run.save_checkpoint(args, ALONE, {"step": step, "marks": {}}, Weight(numbers, float(step)))
+
+
+def load(folder: Path, world: run.World = ALONE, marks: dict = {}, **more) -> tuple[dict, torch.Tensor]:
+    weight = Weight()
+    meta = run.load_checkpoint(args_of(folder, **{"save_interval": 1} | more), world, marks, weight)
+    return meta, weight.states[0]["weight"]
 
 
 def names(folder: Path) -> list[str]:
@@ -267,10 +291,6 @@ def test_a_terminal_without_chinese(tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (0, b"??\n", b"")
 
 
-def args_of(folder: Path) -> argparse.Namespace:
-    return argparse.Namespace(save_path=folder, save_interval=500, dataset=[Path("故事.json")], lr=None, seed=3)
-
-
 @pytest.mark.parametrize("saved, said", [
     (False, "before its first checkpoint: it cannot be resumed (--save_interval 500 updates)"),
     (True, "resume with the same command and --resume"),
@@ -289,14 +309,14 @@ def test_an_interrupted_run_says_what_is_left_of_it(tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_broken_loss_names_step_rate_and_checkpoint(tmp_path, loss):
-    run.stop_if_broken(1.0, 7, 1e-3, tmp_path)
+    run.stop_if_broken(1.0, 7, 1e-3, args_of(tmp_path))
     message = f"the loss is {loss} at step 7 with learning rate 0.001: .*no checkpoint yet"
     with pytest.raises(FloatingPointError, match=message):
-        run.stop_if_broken(loss, 7, 1e-3, tmp_path)
+        run.stop_if_broken(loss, 7, 1e-3, args_of(tmp_path))
     save(tmp_path, 6)
     (tmp_path / "resume" / "step-00000007.tmp").mkdir()
     with pytest.raises(FloatingPointError, match=r"step-00000006$"):
-        run.stop_if_broken(loss, 7, 1e-3, tmp_path)
+        run.stop_if_broken(loss, 7, 1e-3, args_of(tmp_path))
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -306,7 +326,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from data import run
-from test_run import ALONE, save, names
+from test_run import load, save, names
 
 def dying(call, half=None):  # dies before its nth call, or half-way through it
     def wrapped(*args, **more):
@@ -339,8 +359,8 @@ for left in range(1, 100):
         save(folder, step, 50_000)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    meta, states, random = run.load_checkpoint(folder, ALONE, {}, "naive")
-    assert meta["step"] in (saved, step) and (states[0]["weight"] == meta["step"]).all() and random is not None, meta
+    meta, weight = load(folder)
+    assert meta["step"] in (saved, step) and (weight == meta["step"]).all() and len(weight) == 50_000, meta
     saved = meta["step"]
     if code == 0:
         break
@@ -370,23 +390,38 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_last_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(caught.value) and names(tmp_path) == ["step-00000001"]
-    assert run.load_checkpoint(tmp_path, ALONE, {}, "naive")[0]["step"] == 1
+    assert load(tmp_path)[0]["step"] == 1
 
 
-def test_a_checkpoint_brings_everything_back(tmp_path):
+def test_a_checkpoint_brings_everything_back(tmp_path, capsys):
     torch.manual_seed(5)
     save(tmp_path, 3)
     drawn = torch.rand(4)
-    meta, states, random = run.load_checkpoint(tmp_path, ALONE, {}, "naive")
-    run.set_random_state(random, ALONE)
-    assert torch.equal(torch.rand(4), drawn) and meta == META | {"step": 3}
-    assert torch.equal(states[0]["weight"], torch.full((1000,), 3.0))
+    meta, weight = load(tmp_path)
+    assert torch.equal(torch.rand(4), drawn) and meta["step"] == 3
+    assert torch.equal(weight, torch.full((1000,), 3.0)) and capsys.readouterr().out == ""
 
 
-def test_other_processes_share_a_checkpoint_out_anew(tmp_path, capsys):
+@pytest.mark.parametrize("interval, most, steps", [(2, None, [2, 4]), (2, 3, [2, 3, 4]), (0, 3, []), (10, None, [])])
+def test_checkpoints_are_those_asked_for(tmp_path, interval, most, steps):
+    saved = []
+    for step in range(1, 5):
+        args = args_of(tmp_path, save_interval=interval, max_steps=most)
+        run.save_checkpoint(args, ALONE, {"step": step, "marks": {}}, Weight(3))
+        saved += [step] if run.checkpoints(tmp_path) == [tmp_path / "resume" / f"step-{step:08d}"] else []
+    assert saved == steps
+
+
+def test_other_processes_and_flags_are_said(tmp_path, capsys):
+    """A resumed run with another learning rate has another schedule than its first part."""
+    torch.manual_seed(5)
     save(tmp_path, 3)
-    *_, random = run.load_checkpoint(tmp_path, run.World(0, 2, torch.device("cpu")), {}, "zero2")
-    assert random is None and "written by 1 processes with naive, this run has 2 with zero2" in capsys.readouterr().out
+    drawn = torch.rand(8)
+    torch.manual_seed(5)
+    load(tmp_path, run.World(0, 2, torch.device("cpu")), lr=1e-4, seed=3)
+    assert torch.equal(torch.rand(8), drawn)    # of two processes none goes on with the one's random state
+    note = "note: the checkpoint was written with processes=1, lr=None, this run goes on from it with processes=2, lr="
+    assert f"{note}0.0001\n" in capsys.readouterr().out
 
 
 def test_fingerprints_tell_models_data_and_seeds_apart():
@@ -402,31 +437,31 @@ def test_fingerprints_tell_models_data_and_seeds_apart():
 
 def test_what_cannot_be_resumed_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no checkpoint: run without --resume first"):
-        run.load_checkpoint(tmp_path, ALONE, {}, "naive")
+        load(tmp_path)
     save(tmp_path, 2)
     with pytest.raises(ValueError, match="step-00000002 is of another model than this run: resume with the flags of"):
-        run.load_checkpoint(tmp_path, ALONE, {"model": "x"}, "naive")
+        load(tmp_path, marks={"model": "x"})
     (tmp_path / "resume" / "step-00000002" / "rank-0.pt").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="cannot be read: remove it"):
-        run.load_checkpoint(tmp_path, ALONE, {}, "naive")
+        load(tmp_path)
 
 
 # ---- metrics, summary, directories ----------------------------------------------------------------------------------
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
-    append = run.open_metrics(tmp_path, ALONE, 0)
+    log = run.Log(args_of(tmp_path), ALONE, 0, 4)
     for step in range(1, 5):
-        append({"step": step, "loss": 1 / step, "grad_norm": math.inf if step == 2 else 1.0})
+        log.append({"step": step, "loss": 1 / step, "grad_norm": math.inf if step == 2 else 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # the kill fell into the writing of a row
     save(tmp_path, 3)
-    run.open_metrics(tmp_path, ALONE, 3)({"step": 4, "loss": 0.0})
+    run.Log(args_of(tmp_path), ALONE, 3, 4).append({"step": 4, "loss": 0.0})
     refuse = lambda word: pytest.fail(f"{word} is no JSON: a browser cannot read this line")
     lines = (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[3]["loss"] == 0 and rows[1]["grad_norm"] is None
     assert names(tmp_path) == ["step-00000003"]
-    run.open_metrics(tmp_path, ALONE, 0)  # a new run
+    run.Log(args_of(tmp_path), ALONE, 0, 4)  # a new run
     assert (tmp_path / "metrics.jsonl").read_text() == "" and not (tmp_path / "resume").exists()
 
 
@@ -434,19 +469,21 @@ def test_summary_holds_figures_and_flags(tmp_path):
     summary = run.write_summary(args_of(tmp_path), ALONE, {"loss": 1.5})
     assert json.loads((tmp_path / "summary.json").read_text("utf-8")) == summary
     assert summary["loss"] == 1.5 and summary["peak_memory_bytes"] > 1e7 and summary["world"] == 1
-    rest = {"save_interval": 500, "dataset": ["故事.json"], "lr": None, "seed": 3}
+    rest = {"save_interval": 500, "max_steps": None, "dataset": ["故事.json"], "lr": None, "seed": 3}
     assert summary["flags"] == {"save_path": str(tmp_path)} | rest
 
 
 def test_one_process_prints_and_writes(tmp_path, capsys):
     second = run.World(1, 2, torch.device("cpu"))
     run.say(second, "hello")
-    run.progress(second, 1, 1, 0.0, "loss", True)
-    run.open_metrics(tmp_path, second, 0)({"step": 1})
+    log = run.Log(args_of(tmp_path), second, 0, 1)
+    log.progress(1, "loss", True)
+    log.append({"step": 1})
     run.write_summary(args_of(tmp_path), second, {})
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
-    run.progress(ALONE, 1, 2, 0.0, "loss 1", False)
-    run.progress(ALONE, 2, 2, 0.0, "loss 1", False)
+    log = run.Log(args_of(tmp_path), ALONE, 0, 2)
+    log.progress(1, "loss 1", False)
+    log.progress(2, "loss 1", False)
     assert capsys.readouterr().out == "step 2/2 | loss 1 | 0 s left\n"
 
 

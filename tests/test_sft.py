@@ -262,7 +262,7 @@ def test_prompt_that_fills_max_len_is_left_out(base, tmp_path, capsys):
     for name in ("three", "four"):
         run(base, tmp_path / name, "--dataset", tmp_path / f"{name}.json")
     assert losses(tmp_path / "three") == losses(tmp_path / "four")
-    assert "1 of 4 examples have a prompt" in capsys.readouterr().out
+    assert "1 of 4 examples are left out: the prompt alone fills 160 tokens" in capsys.readouterr().out
 
 
 def test_overfitted_answers_end(tmp_path):
@@ -381,12 +381,12 @@ def test_real_weights_and_instructions(tmp_path):
     assert Llama.from_pretrained(tmp_path).config.ffn_dim == 172
 
 
-def test_demo_model_starts_the_same_everywhere():
-    world = data.run.World(0, 1, torch.device("cpu"))
+def test_demo_model_starts_the_same_everywhere(tmp_path):
     states = []
     for seed in ("3", "3", "4"):
         torch.manual_seed(len(states))
-        model, adapter_base = sft.open_model(sft.parse(["--seed", seed]), Tokenizer(demo.FOLDER), world)
+        args = sft.parse(["--seed", seed, "--save_path", str(tmp_path)])
+        model, adapter_base = sft.open_model(sft.start(args, True, sft.DEMO))
         assert adapter_base is None
         states.append(model.state_dict())
     assert same(states[0], states[1]) and not same(states[0], states[2])
@@ -518,7 +518,9 @@ def test_two_processes(base, tmp_path, capsys):
     capsys.readouterr()
     run(base, tmp_path / "moved", "--batch_size", 8, "--max_epochs", 2, "--resume")
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
-    assert "written by 2 processes with zero2, this run has 1 with ddp" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "note: the checkpoint was written with processes=2, batch_size=4, save_interval=2, strategy=zero2, " in said
+    assert "this run goes on from it with processes=1, batch_size=8, save_interval=500, strategy=ddp\n" in said
     run(base, tmp_path / "even", "--max_datasets_size", 9, "--eval_size", 0, "--max_epochs", 2, "--batch_size", 8)
     for strategy in ("ddp", "zero2"):
         assert losses(tmp_path / f"odd-{strategy}") == pytest.approx(losses(tmp_path / "even"), rel=1e-5)
@@ -583,7 +585,9 @@ def test_bad_input_is_a_sentence(base, bad_folder, tmp_path, case):
 
 
 @pytest.mark.parametrize("given, message", [
-    (["--dataset", "data.json"], "--dataset needs --pretrain"),
+    (["--dataset", "data.json"], "--dataset needs --pretrain, or --tokenizer"),
+    (["--tokenizer", "DIR", "--pretrain", "DIR", "--dataset", "data.json"], "--tokenizer is for a model from scratch"),
+    (["--tokenizer", "DIR", "--lora_rank", "4"], "--lora_rank needs --pretrain"),
     (["--lora_rank", "4"], "--lora_rank needs --pretrain"),
     (["--pretrain", "DIR"], "--pretrain needs --dataset"),
 ])
