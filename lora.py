@@ -353,6 +353,7 @@ CHECKS = {
     "lora_alpha": NUMBER,
     "lora_dropout": NUMBER,
     "reward_mean": NUMBER,
+    "pad_token_id": NUMBER,
     "target_modules": ("names or a regular expression", lambda value: are_names(value) or is_expression(value)),
     "rank_pattern": PATTERN,
     "alpha_pattern": PATTERN,
@@ -498,7 +499,7 @@ def main(argv: list[str] | None = None) -> dict:
         written[f"{name}.weight"] = sum_of(tensors[f"{name}.weight"], A, B, layer.scaling)
     if reward:
         written["score.weight"] = adapter["score.weight"]
-        fields["extra"] = {"reward_mean": config.get("reward_mean", 0.0)}
+        fields["extra"] = {key: config[key] for key in ("reward_mean", "pad_token_id") if key in config}
     if args.dtype != "auto":
         fields["dtype"] = str(weights.DTYPES[args.dtype]).removeprefix("torch.")
     weights.write_model(args.out, fields, written,

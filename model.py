@@ -445,7 +445,8 @@ class Llama(Transformer):
         """Lets answers end at these ids too, here and in the directory that is written."""
         eos_id = self.config.eos_id
         before = [eos_id] if isinstance(eos_id, int) else eos_id or []
-        self.config = replace(self.config, eos_id=tuple(dict.fromkeys([*before, *ids])))
+        both = tuple(dict.fromkeys([*before, *ids]))
+        self.config = replace(self.config, eos_id=both if len(both) > 1 else both[0])
 
     def room(self, prompts: list[list[int]], max_new_tokens: int | list[int]) -> list[int]:
         """Returns how many new tokens each prompt may get: as asked, or as many as the context leaves. Raises
