@@ -28,33 +28,36 @@ Letters: B rows of a call, T tokens in each, C width, V vocabulary; in the cache
 """
 
 import argparse
-import hashlib
 import hmac
 import http.client
 import ipaddress
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
+import reprlib
 import secrets
 import signal
 import socket
 import socketserver
-import subprocess
-import sys
 import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,13 +78,12 @@ class Served(NamedTuple):
     name: str
     context: int                # most tokens of a prompt and its answer together
 
-    @property
-    def stops(self) -> set[int]:
-        return self.model.stops(None) | {self.tokenizer.eos_id}
 
-
-class Request(NamedTuple):
-    """What a client asks for, in OpenAI's words. `prompts` are ids."""
+@dataclass(eq=False)
+class Request:
+    """What a client asks for, in OpenAI's words, and what the engine gives it: Events in a queue, or a Refusal, which
+    ends the request."""
+    served: Served
     prompts: list[list[int]]
     chat: bool = False
     n: int = 1
@@ -97,32 +99,30 @@ class Request(NamedTuple):
     stream: bool = False
     include_usage: bool = False
 
-
-class Job:
-    """A request in the engine, which puts Events into its queue, or a Refusal, which ends it."""
-
-    def __init__(self, request: Request, served: Served):
-        self.request, self.served, self.events = request, served, SimpleQueue()
+    def __post_init__(self):
+        prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
+        self.answers = [Answer(self, index, prompt) for index, prompt in enumerate(prompts)]
+        self.events: SimpleQueue[Event | Refusal] = SimpleQueue()
         self.over = False                      # set by the thread of its client at the end, or by the engine at a fault
         self.reused = 0                        # prompt tokens whose keys and values were copied
         self.began = time.perf_counter()
-        prompts = [prompt for prompt in request.prompts for _ in range(request.n)]
-        self.answers = [Answer(self, index, prompt) for index, prompt in enumerate(prompts)]
+        prefix = "chatcmpl-" if self.chat else "cmpl-"
+        self.head = {"id": prefix + secrets.token_hex(12), "created": int(time.time()), "model": self.served.name}
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """Returns the random number in (0, 1] of a token. As a hash it depends on no other row and no machine."""
-    digest = hashlib.blake2b(f"{seed} {choice} {position}".encode(), digest_size=8).digest()
-    return (1 + (int.from_bytes(digest, "big") >> 11)) / 2**53
+    """Returns the random number in (0, 1] of a token. It depends on no other row, and on no machine: Random hashes a
+    text by SHA-512."""
+    return 1 - random.Random(f"{seed} {choice} {position}").random()
 
 
 def penalize(logits: Tensor, made: list[int], presence: float, frequency: float) -> None:
     """OpenAI's formula, in place: logits (V) of each token already written lose presence + frequency * times."""
     if made and (presence or frequency):
-        times = Counter(made)
-        logits[list(times)] -= presence + frequency * logits.new_tensor(list(times.values()))
+        times = torch.tensor(made, device=logits.device).bincount(minlength=len(logits))   # (V)
+        logits -= presence * (times > 0) + frequency * times
 
 
 def draw(logits: Tensor, temperature: list[float], top_p: list[float], u: list[float]) -> Tensor:
@@ -135,7 +135,7 @@ def draw(logits: Tensor, temperature: list[float], top_p: list[float], u: list[f
         if min(top_p) < 1:
             scaled = keep_top_p(scaled, p)
         total = scaled.softmax(-1).cumsum(-1)                                          # (B, V), at the end 1 or nearly
-        drawn = torch.searchsorted(total, target * total[:, -1:]).clamp(max=logits.shape[-1] - 1)  # (B, 1)
+        drawn = torch.searchsorted(total, target * total[:, -1:])                      # (B, 1)
         token = torch.where(t > 0, drawn, token[:, None])[:, 0]                        # (B,)
     return torch.where(logits.amax(-1).isfinite(), token, -1)
 
@@ -153,14 +153,14 @@ def common(a: list[int], b: list[int]) -> int:
 
 
 class Engine:
-    """Owns the model. Any thread may `submit` a Job and wait for its events. One thread calls `run`, and computes."""
+    """Owns the model. Any thread may `submit` a Request and wait for its events. One thread calls `run` and computes."""
 
     def __init__(self, served: Served, rows: int = 16, max_waiting: int = 256):
         self.served, self.model, self.max_waiting = served, served.model, max_waiting
         slots = min(FIRST_SLOTS, served.context) if self.model.device.type == "cpu" else served.context
         self.cache = KVCache(self.model.config, rows, slots, self.model.norm.weight.dtype, self.model.device)
         self.held: list[list[int]] = [[] for _ in range(rows)]   # the ids whose keys and values lie in each row
-        self.freed = [0] * rows                                  # the step in which each row became free
+        self.freed = [0] * rows                                  # the step in which each row became free, 0 if unused
         self.running: list[Answer] = []                          # running[i] is being written in row i
         self.reading: list[Answer] = []                          # at most one, whose prompt is being read ...
         self.row = 0                                             # ... in this row
@@ -168,8 +168,8 @@ class Engine:
         self.end = math.inf                                      # time.monotonic() at which `run` stops at the latest
         self.counters = Counter()
 
-    def submit(self, job: Job) -> None:
-        """Puts a job's answers into the queue. Refusal 503 while shutting down, 429 when the queue is full."""
+    def submit(self, request: Request) -> None:
+        """Puts a request's answers into the queue. Refusal 503 while shutting down, 429 when the queue is full."""
         count = self.waiting.qsize()
         if self.end < math.inf:
             raise Refusal(503, "the server is shutting down")
@@ -177,11 +177,11 @@ class Engine:
             self.counters["refused"] += 1
             raise Refusal(429, f"{count} answers are waiting already: try again later", code="queue_full")
         self.counters["requests"] += 1
-        for answer in job.answers:
+        for answer in request.answers:
             self.waiting.put(answer)
 
     def stop(self, seconds: float) -> None:
-        """Refuses new jobs from now on, and lets `run` go on for so many seconds with those that it has."""
+        """Refuses new requests from now on, and lets `run` go on for so many seconds with those that it has."""
         self.end = time.monotonic() + seconds
 
     def run(self) -> bool:
@@ -206,9 +206,9 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """The two calls of the docstring above, after freeing the rows of requests that are over."""
-        for answer in [answer for answer in self.running if answer.job.over]:
+        for answer in [answer for answer in self.running if answer.request.over]:
             self.release(answer)
-        self.reading = [answer for answer in self.reading if not answer.job.over]
+        self.reading = [answer for answer in self.reading if not answer.request.over]
         # 1. One token of every answer that is being written.
         if self.running:
             logits = self.forward(0, [answer.made[-1:] for answer in self.running])    # (B, V)
@@ -246,7 +246,7 @@ class Engine:
         if not free:
             return False
         try:
-            while (answer := self.waiting.get(timeout=0 if self.running else 0.1)).job.over:
+            while (answer := self.waiting.get(timeout=0 if self.running else 0.1)).request.over:
                 pass  # its client has left, or another answer of its request has failed
         except Empty:
             return False
@@ -255,12 +255,12 @@ class Engine:
         reuse, _, source = max((common(held, wanted), row in free, row) for row, held in enumerate(self.held))
         if source in free and reuse == len(self.held[source]):  # all of the row is reused: a chat goes on in its row
             self.row = source
-        else:                                                   # else into an empty row, or that free for longest
-            self.row = min(free, key=lambda row: (bool(self.held[row]), self.freed[row]))
+        else:                                                   # else into the row that is free for longest
+            self.row = min(free, key=self.freed.__getitem__)
             for kv in self.cache.kv:                                                   # (2, rows, K, S, D)
                 kv[:, self.row, :, :reuse] = kv[:, source, :, :reuse]
         self.held[self.row] = wanted[:reuse]
-        answer.job.reused += reuse if answer.choice == 0 else 0  # usage counts a prompt once, however many answers
+        answer.request.reused += reuse if answer.choice == 0 else 0  # usage counts a prompt once, however many answers
         self.counters["prefix_tokens_reused"] += reuse
         return True
 
@@ -284,21 +284,22 @@ class Engine:
 
     def sample(self, answers: list["Answer"], logits: Tensor) -> None:
         """Gives each answer one token from its row of logits (B, V)."""
-        requests = [answer.job.request for answer in answers]
         biased = logits.clone()
-        for answer, request, row in zip(answers, requests, biased):
-            penalize(row, answer.made, request.presence_penalty, request.frequency_penalty)
-        u = [uniform(r.seed, a.choice, len(a.prompt) + len(a.made)) for a, r in zip(answers, requests)]
-        ids = draw(biased, [r.temperature for r in requests], [r.top_p for r in requests], u).tolist()
+        for answer, row in zip(answers, biased):
+            penalize(row, answer.made, answer.request.presence_penalty, answer.request.frequency_penalty)
+        temperature = [answer.request.temperature for answer in answers]
+        top_p = [answer.request.top_p for answer in answers]
+        u = [uniform(answer.request.seed, answer.choice, len(answer.prompt) + len(answer.made)) for answer in answers]
+        ids = draw(biased, temperature, top_p, u).tolist()
         for answer, token, own in zip(answers, ids, logits):
-            if answer.job.over:
+            if answer.request.over:
                 continue  # another answer of its request has failed just now
             if token < 0:
                 self.clear(answer)
                 continue
             self.counters["completion_tokens"] += 1
             if not answer.made:
-                self.counters["first_token_seconds_sum"] += time.perf_counter() - answer.job.began
+                self.counters["first_token_seconds_sum"] += time.perf_counter() - answer.request.began
                 self.counters["first_token_seconds_count"] += 1
             answer.take(token, own)
             if answer.finish:
@@ -324,10 +325,10 @@ class Engine:
 
     def fail(self, answers: list["Answer"], refusal: "Refusal") -> None:
         """Ends the requests of these answers with an error. The next step frees their rows."""
-        for job in {answer.job for answer in answers}:
+        for request in {answer.request for answer in answers}:
             self.counters["failed"] += 1
-            job.over = True
-            job.events.put(refusal)
+            request.over = True
+            request.events.put(refusal)
 
 
 # ---- what the engine gives back: refusals, events, the text of an answer -------------------------------------------
@@ -346,56 +347,53 @@ class Refusal(Exception):
 
 class Event(NamedTuple):
     """More of an answer. The thread of the client waits for it."""
-    index: int                      # of the answer in its job
+    index: int                      # of the answer in its request
     text: str
     tokens: list[tuple[int, dict]]  # with logprobs: where the text of each begins in the answer, and its `report`
     finish: str | None              # "stop" or "length" when the answer has ended
-    first: bool = False             # the first event of this answer
+    first: bool                     # the first event of this answer
 
 
 class Answer:
     """One answer: its prompt, the ids that were sampled, and their text."""
 
-    def __init__(self, job: Job, index: int, prompt: list[int]):
-        self.job = job
-        self.index = index
-        self.choice = index % job.request.n
-        self.prompt = prompt
+    def __init__(self, request: Request, index: int, prompt: list[int]):
+        self.request, self.index, self.prompt = request, index, prompt
+        self.choice = index % request.n
         self.made: list[int] = []
         self.text = ""
-        self.tokens: list[tuple[int, dict]] = []
-        self.shown = 0                         # characters of text that the client has got
-        self.told = 0                          # entries of tokens that the client has got
+        self.shown = 0                              # characters of text that the client has got
+        self.tokens: list[tuple[int, dict]] = []    # as in Event, those that the client has not got
         self.finish: str | None = None
-        self.stops = set() if job.request.ignore_eos else job.served.stops
+        self.stops = set() if request.ignore_eos else request.served.model.stops()
         # A completion goes on with its prompt's text, " there" after "Once"; a reply stands by itself.
-        self.stream = text.TextStream(job.served.tokenizer, [] if job.request.chat else prompt[-16:])
+        self.stream = text.TextStream(request.served.tokenizer, [] if request.chat else prompt[-16:])
 
     def take(self, token: int, logits: Tensor) -> None:
-        """Adds the token that was drawn from logits (V), and puts the text that may be shown into the job's queue.
+        """Adds the token that was drawn from logits (V). Puts text that may be shown into the request's queue, as
+        it comes for a stream, else all at the end.
 
         An answer ends at EOS, at max_tokens (either is `over`: nothing will be held back), or at a stop string."""
-        request = self.job.request
+        request = self.request
         self.made.append(token)
+        first = len(self.made) == 1
         ended = token in self.stops
         over = ended or len(self.made) == request.max_tokens
         if not ended and request.logprobs is not None:
-            self.tokens.append((len(self.text), report(self.job.served.tokenizer, logits, token, request.logprobs)))
+            self.tokens.append((len(self.text), report(request.served.tokenizer, logits, token, request.logprobs)))
         if not ended:
             self.text += self.stream.push(token)
         if over:
             self.text += self.stream.rest()
+            self.finish = "stop" if ended else "length"
         end, stopped = cut(self.text, self.shown, request.stop, over)
-        new = [(start, row) for start, row in self.tokens[self.told:] if start < end or over and not stopped]
-        if over:
-            self.finish = "length"
-        if ended or stopped:
+        if stopped:
             self.finish = "stop"
-        first = len(self.made) == 1
-        if end > self.shown or self.finish or first:
-            self.job.events.put(Event(self.index, self.text[self.shown:end], new, self.finish, first))
+        if self.finish or request.stream and (first or end > self.shown):
+            ready = len(self.tokens) if over and not stopped else sum(start < end for start, _ in self.tokens)
+            new, self.tokens = self.tokens[:ready], self.tokens[ready:]
+            request.events.put(Event(self.index, self.text[self.shown:end], new, self.finish, first))
             self.shown = end
-            self.told += len(new)
 
 
 def report(tokenizer: text.Tokenizer, logits: Tensor, token: int, count: int) -> dict:
@@ -486,6 +484,7 @@ CHAT = SHARED | {
 MESSAGE = {"role": ROLE, "content": CONTENT, "name": ANYTHING}
 OPTIONS = {"include_usage": YES_OR_NO, "include_obfuscation": YES_OR_NO}
 REQUIRED = {"prompt", "messages", "role", "content"}
+shown = reprlib.Repr().repr  # quotes a value in an error message, short and not too deep
 # Fields of OpenAI's that mean something we do not do, and the values with which they ask for nothing.
 NEUTRAL = {
     "best_of": [1],
@@ -504,12 +503,6 @@ NEUTRAL = {
     "tool_choice": ["none", "auto"],
     "tools": [[]],
 }
-
-
-def shown(value: object) -> str:
-    """Returns a value as an error message quotes it, short."""
-    said = value if isinstance(value, str) else json.dumps(value)
-    return repr(said[:60] + "..." if len(said) > 60 else said)
 
 
 def need(value: object, param: str, check: Check):
@@ -546,12 +539,14 @@ def read_messages(messages: list, served: Served) -> list[int]:
 
 def read_prompts(prompt: object, served: Served) -> list[list[int]]:
     """Returns the ids of each prompt of a completion: text, ids, or a list of either."""
-    several = prompt if isinstance(prompt, list) and prompt and type(prompt[0]) is not int else [prompt]
     last = served.model.config.vocab_size - 1
-    are_ids = lambda x: isinstance(x, list) and x and all(type(i) is int and 0 <= i <= last for i in x)
-    fits = len(several) <= MAX_CHOICES and all(isinstance(one, str) or are_ids(one) for one in several)
+    is_id = whole(0, last).fits
+    is_prompt = lambda x: isinstance(x, str) or isinstance(x, list) and x and all(map(is_id, x))
+    several = [prompt] if is_prompt(prompt) else each(prompt)
+    fits = 0 < len(several) <= MAX_CHOICES and all(map(is_prompt, several))
     words = f"text, ids from 0 to {last}, or a list of at most {MAX_CHOICES} of either"
     need(prompt, "prompt", Check(words, lambda _: fits))
+    # Special tokens in the text of a completion become their ids: its client words the chat.
     return [served.tokenizer.encode(one) if isinstance(one, str) else one for one in several]
 
 
@@ -571,17 +566,18 @@ def read_request(body: object, chat: bool, served: Served) -> Request:
     longest = max(map(len, prompts))
     room = served.context - longest
     key = "max_completion_tokens" if "max_completion_tokens" in asked else "max_tokens"
-    most = asked.get(key, max(room, 1) if chat else min(16, max(room, 1)))  # 1 without room: refused below
+    usual = room if chat else min(16, room)
+    most = asked.get(key, max(usual, 1))  # 1 without room: refused below
     if most > room:
         why = (f"the prompt has {longest} tokens and {key} is {most}, together more than the model's context of "
                f"{served.context}: shorten the prompt or lower {key}")
         param = "messages" if chat else "prompt"
         raise Refusal(400, why, key if room > 0 else param, "context_length_exceeded")
     logprobs = asked.get("logprobs")
-    top = asked.get("top_logprobs", 0)
-    if top and not logprobs:
-        raise Refusal(400, "top_logprobs needs logprobs to be true", "top_logprobs")
     if chat:
+        top = asked.get("top_logprobs", 0)
+        if top and not logprobs:
+            raise Refusal(400, "top_logprobs needs logprobs to be true", "top_logprobs")
         logprobs = top if logprobs else None
     options = read(asked.get("stream_options", {}), OPTIONS, "stream_options")
     asked |= {
@@ -593,70 +589,56 @@ def read_request(body: object, chat: bool, served: Served) -> Request:
         "seed": asked.get("seed", secrets.randbits(62)),
         "include_usage": asked.get("stream", False) and options.get("include_usage", False),
     }
-    return Request(**{name: asked[name] for name in Request._fields if name in asked})
+    return Request(served, **{name: value for name, value in asked.items() if name in Request.__dataclass_fields__})
 
 
 # ---- OpenAI's forms -------------------------------------------------------------------------------------------------
 
-class Form:
-    """Writes a job as OpenAI's JSON: a chat's or a completion's, whole or as chunks of a stream."""
+def form(request: Request, events: list[Event], usage: dict | None = None) -> dict:
+    """Words events as OpenAI's JSON: a chat's or a completion's, whole or a chunk of a stream."""
+    kind = "text_completion"
+    if request.chat:
+        kind = "chat.completion.chunk" if request.stream else "chat.completion"
+    body = {**request.head, "object": kind, "choices": [choice(request, event) for event in events]}
+    if usage or request.include_usage:
+        body["usage"] = usage
+    return body
 
-    def __init__(self, job: Job):
-        self.job = job
-        self.request = job.request
-        prefix, kind = ("chatcmpl", "chat.completion") if job.request.chat else ("cmpl", "text_completion")
-        if job.request.chat and job.request.stream:
-            kind = "chat.completion.chunk"
-        self.head = {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": job.served.name,
-        }
 
-    def usage(self) -> dict:
-        prompt = sum(map(len, self.request.prompts))
-        made = sum(len(answer.made) for answer in self.job.answers)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": made,
-            "total_tokens": prompt + made,
-            "prompt_tokens_details": {"cached_tokens": self.job.reused},
-        }
+def choice(request: Request, event: Event) -> dict:
+    said = {"text": event.text}
+    if request.chat:
+        opening = {"role": "assistant", "refusal": None} if event.first or not request.stream else {}
+        said = {"delta" if request.stream else "message": {**opening, "content": event.text}}
+    return {
+        "index": event.index,
+        **said,
+        "logprobs": None if request.logprobs is None else logprobs(request, event.tokens),
+        "finish_reason": event.finish,
+    }
 
-    def chunk(self, event: Event) -> dict:
-        said = {"role": "assistant", "content": event.text} if event.first else {"content": event.text}
-        usage = {"usage": None} if self.request.include_usage else {}
-        return {**self.head, "choices": [self.choice(event, {"delta": said})], **usage}
 
-    def whole(self) -> dict:
-        choices = []
-        for answer in self.job.answers:
-            event = Event(answer.index, answer.text[:answer.shown], answer.tokens[:answer.told], answer.finish)
-            said = {"role": "assistant", "content": event.text, "refusal": None}
-            choices.append(self.choice(event, {"message": said}))
-        return {**self.head, "choices": choices, "usage": self.usage()}
+def logprobs(request: Request, tokens: list[tuple[int, dict]]) -> dict:
+    rows = [row for _, row in tokens]
+    if request.chat:
+        return {"content": rows, "refusal": None}
+    return {
+        "tokens": [row["token"] for row in rows],
+        "token_logprobs": [row["logprob"] for row in rows],
+        "top_logprobs": [{other["token"]: other["logprob"] for other in row["top_logprobs"]} for row in rows],
+        "text_offset": [start for start, _ in tokens],
+    }
 
-    def choice(self, event: Event, said: dict) -> dict:
-        return {
-            "index": event.index,
-            **(said if self.request.chat else {"text": event.text}),
-            "logprobs": self.logprobs(event.tokens),
-            "finish_reason": event.finish,
-        }
 
-    def logprobs(self, tokens: list[tuple[int, dict]]) -> dict | None:
-        rows = [row for _, row in tokens]
-        if self.request.logprobs is None:
-            return None
-        if self.request.chat:
-            return {"content": rows, "refusal": None}
-        return {
-            "tokens": [row["token"] for row in rows],
-            "token_logprobs": [row["logprob"] for row in rows],
-            "top_logprobs": [{other["token"]: other["logprob"] for other in row["top_logprobs"]} for row in rows],
-            "text_offset": [start for start, _ in tokens],
-        }
+def usage(request: Request) -> dict:
+    prompt = sum(map(len, request.prompts))
+    made = sum(len(answer.made) for answer in request.answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": made,
+        "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": request.reused},
+    }
 
 
 def to_json(value: object) -> bytes:
@@ -715,27 +697,29 @@ def numbers(line: str) -> dict[str, float]:
     return {}
 
 
-def read_curves(folder: Path, points: int = 400) -> list[dict]:
-    """Returns of every run under the folder: its name, curves {metric: [[step, value], ...]} thinned to about `points`,
-    gold score before and after. Files are found in the folder, their names never come from a request."""
+def read_curves(folder: Path) -> list[dict]:
+    """Returns of every run under the folder: its name, curves {metric: [[step, value], ...]} thinned to 400 points or a
+    few more, gold scores. Files are found in the folder, their names never come from a request."""
     runs = []
     for file in sorted(folder.glob("*/metrics.jsonl")):
         if not file.resolve().is_relative_to(folder.resolve()):
             continue
         rows = [row for row in map(numbers, file.read_text("utf-8", "replace").splitlines()) if "step" in row]
-        thin = rows[::-max(1, len(rows) // points)][::-1]  # counted from the end: the newest is always there
-        names = sorted(set().union(*thin) - {"step"})
-        curves = {name: [[row["step"], row[name]] for row in thin if name in row] for name in names}
+        curves = {}
+        for row in rows[::-max(1, len(rows) // 400)][::-1]:  # counted from the end: the newest is always there
+            step = row.pop("step")
+            for name, value in row.items():
+                curves.setdefault(name, []).append([step, value])
         summary = file.with_name("summary.json")
         figures = numbers(summary.read_text("utf-8")) if summary.is_file() else {}
-        gold = {name: figures[name] for name in ("gold_before", "gold_after", "gold") if name in figures}
+        gold = {name: value for name, value in figures.items() if name.startswith("gold")}
         runs.append({"name": file.parent.name, "curves": curves, "changed": file.stat().st_mtime, **gold})
     return runs
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
 
-BODY_BYTES, MAX_THREADS = 2**20, 2048  # a connection has a thread, and a second one, a timer, while it reads a request
+BODY_BYTES, MAX_THREADS = 2**20, 2048  # a connection has a thread
 STREAM_PAUSE = 0.01    # seconds in which a stream collects events: a thread that wakes for each takes the engine's time
 FORMS = {"/v1/completions": False, "/v1/chat/completions": True}  # path, is it a chat
 
@@ -749,25 +733,20 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 30           # seconds for a client to send its request, and to take a piece of the answer
 
     def handle_one_request(self) -> None:
-        """Shuts the reading half of a connection whose whole request takes too long, however steadily bytes arrive."""
         self.sent = False
-        self.timer = threading.Timer(self.timeout, self.connection.shutdown, [socket.SHUT_RD])
-        self.timer.daemon = True
-        self.timer.start()
+        self.server.reading[self.connection] = time.monotonic() + self.timeout
         try:
             super().handle_one_request()
         except OSError:  # the client has left
             self.close_connection = True
         finally:
-            self.timer.cancel()
+            self.server.reading.pop(self.connection, None)
 
     def respond(self) -> None:
         try:
             self.answer()
         except Refusal as refusal:
             self.refuse(refusal)
-        except RecursionError:
-            self.refuse(Refusal(400, "the body is nested too deeply"))
         except OSError:
             raise
         except Exception:
@@ -779,13 +758,10 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         server = self.server
         content = self.read_body()  # before anything is refused: the next request begins after it
-        self.timer.cancel()
+        del server.reading[self.connection]
         self.check_origin()
         if self.command == "OPTIONS" and server.args.cors:
-            asked = self.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
-            asked = " ".join(asked.split())  # a header may be folded over several lines
-            return self.send(204, b"", **{"Access-Control-Allow-Methods": "GET, POST",
-                                          "Access-Control-Allow-Headers": asked})
+            return self.send(204, b"")
         path = unquote(self.path.partition("?")[0]).rstrip("/") or "/"
         paths = ", ".join(server.pages | FORMS)
         if path not in server.pages | FORMS:
@@ -796,19 +772,17 @@ class Handler(BaseHTTPRequestHandler):
         if path not in ("/", "/health"):
             self.check_key()
         if path in server.pages:
-            kind, page = server.pages[path]()
-            down = path == "/health" and server.engine.end < math.inf
-            return self.send(503 if down else 200, page, kind)
+            return self.send(*server.pages[path]())
         # Browsers let a page of another site send other types without asking the server first (CORS).
         if self.headers.get_content_type() != "application/json" or "Content-Encoding" in self.headers:
             raise Refusal(415, "Content-Type must be application/json, without a Content-Encoding")
         self.complete(content, FORMS[path])
 
     def read_body(self) -> bytes:
-        lengths = set(self.headers.get_all("Content-Length", []))
-        if "Transfer-Encoding" in self.headers or self.command == "POST" and not lengths:
+        length = ",".join(set(self.headers.get_all("Content-Length", [])))
+        if "Transfer-Encoding" in self.headers or self.command == "POST" and not length:
             raise Refusal(411, "the length of the body must be given, as Content-Length")
-        length = ",".join(lengths) or "0"
+        length = length or "0"
         if not re.fullmatch("[0-9]{1,18}", length):
             raise Refusal(400, "Content-Length must be one whole number")
         if int(length) > BODY_BYTES:
@@ -840,35 +814,33 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         try:
             body = json.loads(content.decode("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # broken, or nested too deeply
             raise Refusal(400, f"the body is not JSON ({error})") from None
-        job = Job(read_request(body, chat, server.served), server.served)
-        form = Form(job)
+        request = read_request(body, chat, server.served)
         # A client may close its sending half right after its last request. Then `gone` says nothing of the other half.
         self.patient = self.close_connection or self.gone()
-        server.engine.submit(job)
-        server.jobs.add(job)
+        server.engine.submit(request)
+        server.requests.add(request)
         try:
-            if job.request.stream:
-                self.stream(job, form)
+            if request.stream:
+                self.stream(request)
             else:
-                list(self.events(job))
-                self.send(200, to_json(form.whole()))
+                self.send(200, to_json(form(request, sorted(self.events(request)), usage(request))))
         except OSError:
             server.engine.counters["left"] += 1
             raise
         finally:
-            job.over = True
-            server.jobs.discard(job)
+            request.over = True
+            server.requests.discard(request)
 
-    def events(self, job: Job) -> Iterator[Event]:
-        """Yields the job's events until all answers have ended. Raises the Refusal that ends the job early."""
-        unfinished = len(job.answers)
+    def events(self, request: Request) -> Iterator[Event]:
+        """Yields the events until all answers have ended. Raises the Refusal that ends the request early."""
+        unfinished = len(request.answers)
         while unfinished:
             if not self.patient and self.gone():
                 raise ConnectionError("the client has left")
             with suppress(Empty):
-                event = job.events.get(timeout=0.1)
+                event = request.events.get(timeout=0.1)
                 if isinstance(event, Refusal):
                     raise event
                 unfinished -= event.finish is not None
@@ -884,16 +856,16 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.connection.settimeout(self.timeout)
 
-    def stream(self, job: Job, form: Form) -> None:
+    def stream(self, request: Request) -> None:
         """Sends server-sent events up to [DONE], then closes the connection: the length was not known before."""
         self.close_connection = True
         try:
-            for event in self.events(job):
-                self.send_chunk(form.chunk(event))
-                if job.events.empty():
+            for event in self.events(request):
+                self.send_chunk(form(request, [event]))
+                if request.events.empty():
                     time.sleep(STREAM_PAUSE)
-            if job.request.include_usage:
-                self.send_chunk({**form.head, "choices": [], "usage": form.usage()})
+            if request.include_usage:
+                self.send_chunk(form(request, [], usage(request)))
         except Refusal as refusal:
             if not self.sent:
                 raise
@@ -936,7 +908,7 @@ class Handler(BaseHTTPRequestHandler):
         self.refuse(Refusal(int(code), f"the request cannot be read ({message})"))
 
     def log_message(self, format: str, *values: object) -> None:
-        if self.server.verbose:
+        if not self.server.args.benchmark:
             super().log_message(format, *values)
 
 
@@ -954,19 +926,22 @@ class Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     request_queue_size = 1024
 
-    def __init__(self, engine: Engine, args: argparse.Namespace, port: int, verbose: bool = False):
-        self.engine = engine
-        self.served = engine.served
-        self.args = args
-        self.verbose = verbose
-        self.jobs: set[Job] = set()  # those that are not answered yet
+    def __init__(self, engine: Engine, args: argparse.Namespace):
+        self.engine, self.served, self.args = engine, engine.served, args
+        self.requests: set[Request] = set()                 # those that are not answered yet
+        self.reading: dict[socket.socket, float] = {}       # connections that send a request, and until when they may
         self.names = {"localhost", args.http_host.lower(), socket.gethostname().lower(),
                       *map(str.lower, args.allow_host)}
         self.headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
         if args.cors:
-            self.headers |= {"Access-Control-Allow-Origin": args.cors, "Access-Control-Expose-Headers": "Retry-After"}
+            self.headers |= {
+                "Access-Control-Allow-Origin": args.cors,
+                "Access-Control-Allow-Methods": "GET, POST",
+                "Access-Control-Allow-Headers": "Authorization, *",  # the star does not stand for Authorization
+                "Access-Control-Expose-Headers": "Retry-After",
+            }
         self.pages = pages(engine, args.runs)
-        host = args.http_host
+        host, port = args.http_host, 0 if args.benchmark else args.http_port
         if ":" in host:
             self.address_family = socket.AF_INET6
             host = f"[{host}]"
@@ -982,21 +957,24 @@ class Server(socketserver.ThreadingTCPServer):
             return super().process_request(request, client_address)
         self.shutdown_request(request)
 
-    def start(self) -> "Server":
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
+    def service_actions(self) -> None:
+        """Shuts the reading half of connections whose request takes too long, however steadily bytes arrive."""
+        for connection, end in list(self.reading.items()):
+            if time.monotonic() > end:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)
 
     def finish(self, seconds: float) -> None:
-        """Frees the address once all jobs are answered, or after so many seconds."""
+        """Frees the address once all requests are answered, or after so many seconds."""
         deadline = time.monotonic() + seconds
-        while self.jobs and time.monotonic() < deadline:
+        while self.requests and time.monotonic() < deadline:
             time.sleep(0.01)
         self.shutdown()
         self.server_close()
 
 
-def pages(engine: Engine, runs: Path) -> dict[str, Callable[[], tuple[str, bytes]]]:
-    """Returns what GET answers: a path -> a function that returns the type of the content and the content."""
+def pages(engine: Engine, runs: Path) -> dict[str, Callable[[], tuple[int, bytes, str]]]:
+    """Returns what GET answers: a path -> a function that returns status, content, and the type of the content."""
     page = (Path(__file__).parent / "data" / "page.html").read_bytes()
     card = {
         "id": engine.served.name,
@@ -1005,11 +983,11 @@ def pages(engine: Engine, runs: Path) -> dict[str, Callable[[], tuple[str, bytes
         "owned_by": "octet",
         "max_model_len": engine.served.context,
     }
-    as_json = lambda value: ("application/json", to_json(value))
+    as_json = lambda value, status=200: (status, to_json(value), "application/json")
     return {
-        "/": lambda: ("text/html; charset=utf-8", page),
-        "/health": lambda: as_json(state(engine)),
-        "/metrics": lambda: ("text/plain; version=0.0.4; charset=utf-8", prometheus(engine).encode()),
+        "/": lambda: (200, page, "text/html; charset=utf-8"),
+        "/health": lambda: as_json(state(engine), 200 if engine.end == math.inf else 503),
+        "/metrics": lambda: (200, prometheus(engine).encode(), "text/plain; version=0.0.4; charset=utf-8"),
         "/runs": lambda: as_json({"runs": read_curves(runs)}),
         "/v1/models": lambda: as_json({"object": "list", "data": [card]}),
         f"/v1/models/{engine.served.name}": lambda: as_json(card),
@@ -1019,9 +997,9 @@ def pages(engine: Engine, runs: Path) -> dict[str, Callable[[], tuple[str, bytes
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 HEADER = """\
-through  clients  requests first token    p95 tokens/s each  slowest      in all
-                                ms p50     ms           p50      5 %"""
-ROW = ("{through:<8}{concurrency:>8}{requests:>10}{first_token_ms_p50:>12.0f}{first_token_ms_p95:>7.0f}"
+ clients  requests first token    p95 tokens/s each  slowest      in all
+                        ms p50     ms           p50      5 %"""
+ROW = ("{concurrency:>8}{requests:>10}{first_token_ms_p50:>12.0f}{first_token_ms_p95:>7.0f}"
        "{tokens_per_second_each_p50:>14.1f}{tokens_per_second_each_slowest_5_percent:>9.1f}{tokens_per_second:>12.1f}")
 
 
@@ -1032,41 +1010,30 @@ class Folded(text.Tokenizer):
         return super().token_bytes(3 + i % (self.vocab_size - 3))
 
 
-def ask(url: str, key: str | None, new: int, prompt: list[int]) -> dict:
+def ask(url: str, args: argparse.Namespace, prompt: list[int]) -> dict:
     """Sends one streamed request over HTTP. Returns seconds to its first token and to its last, and how many tokens."""
     body = {
         "prompt": prompt,
-        "max_tokens": new,
+        "max_tokens": args.new_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {args.api_key}"}
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=600)
     began = time.perf_counter()
-    times, usage, line = [], None, b""
     connection.request("POST", "/v1/completions", to_json(body), headers)
-    response = connection.getresponse()
-    for line in response:
+    times, last = [], b"{}"
+    for line in connection.getresponse():
         if line.startswith(b"data: {"):
             times.append(time.perf_counter() - began)
-            usage = json.loads(line[6:]).get("usage")
-    if not usage:
-        last = line[:500].decode("utf-8", "replace")
-        raise ValueError(f"{url} answers {response.status} and no usage: {last}")
-    return {"first": times[0], "last": times[-1], "tokens": usage["completion_tokens"]}
-
-
-def ask_engine(engine: Engine, new: int, prompt: list[int]) -> dict:
-    """`ask` without HTTP."""
-    job = Job(Request([prompt], max_tokens=new, temperature=0.0, ignore_eos=True), engine.served)
-    times = []
-    engine.submit(job)
-    while not job.over and not job.answers[0].finish:
-        job.events.get()
-        times.append(time.perf_counter() - job.began)
-    return {"first": times[0], "last": times[-1], "tokens": new}
+        if b"{" in line:
+            last = line
+    used = json.loads(last.removeprefix(b"data: ")).get("usage")
+    if not used:
+        raise ValueError(f"{url} gives no usage but {last[:500]}")
+    return {"first": times[0], "last": times[-1], "tokens": used["completion_tokens"]}
 
 
 def measure(one: Callable[[list[int]], dict], prompts: list[list[int]], concurrency: int) -> dict:
@@ -1076,64 +1043,65 @@ def measure(one: Callable[[list[int]], dict], prompts: list[list[int]], concurre
     with ThreadPoolExecutor(concurrency) as clients:
         done = list(clients.map(one, prompts))
     seconds = time.perf_counter() - began
-    first = sorted(1e3 * row["first"] for row in done)
-    rate = sorted((row["tokens"] - 1) / max(row["last"] - row["first"], 1e-9) for row in done)
-    at = lambda share: math.ceil(share * len(done)) - 1  # the value that this share of them does not exceed
+    first = [1e3 * row["first"] for row in done]
+    rate = [(row["tokens"] - 1) / max(row["last"] - row["first"], 1e-9) for row in done]
+    reached = partial(np.quantile, method="inverted_cdf")  # the value that a share of them does not exceed
     return {
         "concurrency": concurrency,
         "requests": len(done),
         "prompt_tokens": len(prompts[0]),
         "new_tokens": done[0]["tokens"],
-        "first_token_ms_p50": first[at(0.5)],
-        "first_token_ms_p95": first[at(0.95)],
-        "tokens_per_second_each_p50": rate[at(0.5)],
-        "tokens_per_second_each_slowest_5_percent": rate[at(0.05)],
+        "first_token_ms_p50": reached(first, 0.5),
+        "first_token_ms_p95": reached(first, 0.95),
+        "tokens_per_second_each_p50": reached(rate, 0.5),
+        "tokens_per_second_each_slowest_5_percent": reached(rate, 0.05),
         "tokens_per_second": sum(row["tokens"] for row in done) / seconds,
         "seconds": seconds,
     }
 
 
-def random_prompts(args: argparse.Namespace, clients: int, vocab: int, seed: int) -> list[list[int]]:
-    """Returns prompts without a common beginning, under one seed and another: none is found in the cache."""
-    shape = (clients * args.rounds, args.prompt_tokens)
-    return torch.randint(3, vocab, shape, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def measure_url(args: argparse.Namespace) -> dict:
-    """The client's side of the benchmark, for this server or any other."""
+def measure_url(url: str, args: argparse.Namespace) -> list[dict]:
+    """The client's side of the benchmark, for any server. No two prompts have a common beginning to be reused."""
     print(f"prompts of {args.prompt_tokens} random tokens, {args.new_tokens} new ones, greedy, EOS ignored\n{HEADER}")
-    one = lambda prompt: ask(args.directory, args.api_key, args.new_tokens, prompt)
-    one(random_prompts(args, 1, args.vocab, 0)[0])  # warms up
+    generator = torch.Generator().manual_seed(0)
+    prompts = lambda n: torch.randint(3, args.vocab, (n, args.prompt_tokens), generator=generator).tolist()
+    ask(url, args, *prompts(1))  # warms up
     rows = []
-    for clients in args.concurrency:
-        rows.append(measure(one, random_prompts(args, clients, args.vocab, 1 + len(rows)), clients))
-        print(ROW.format(through="HTTP", **rows[-1]), flush=True)
-    return {"url": args.directory, "rows": rows}
+    for clients in map(int, args.concurrency.split(",")):
+        rows.append(measure(partial(ask, url, args), prompts(clients * args.rounds), clients))
+        print(ROW.format(**rows[-1]), flush=True)
+    return rows
 
 
-def measure_server(server: Server) -> dict:
-    """Runs the clients in a separate process, which does not share our interpreter lock; then the same without HTTP."""
-    args = server.args
-    model = server.served.model
-    most = max(args.concurrency)
-    passed = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "rounds", "json", "api_key")}
-    passed |= {"concurrency": ",".join(map(str, args.concurrency)), "vocab": model.config.vocab_size}
-    flags = [f"--{name}={value}" for name, value in passed.items() if value is not None]
-    if subprocess.run([sys.executable, __file__, server.url, "--benchmark", *flags]).returncode:
-        raise ValueError("the clients of the benchmark failed: see above")
-    rows = weights.read_json(args.json)["rows"]
-    one = lambda prompt: ask_engine(server.engine, args.new_tokens, prompt)
-    alone = measure(one, random_prompts(args, most, model.config.vocab_size, 99), most)
-    print(ROW.format(through="engine", **alone), flush=True)
-    through = next(row["tokens_per_second"] for row in rows if row["concurrency"] == most)
-    cost = 1 - through / alone["tokens_per_second"]
-    gain = through / rows[0]["tokens_per_second"]
-    peak = run.peak_memory_bytes(model.device)
+def benchmark(server: Server) -> dict:
+    """Runs the engine until clients in a process of their own, which do not share our interpreter lock, have measured
+    it."""
+    args, engine, model = server.args, server.engine, server.served.model
+    summary = {
+        "model": server.served.name,
+        "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
+        "quant": args.quant,
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "slots": args.max_batch,
+        "context": server.served.context,
+    }
+    print(" | ".join(f"{key} {value}" for key, value in summary.items() if value is not None), flush=True)
+    args.vocab = model.config.vocab_size
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients:
+        measured = clients.submit(measure_url, server.url, args)
+        measured.add_done_callback(lambda _: engine.stop(0.0))
+        engine.run()
+    server.finish(2.0)
+    rows, peak = measured.result(), run.peak_memory_bytes(model.device)
+    least, most = rows[0], max(rows, key=lambda row: row["concurrency"])
+    gain = most["tokens_per_second"] / least["tokens_per_second"]
     gigabytes = peak / 1e9
-    print(f"{most} clients get {gain:.2f} times the tokens of {args.concurrency[0]}; HTTP costs {cost:.0%}; "
-          f"peak memory {gigabytes:.2f} GB; wrote {args.json}")
-    reused = server.engine.counters["prefix_tokens_reused"]
-    return {"rows": rows, "engine": alone, "http_cost": cost, "prefix_tokens_reused": reused, "peak_memory_bytes": peak}
+    print(f"{most['concurrency']} clients get {gain:.2f} times the tokens of {least['concurrency']}; "
+          f"peak memory {gigabytes:.2f} GB")
+    reused = engine.counters["prefix_tokens_reused"]
+    return summary | {"rows": rows, "prefix_tokens_reused": reused, "peak_memory_bytes": peak}
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -1145,11 +1113,6 @@ def matching(pattern: str, words: str) -> Callable[[str], str]:
             raise argparse.ArgumentTypeError(f"{said!r} is no {words}")
         return said
     return parse
-
-
-def counts(said: str) -> list[int]:
-    """--concurrency's type."""
-    return [run.whole(1)(part) for part in said.split(",")]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -1185,7 +1148,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # measuring
     flag("--benchmark", action="store_true",
          help="measure instead of serving: clients that ask over HTTP, each its next question when it has its answer")
-    flag("--concurrency", type=counts, default="1,4,16", help="numbers of clients, one line of the table each")
+    flag("--concurrency", type=matching("[1-9][0-9]*(,[1-9][0-9]*)*", "list of numbers such as 1,4,16"),
+         default="1,4,16", help="numbers of clients, one line of the table each")
     flag("--prompt_tokens", type=run.whole(1), default=32, help="length of the benchmark's prompts")
     flag("--new_tokens", type=run.whole(1), default=64, help="length of its answers")
     flag("--rounds", type=run.whole(1), default=3, help="questions of each client")
@@ -1201,8 +1165,7 @@ def open_served(args: argparse.Namespace) -> Served:
     dtype = run.choose_dtype(args.dtype, device)
     if args.benchmark and args.directory in SHAPES and not directory.exists():
         model = random_model(SHAPES[args.directory], dtype, device)
-        tokenizer = Folded(demo.FOLDER)
-        template = "plain"
+        tokenizer, template = Folded(demo.FOLDER), text.TEMPLATES["plain"]
         if args.quant:
             quantize.round_model(model, args.quant, device)
     else:
@@ -1212,33 +1175,28 @@ def open_served(args: argparse.Namespace) -> Served:
             raise FileNotFoundError(f"{directory} does not exist: name a weights directory")
         home = lora.home(directory)
         tokenizer = text.Tokenizer(home)
-        template = args.template or text.read_template(home)
-        if template not in text.TEMPLATES:
-            what = f"the prompt template {template}, which is not known here" if template else "no prompt template"
-            print(f"note: {home} names {what}: chats are worded by the plain one; --template chooses another")
-            template = "plain"
+        template = text.TEMPLATES[text.choose_template(home, args.template, "plain", print)]
         model = quantize.open_model(directory, dtype, device, quant=args.quant)
         text.check_tokenizer(tokenizer, model.config.vocab_size)
+        model.stop_at([tokenizer.eos_id, text.answer_end(tokenizer, template)])
     context = args.max_len or model.config.max_seq_len
     if context > model.config.max_seq_len:
         raise ValueError(f"--max_len {context} is more than the model's context of {model.config.max_seq_len}")
-    return Served(model.eval(), tokenizer, text.TEMPLATES[template], directory.resolve().name, context)
+    return Served(model.eval(), tokenizer, template, directory.resolve().name, context)
 
 
-def say(served: Served, said: str) -> dict:
+def say(served: Served, said: str) -> None:
     """Answers once, on the terminal."""
     prompt = text.encode_prompt([{"role": "user", "content": said}], served.tokenizer, served.template)
-    steps = served.model.generate_steps([prompt], served.context - len(prompt), eos_id=list(served.stops))
+    steps = served.model.generate_steps([prompt], served.context - len(prompt))
     for piece in served.tokenizer.stream(token for _, (token,) in steps):
         print(piece, end="", flush=True)
     print()
-    return {}
 
 
 def serve(server: Server) -> dict:
     """Runs the engine until SIGTERM or Ctrl-C, then finishes what runs; a second signal ends the process at once."""
-    engine = server.engine
-    served = server.served
+    engine, served = server.engine, server.served
 
     def on_signal(number: int, frame: object) -> None:
         if engine.end < math.inf:
@@ -1262,48 +1220,26 @@ def serve(server: Server) -> dict:
     return dict(engine.counters)
 
 
-def benchmark(server: Server) -> dict:
-    """Runs the engine until the clients, which another thread starts, have measured it."""
-    args = server.args
-    model = server.served.model
-    summary = {
-        "model": server.served.name,
-        "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
-        "quant": args.quant,
-        "device": str(model.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "slots": args.max_batch,
-        "context": server.served.context,
-    }
-    print(" | ".join(f"{key} {value}" for key, value in summary.items() if value is not None), flush=True)
-    with ThreadPoolExecutor(1) as driver:
-        figures = driver.submit(measure_server, server)
-        figures.add_done_callback(lambda _: server.engine.stop(0.0))
-        server.engine.run()
-    server.finish(2.0)
-    return summary | figures.result()
-
-
-def main(argv: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None) -> dict | None:
     args = parse(argv)
     run.keep_freed_memory()
-    url = args.benchmark and args.directory.startswith("http://")
-    if args.say is None and not url:  # for a URL `measure_url` prints a line of its own
+    if args.say is None:
         told = vars(args) | {"api_key": args.api_key and "(given)"}
         print("flags: " + " ".join(f"{key}={value}" for key, value in sorted(told.items())), flush=True)
-    if url:
-        summary = measure_url(args)
+    if args.benchmark and args.directory.startswith("http://"):
+        summary = {"url": args.directory, "rows": measure_url(args.directory, args)}
     else:
         served = open_served(args)
         with quantize.packed(served.model, keep=False):
             if args.say is not None:
                 return say(served, args.say)
-            engine = Engine(served, args.max_batch, args.max_waiting)
+            server = Server(Engine(served, args.max_batch, args.max_waiting), args)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
             if not args.benchmark:
-                return serve(Server(engine, args, args.http_port, verbose=True).start())
-            summary = benchmark(Server(engine, args, 0).start())
+                return serve(server)
+            summary = benchmark(server)
     weights.write_json(args.json, summary)
+    print(f"wrote {args.json}")
     return summary
 
 
