@@ -31,12 +31,22 @@ Choices that raise no error when they are made wrongly:
 Letters: B rows of a batch, T time.
 """
 
+import argparse
+import base64
 import codecs
 import hashlib
+import itertools
+import json
 import random
 import re
 import string
+import sys
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, lru_cache, partial
+from heapq import heappop, heappush
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,50 +65,43 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 
 
 class Tokenizer:
-    """A sentencepiece model. BOS and EOS are added as ids, never as text."""
+    """One face for both kinds of files. BOS and EOS are added as ids, never as text."""
 
     def __init__(self, path: str | Path):
-        """path: a sentencepiece file, or a directory that has it as tokenizer.model."""
-        file = self.file = find_tokenizer(Path(path))
-        self.proto = file.read_bytes()
-        self.sp = sentencepiece.SentencePieceProcessor()
-        try:
-            self.sp.LoadFromSerializedProto(self.proto)
-        except RuntimeError as error:
-            raise ValueError(f"{file} is not a sentencepiece model: copy it again ({error})") from None
-        self.fingerprint = hashlib.sha256(self.proto).hexdigest()  # equal fingerprints mean equal ids
-        self.vocab_size = self.sp.vocab_size()
-        self.bos_id = self.sp.bos_id()
-        self.eos_id = self.sp.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise ValueError(f"{file} defines no BOS or no EOS piece: it is not a LLaMA tokenizer")
-        self.pad_id = max(self.sp.unk_id(), 0)  # of a reward model: with bytes for every character, no text produces it
-        first = self.sp.encode_as_pieces("a")[0]
-        self.space = b" " if first.startswith("▁") else b""  # encoding puts it before every text
+        """path: a directory with a tokenizer, or its file: tokenizer.model (sentencepiece, or Llama 3's list of pieces)
+        or tokenizer.json."""
+        self.file = find_tokenizer(Path(path))
+        self.kind, self.name, self.content = open_kind(self.file)
+        self.fingerprint = hashlib.sha256(self.content).hexdigest()  # equal fingerprints mean equal ids
+        self.vocab_size = max(self.kind.pieces) + 1
+        self.bos_id, self.eos_id, self.pad_id = self.kind.bos_id, self.kind.eos_id, self.kind.pad_id
+        self.space = self.kind.space  # encoding puts it before every text
 
     def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = True) -> list[int]:
-        """The ids of a text, BOS before them and EOS after them if asked for.
+        """The ids of a text.
 
-        special: the marks of special tokens inside the text become their ids. A sentencepiece model lists no such marks.
+        bos: what the tokenizer itself puts before a text goes there: BOS, or nothing (SmolLM2).
+        eos: EOS goes behind it.
+        special: special tokens that the text spells out become their ids. Otherwise they are text like any other, as
+        what people say must be. (For a sentencepiece model they always are.)
         """
-        # Sentencepiece refuses a lone surrogate (half an emoji in broken JSON), so it becomes U+FFFD first.
+        # No file has bytes for a lone surrogate (half an emoji in broken JSON), so it becomes U+FFFD first.
         valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return [self.bos_id] * bos + self.sp.encode(valid) + [self.eos_id] * eos  # 1. never parsed from the text
+        front = [self.bos_id] if bos and self.bos_id is not None else []
+        return front + self.kind.encode(valid, special) + [self.eos_id] * eos
 
-    def special(self, mark: str) -> int | None:
+    def special(self, marker: str) -> int | None:
         """The id of a special token. "<s>" and "</s>" are BOS and EOS, whatever this tokenizer calls them."""
-        return {"<s>": self.bos_id, "</s>": self.eos_id}.get(mark)
+        names = self.kind.added | {"<s>": self.bos_id, "</s>": self.eos_id}
+        return names.get(marker)
 
     def piece(self, i: int) -> str:
-        """The piece of an id as the vocabulary has it: "▁fox" or "<0xF0>"."""
-        return self.sp.id_to_piece(i) if 0 <= i < self.vocab_size else f"({i})"  # an embedding may have more rows
+        """The piece of an id as the vocabulary has it: "▁fox", "Ġfox" or "<0xF0>"."""
+        return self.kind.pieces.get(i, f"({i})")  # an embedding may have more rows
 
     def token_bytes(self, i: int) -> bytes:
-        """The UTF-8 bytes that an id adds to a text. BOS, EOS and ids beyond the vocabulary add none."""
-        if not 0 <= i < self.vocab_size or self.sp.is_control(i):
-            return b""
-        piece = self.piece(i)
-        return bytes.fromhex(piece[3:5]) if self.sp.is_byte(i) else piece.replace("▁", " ").encode()
+        """The UTF-8 bytes that an id adds to a text. Special tokens and ids beyond the vocabulary add none."""
+        return self.kind.token_bytes(i)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. A byte that is not part of a character becomes U+FFFD."""
@@ -114,20 +117,17 @@ class Tokenizer:
     def save(self, directory: str | Path, template: str | None = None) -> None:
         """Writes the tokenizer's files as they came, so that transformers gives a text the same ids. The template is
         named in tokenizer_config.json. If another one came, its Jinja text is replaced."""
-        directory, own = Path(directory), "tokenizer.json" if self.file.suffix == ".json" else "tokenizer.model"
+        directory = Path(directory)
         for name in TOKENIZER_FILES:
-            came = self.file if name == own else self.file.parent / name
-            if came.exists():
+            came = self.file.with_name(name)
+            if name == self.name:
+                weights.write_file(directory / name, self.content)
+            elif came.exists():
                 weights.write_file(directory / name, came.read_bytes())
             else:
                 (directory / name).unlink(missing_ok=True)  # another tokenizer's, from an earlier run
         config_file, jinja_file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-        if config_file.exists():
-            config = weights.read_json(config_file)
-        else:
-            config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
-                      "legacy": True, "bos_token": self.piece(self.bos_id), "eos_token": self.piece(self.eos_id),
-                      "unk_token": self.piece(self.pad_id)}
+        config = weights.read_json(config_file) if config_file.exists() else dict(self.kind.config)
         if template is not None:
             config["template"] = template
             if template != read_template(directory):
@@ -172,6 +172,472 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model's embedding {vocab_size} rows: "
                          "use the tokenizer.model that came with the model")
+
+
+# ---- sentencepiece --------------------------------------------------------------------------------------------------
+
+
+class SentencePiece:
+    """A sentencepiece model, read by its library."""
+
+    def __init__(self, content: bytes, file: Path):
+        self.sp = sentencepiece.SentencePieceProcessor()
+        try:
+            self.sp.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise ValueError(f"{file} is not a sentencepiece model: copy it again ({error})") from None
+        self.bos_id = self.sp.bos_id()
+        self.eos_id = self.sp.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise ValueError(f"{file} defines no BOS or no EOS piece: it is not a LLaMA tokenizer")
+        self.pad_id = max(self.sp.unk_id(), 0)  # characters without a piece become bytes, so no text produces it
+        self.pieces = {i: self.sp.id_to_piece(i) for i in range(self.sp.vocab_size())}
+        self.added: dict[str, int] = {}  # it lists none
+        self.config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
+                       "bos_token": self.pieces[self.bos_id], "eos_token": self.pieces[self.eos_id],
+                       "unk_token": self.pieces[self.pad_id]}
+        first = self.sp.encode_as_pieces("a")[0]
+        self.space = b" " if first.startswith("▁") else b""
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return self.sp.encode(text)
+
+    def token_bytes(self, i: int) -> bytes:
+        if i not in self.pieces or self.sp.is_control(i):
+            return b""
+        piece = self.pieces[i]
+        return bytes.fromhex(piece[3:5]) if self.sp.is_byte(i) else piece.replace("▁", " ").encode()
+
+
+# ---- byte pair encoding ---------------------------------------------------------------------------------------------
+
+
+def learn(texts: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Learns byte pair encoding from texts: the pieces with their ids, and the merges, first to last.
+
+        words of the text            pairs                        merge
+        l o w ×5   w i d e s t ×3    (l, o) 5, (s, t) 3, ...      (l, o): "lo" becomes a piece
+        lo w ×5    w i d e s t ×3    (lo, w) 5, (s, t) 3, ...     (lo, w): "low" becomes a piece
+
+    Of equally frequent pairs, the one whose left piece has the lower id comes first, then the right one's id decides.
+    A pair that stands only once is not merged: learning ends there, even if there are fewer pieces than `size`.
+    """
+    # 1. Equal words are merged alike, so each is kept once, with its count. It begins as single bytes.
+    cut = regular(LLAMA3)
+    counts = Counter(word for text in texts for word in cut.findall(text))
+    words = [[ALPHABET[byte] for byte in word.encode()] for word in counts]
+    times = list(counts.values())
+    vocabulary = {byte: i for i, byte in enumerate(sorted(ALPHABET))}
+    # 2. How often does each pair of neighbours stand in the text, and in which words?
+    pairs, where, changed = Counter(), defaultdict(set), set()
+
+    def count(number: int, sign: int) -> None:
+        for pair in pairwise(words[number]):
+            pairs[pair] += sign * times[number]
+            where[pair].add(number)
+            changed.add(pair)
+
+    for number in range(len(words)):
+        count(number, 1)
+    merges, heap = [], []
+    while len(vocabulary) < size:
+        # 3. The most frequent pair comes out of a heap. An entry with a count of earlier times is thrown away.
+        for left, right in changed:
+            if pairs[left, right] > 1:
+                heappush(heap, (-pairs[left, right], vocabulary[left], vocabulary[right], (left, right)))
+        while heap and -heap[0][0] != pairs[heap[0][-1]]:
+            heappop(heap)
+        if not heap:
+            break
+        *_, best = heappop(heap)
+        # 4. It is merged. Counts change only in the words where it stands.
+        merges.append(best)
+        vocabulary.setdefault("".join(best), len(vocabulary))
+        changed.clear()
+        for number in where.pop(best):
+            count(number, -1)
+            words[number] = merge(words[number], {best: 0})
+            count(number, 1)
+    return vocabulary, merges
+
+
+def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Merges neighbours into pieces: always the pair of the lowest rank, and of equal pairs the leftmost.
+
+        s y s t e m s       ranks: (s, t) 0, (e, m) 1, (s, y) 2, (st, em) 3
+        s y st e m s        rank 0, although (s, y) stands before it: it was learnt first
+        s y st em s         rank 1
+        sy st em s          rank 2
+        sy stem s           rank 3, whose two pieces ranks 0 and 1 made
+
+    A search through all pairs for every merge would take n² steps for n symbols. So the pairs wait in a heap, lowest
+    rank first, and each piece knows its neighbours, so that none has to move.
+    """
+    end = len(symbols)
+    pieces = [*symbols, ""]  # the empty piece closes a ring, and has a rank with nobody
+    after = [*range(1, end + 1), 0]
+    before = [end, *range(end)]
+    heap = []
+
+    def offer(left: int) -> None:
+        rank = ranks.get((pieces[left], pieces[after[left]]))
+        if rank is not None:
+            heappush(heap, (rank, left))
+
+    for left in range(end):
+        offer(left)
+    while heap:
+        # 1. The lowest rank comes out. If an earlier merge has taken one of its two pieces, it is thrown away.
+        rank, left = heappop(heap)
+        right = after[left]
+        if ranks.get((pieces[left], pieces[right])) == rank:
+            # 2. The left piece takes the right one in.
+            pieces[left] += pieces[right]
+            pieces[right] = ""
+            after[left] = after[right]
+            before[after[right]] = left
+            # 3. It makes two new pairs with its neighbours.
+            offer(before[left])
+            offer(left)
+    return [piece for piece in pieces if piece]
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's printable character for each byte: its own in Latin-1 where that is printable, else one from U+0100 on.
+    A space is "Ġ", a line break "Ċ", byte 255 "ÿ"."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = map(chr, itertools.count(0x100))
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+
+
+ALPHABET = byte_alphabet()
+
+
+# ---- tokenizer.json -------------------------------------------------------------------------------------------------
+
+# How words are cut: GPT-2's pattern, and Llama 3's, in which a word may begin with any one sign, and a number has at
+# most three digits. In both, a space belongs to the word behind it.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+WHOLE = "(?s:.+)"
+WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Python's \s has \x1c-\x1f too
+# What a text ends in where no tokenizer_config.json says it.
+ENDS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>")
+
+
+class Unknown(ValueError):
+    """A tokenizer.json asks for something that is not done here."""
+
+
+class BytePairs:
+    """What a tokenizer.json says. A text goes through five steps, and the file says what each of them does:
+
+        1. find added tokens     "Café 42<|im_end|>"   ->   "Café 42"   <|im_end|>
+        2. normalize             NFC: é is one character, however it was typed
+        3. cut into words        "Café"        " 42"
+        4. symbols               C a f Ã ©     Ġ 4 2
+        5. merge                 Ca fÃ©        Ġ4 2
+
+    The symbols are bytes, written as printable characters. In a file that was made from a sentencepiece model they are
+    characters, a space is written "▁", and a character without a piece becomes bytes, written <0xF0>. What has nothing
+    to do with ids is ignored: truncation, padding, offsets, pairs of texts.
+    """
+
+    def __init__(self, said: dict, config: dict):
+        """said: the content of a tokenizer.json. config: that of tokenizer_config.json, which names EOS."""
+        model, cuts = said["model"], steps(said["pre_tokenizer"])
+        self.vocabulary: dict[str, int] = model["vocab"]
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.whole_words = model.get("ignore_merges", False)  # a word that is a piece stays one, whatever merges make
+        self.byte_level = any(step["type"] == "ByteLevel" for step in cuts)
+        self.bytes = ALPHABET if self.byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
+        self.byte = {symbol: byte for byte, symbol in enumerate(self.bytes)}
+        check_model(model, self.byte_level, complete=self.vocabulary.keys() >= self.byte.keys())
+        if not self.byte_level and not any(re.search("[^▁]▁", left + right) for left, right in merges):
+            cuts.append(isolated("▁+[^▁]*|[^▁]+"))  # no merge joins "▁" to what stands before it: words can be cached
+        self.normalizers = [normalizer(step) for step in steps(said["normalizer"])]
+        self.cutters = [cutter(step) for step in cuts]
+        self.known_words = lru_cache(maxsize=65536)(self.word_ids)
+        self.read_added(said["added_tokens"])
+        self.read_ends(said, config)
+
+    def read_added(self, tokens: list[dict]) -> None:
+        """Tokens that are "normalized" are found in normalized text, the others in the text as it came."""
+        self.added = {token["content"]: token["id"] for token in tokens}
+        self.special = {token["id"] for token in tokens if token["special"]}
+        self.pieces = {i: piece for piece, i in (self.vocabulary | self.added).items()}
+        self.found = {}
+        groups = {(special, normalized): [] for special in (False, True) for normalized in (False, True)}
+        for token in tokens:
+            if token["single_word"] or token["lstrip"] or token["rstrip"]:
+                raise unknown(token)
+            normalized = token["normalized"]
+            content = self.normalize(token["content"]) if normalized else token["content"]
+            self.found[content] = token["id"]
+            groups[True, normalized].append(content)
+            if not token["special"]:
+                groups[False, normalized].append(content)
+        self.marks = {key: one_of(contents) for key, contents in groups.items()}
+
+    def read_ends(self, said: dict, config: dict) -> None:
+        """BOS is what the file's post-processor puts before a text. What it puts behind a text is asked for by `eos`."""
+        front = [i for step in steps(said["post_processor"]) for i in ids_before(step)]
+        if len(front) > 1:
+            raise unknown(said["post_processor"])
+        self.bos_id = front[0] if front else None
+        named = [named_token(config, f"{name}_token") for name in ("eos", "pad", "unk")]
+        ids = self.vocabulary | self.added
+        self.eos_id = next((ids[name] for name in (named[0], *ENDS) if name in ids), None)
+        if self.eos_id is None:
+            raise Unknown("no EOS is named: put the release's tokenizer_config.json beside it")
+        # A reward model's padding: an id that no text produces, and never EOS.
+        special = [content for content, i in self.added.items() if i in self.special]
+        fillers = named[1:] + [content for word in ("pad", "unk", "reserved", "") for content in special if word in content]
+        self.pad_id = next((ids[name] for name in fillers if name in ids and ids[name] not in (self.bos_id, self.eos_id)), None)
+        self.space = b"".join(map(dropped, steps(said["decoder"])))
+        tokens = zip(("bos_token", "eos_token", "pad_token"), (self.bos_id, self.eos_id, self.pad_id))
+        self.config = {"tokenizer_class": "PreTrainedTokenizerFast"} | {name: self.pieces[i] for name, i in tokens if i is not None}
+
+    def normalize(self, text: str) -> str:
+        for step in self.normalizers:
+            text = step(text)
+        return text
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        # A text, a token, a text, ..., a text: the tokens stand at odd places.
+        sections = []
+        for place, part in enumerate(self.marks[special, False].split(text)):
+            inside = self.marks[special, True].split(self.normalize(part))
+            sections += inside if place % 2 == 0 else [part]
+        ids = []
+        for place, section in enumerate(sections):
+            if place % 2 == 1:
+                ids.append(self.found[section])
+                continue
+            words = [section] if section else []
+            for cut in self.cutters:
+                words = [part for i, word in enumerate(words) for part in cut(word, place == i == 0)]
+            for word in words:
+                ids += self.known_words(word) if len(word) < 256 else self.word_ids(word)
+        return ids
+
+    def word_ids(self, word: str) -> list[int]:
+        """The ids of a word. A byte without a symbol is dropped: SmolLM2 has none for some control characters."""
+        symbols = []
+        for letter in word:
+            known = letter in self.vocabulary and not self.byte_level
+            symbols += [letter] if known else [self.bytes[byte] for byte in letter.encode()]
+        pieces = ["".join(symbols)]
+        if not (self.whole_words and pieces[0] in self.vocabulary):
+            pieces = merge([symbol for symbol in symbols if symbol in self.vocabulary], self.ranks)
+        return [self.vocabulary[piece] for piece in pieces]
+
+    def token_bytes(self, i: int) -> bytes:
+        piece = self.pieces.get(i, "")
+        if i in self.special:
+            return b""
+        if piece in self.added:
+            return piece.encode()
+        if self.byte_level:
+            return bytes(map(self.byte.__getitem__, piece))
+        return bytes([self.byte[piece]]) if piece in self.byte else piece.replace("▁", " ").encode()
+
+
+def steps(said: dict | None) -> list[dict]:
+    """The steps of a normalizer, pre-tokenizer, post-processor or decoder: none, one, or those of a Sequence."""
+    if said is None:
+        return []
+    if said["type"] != "Sequence":
+        return [said]
+    parts = next(value for value in said.values() if isinstance(value, list))
+    return [step for part in parts for step in steps(part)]
+
+
+def unknown(step: dict) -> Unknown:
+    return Unknown(json.dumps(step, ensure_ascii=False)[:300])
+
+
+def check_model(model: dict, byte_level: bool, complete: bool) -> None:
+    """Refuses what is not plain byte pair encoding, and a vocabulary in which a character may have no piece and become
+    "unknown". complete: it has a piece for every byte."""
+    settings = {key: value for key, value in model.items() if key not in ("vocab", "merges")}
+    refused = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
+    if not complete:
+        refused.append("unk_token")
+    fallback = byte_level or complete and settings["byte_fallback"]
+    if settings["type"] != "BPE" or not fallback or any(map(settings.get, refused)):
+        raise unknown(settings)
+
+
+def normalizer(step: dict) -> Callable[[str], str]:
+    match step:
+        case {"type": "NFC"}:
+            return partial(unicodedata.normalize, "NFC")
+        case {"type": "Prepend", "prepend": str(front)}:
+            return lambda text: text and front + text
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+            return lambda text: text.replace(old, new)
+    raise unknown(step)
+
+
+def isolated(pattern: str) -> dict:
+    """The pre-tokenizer whose words are what the pattern matches, and what lies between two matches."""
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def cutter(step: dict) -> Callable[[str, bool], list[str]]:
+    """A step of a pre-tokenizer. It cuts a text (not empty) into words, and is told if that begins the whole text."""
+    front, when = "", "never"
+    match step:
+        case {"type": "ByteLevel"}:
+            front, when = " ", "always" if step["add_prefix_space"] else "never"
+            pattern = GPT2 if step.get("use_regex", True) else WHOLE
+        case {"type": "Metaspace", "replacement": "▁"}:
+            front, when = "▁", step.get("prepend_scheme", "always")
+            pattern = "▁?[^▁]+|▁" if step.get("split", True) else WHOLE
+        case {"type": "Digits", "individual_digits": bool(each)}:
+            pattern = r"\p{N}" if each else r"\p{N}+"
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
+            pass
+        case _:
+            raise unknown(step)
+    words = regular(f"({pattern})")
+
+    def cut(text: str, first: bool) -> list[str]:
+        if front == "▁":
+            text = text.replace(" ", front)
+        if when == "always" or when == "first" and first:
+            text = front + text.removeprefix(front)
+        return [word for word in words.split(text) if word]
+
+    return cut
+
+
+@cache
+def regular(pattern: str) -> re.Pattern:
+    r"""A pattern of tokenizer.json for Python's re, which knows no \p{..}, and whose \s is not Unicode's."""
+    odd = re.findall(r"\\(?!p\{(?:L|M|N|P|S|Z|C)\w?\}|[sSrnt])..?", pattern)
+    if odd:
+        raise unknown({"Regex": pattern, "odd": odd})
+    pattern = pattern.replace(r"\S", r"[^\s]")
+    pattern = re.sub(r"(\\p\{\w+\}|\\s)(?![^\[]*\])", r"[\1]", pattern)  # outside of [...], a class needs its own
+    pattern = pattern.replace(r"\s", WHITE_SPACE)
+    return re.compile(re.sub(r"\\p\{(\w+)\}", lambda name: category(name[1]), pattern))
+
+
+@cache
+def category(name: str) -> str:
+    r"""The characters of a category of Unicode, such as L (letters) or Nd (digits), for the inside of [...]."""
+    ranges = []
+    for code in range(sys.maxunicode + 1):
+        if unicodedata.category(chr(code)).startswith(name):
+            if ranges and ranges[-1][1] == code - 1:
+                ranges[-1][1] = code
+            else:
+                ranges.append([code, code])
+    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges)
+
+
+def one_of(contents: list[str]) -> re.Pattern:
+    """A pattern that cuts a text at these strings, at the longest where several begin. Of none, it never cuts."""
+    longest_first = sorted(contents, key=len, reverse=True)
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+
+def ids_before(step: dict) -> list[int]:
+    """What a step of the post-processor puts before a text."""
+    match step:
+        case {"type": "ByteLevel"}:
+            return []
+        case {"type": "TemplateProcessing", "single": parts, "special_tokens": tokens}:
+            before = itertools.takewhile(lambda part: "SpecialToken" in part, parts)
+            return [i for part in before for i in tokens[part["SpecialToken"]["id"]]["ids"]]
+    raise unknown(step)
+
+
+def dropped(step: dict) -> bytes:
+    """The space that a step of the decoder takes from the front of a text."""
+    match step:
+        case {"type": "ByteLevel" | "ByteFallback" | "Fuse"}:
+            return b""
+        case {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}:
+            return b""
+        case {"type": "Strip", "content": " ", "start": 0 | 1 as count, "stop": 0}:
+            return b" " * count
+        case {"type": "Metaspace", "replacement": "▁"}:
+            return b"" if step.get("prepend_scheme") == "never" else b" "
+    raise unknown(step)
+
+
+def named_token(config: dict, key: str) -> str | None:
+    """A token that tokenizer_config.json names, by its content or with its flags."""
+    token = config.get(key)
+    return token["content"] if isinstance(token, dict) else token
+
+
+# ---- files that become a tokenizer.json -----------------------------------------------------------------------------
+
+LLAMA3_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")
+# Behind the vocabulary of Llama 3: 256 special tokens, most of them without a meaning.
+LLAMA3_NAMED = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+
+
+def from_llama3(lines: bytes) -> dict:
+    """Llama 3's tokenizer.model, lines of "base64 rank", as the content of a tokenizer.json.
+
+    A piece's rank is its id. There are no merges: any two pieces that make up a third may merge to it, at its rank.
+    """
+    vocabulary = {}
+    for line in lines.splitlines():
+        piece, rank = line.split()
+        vocabulary["".join(ALPHABET[byte] for byte in base64.b64decode(piece))] = int(rank)
+    merges = []
+    for piece in sorted(vocabulary, key=vocabulary.__getitem__):
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [pair for pair in halves if vocabulary.keys() >= set(pair)]
+        merges += sorted(known, key=lambda pair: [vocabulary[half] for half in pair])
+    reserved = itertools.count()
+    names = [LLAMA3_NAMED.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256)]
+    return byte_level_json(vocabulary, merges, [f"<|{name}|>" for name in names])
+
+
+def byte_level_json(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: Sequence[str]) -> dict:
+    """The content of a tokenizer.json like Llama 3's: its pattern, special tokens behind the vocabulary, the first of
+    them BOS, which comes before every text."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": content, **flags, "special": True} for i, content in enumerate(special, len(vocabulary))]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    bos = {"SpecialToken": {"id": special[0], "type_id": 0}}
+    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [isolated(LLAMA3), byte_level]},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos, texts[0]],
+            "pair": [bos, *texts],
+            "special_tokens": {special[0]: {"id": special[0], "ids": [added[0]["id"]], "tokens": [special[0]]}},
+        },
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
 
 
 # ---- templates: the words around a conversation ---------------------------------------------------------------------
@@ -517,22 +983,41 @@ def collate(examples: list[tuple[list[int], list[bool]]], filler: int = 0) -> tu
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there is read
 
 def has_tokenizer(directory: str | Path) -> bool:
     """Does a directory hold a tokenizer's file?"""
-    return (Path(directory) / "tokenizer.model").exists()
+    return any((Path(directory) / name).exists() for name in TOKENIZERS)
 
 
 def find_tokenizer(path: Path) -> Path:
-    """The sentencepiece file of a directory. Meta puts one file beside the folders 7B, 13B, ..."""
-    file = path / "tokenizer.model" if path.is_dir() else path
-    if not file.exists() and (path / "params.json").exists():
-        file = path.parent / "tokenizer.model"
-    if not file.exists():
-        unread = ", a tokenizer.json cannot be read here" if (path / "tokenizer.json").exists() else ""
-        raise FileNotFoundError(f"{file} does not exist{unread}: put the sentencepiece file of the original release "
-                                "there")
-    return file
+    """The tokenizer's file of a directory. Meta puts one file beside the folders 7B, 13B, ..."""
+    places = [path / name for name in TOKENIZERS] if path.is_dir() else [path]
+    if (path / "params.json").exists():
+        places.append(path.parent / "tokenizer.model")
+    for file in places:
+        if file.exists():
+            return file
+    raise FileNotFoundError(f"{places[0]} does not exist, nor a tokenizer.json: put the file of the original release "
+                            "there")
+
+
+def open_kind(file: Path) -> tuple[SentencePiece | BytePairs, str, bytes]:
+    """What a tokenizer's file says, and the name and the bytes to save it under, so that transformers reads it."""
+    content = file.read_bytes()
+    config_file = file.with_name("tokenizer_config.json")
+    config = weights.read_json(config_file) if config_file.exists() else {}
+    if file.suffix != ".json" and not LLAMA3_LINE.match(content):
+        return SentencePiece(content, file), "tokenizer.model", content
+    try:
+        if file.suffix == ".json":
+            return BytePairs(weights.read_json(file), config), "tokenizer.json", content
+        said = from_llama3(content)
+        return BytePairs(said, config), "tokenizer.json", json.dumps(said).encode()
+    except Unknown as error:
+        raise ValueError(f"{file} asks for what is not known here: {error}") from None
+    except (LookupError, TypeError, AttributeError, re.error) as error:
+        raise ValueError(f"{file} is not a tokenizer's file, or a damaged one: copy it again ({error!r})") from None
 
 
 # What a Jinja text has if it says what a template of ours says, and what it then has not. Any other text is unknown. To
@@ -589,3 +1074,41 @@ def choose_template(directory: str | Path, asked: str | None, usual: str, say: C
     if own is None:
         say(f"note: {directory} names no known prompt template, the {usual} one is used; --template chooses another")
     return own or usual
+
+
+# ---- python -m data.text train --------------------------------------------------------------------------------------
+
+SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.text", description="Learns a byte-level BPE tokenizer.")
+    parser.add_argument("command", choices=["train"])
+    parser.add_argument("files", nargs="+", help="plain text in UTF-8")
+    parser.add_argument("out", help="the directory for tokenizer.json and tokenizer_config.json")
+    parser.add_argument("--vocab_size", type=int, required=True, help="of all ids: 256 bytes, 5 special tokens, merges")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        train(args.files, args.vocab_size, Path(args.out))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def train(files: list[str], vocab_size: int, out: Path) -> None:
+    least = len(ALPHABET) + len(SPECIAL)
+    if vocab_size < least:
+        raise ValueError(f"--vocab_size {vocab_size} is too small: 256 bytes and the special tokens make {least}")
+    texts = [read_text(file) for file in files]
+    vocabulary, merges = learn(texts, vocab_size - len(SPECIAL))
+    weights.write_json(out / "tokenizer.json", byte_level_json(vocabulary, merges, SPECIAL))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= zip(("bos_token", "eos_token", "pad_token"), SPECIAL)
+    weights.write_json(out / "tokenizer_config.json", config)
+    tokenizer = Tokenizer(out)
+    size = sum(len(text.encode()) for text in texts)
+    count = sum(len(tokenizer.encode(text, bos=False)) for text in texts)
+    print(f"{out}: {tokenizer.vocab_size} ids; {size} bytes of text are {count} of them")
+
+
+if __name__ == "__main__":
+    main()
