@@ -93,14 +93,6 @@ class Optimizers(NamedTuple):
     actor: zero.ZeRO2
     critic: zero.ZeRO2
 
-    def state_dict(self) -> dict:
-        return {name: optimizer.state_dict() for name, optimizer in self._asdict().items()}
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        """states: of all processes that wrote the checkpoint."""
-        for name, optimizer in self._asdict().items():
-            optimizer.load_state_dict([state[name] for state in states])
-
 
 class Experience(NamedTuple):
     """Answers, and what is known of them. Step 1 fills the first four fields, steps 2 to 4 fill the others."""
@@ -426,7 +418,7 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
         meta["step"] = step
         meta["prompts_seen"] += size
         meta["ptx_seen"] += row["minibatches"] * ptx_size
-        run.save_checkpoint(args, world, meta, optimizers)
+        run.save_checkpoint(args, world, meta, optimizers._asdict())
     return {"steps": meta["step"]} | log.figures()
 
 
@@ -701,7 +693,7 @@ def main(argv: list[str] | None = None) -> dict:
     # training
     with run.resumable(args):
         if args.resume:
-            meta = run.load_checkpoint(args, stage.world, marks, optimizers)
+            meta = run.load_checkpoint(args, stage.world, marks, optimizers._asdict())
         else:
             stage.say(f"answering {len(held)} prompts, to compare with afterwards")
             before = evaluate(models, held, "before", stage)

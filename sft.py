@@ -187,7 +187,7 @@ def train(model: nn.Module, task: Task, stage: Stage) -> tuple[zero.ZeRO2, dict]
     optimizer = make_optimizer(model, stage)
     batch = args.batch_size * args.accumulation_steps * world.world
     if args.resume:     # 4.
-        meta = run.load_checkpoint(args, world, marks, optimizer)
+        meta = run.load_checkpoint(args, world, marks, {"optimizer": optimizer})
     else:
         meta = {"step": 0, "consumed": 0, "batch": batch, "before": evaluate(model, task, stage), "marks": marks}
     first, left = meta["step"], list(batches(task, batch, args, meta))
@@ -219,7 +219,7 @@ def train(model: nn.Module, task: Task, stage: Stage) -> tuple[zero.ZeRO2, dict]
             meta |= {"step": step, "consumed": meta["consumed"] + len(examples)}
             if meta["consumed"] % len(task.examples) == 0:
                 meta["batch"] = batch       # the next epoch is shuffled for this run's batch size
-            run.save_checkpoint(args, world, meta, optimizer)
+            run.save_checkpoint(args, world, meta, {"optimizer": optimizer})
     summary = {f"{key}_before": value for key, value in meta["before"].items()} | log.figures()
     summary |= {"planned_memory_bytes": planned, "loss": loss, "steps": meta["step"], "skipped": optimizer.skipped}
     return optimizer, summary | evaluate(model, task, stage)

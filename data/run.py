@@ -191,15 +191,13 @@ class Parser(argparse.ArgumentParser):
     def tell(self, usual: dict, demo: dict) -> None:
         """Adds to --help the defaults that `resolve` fills in later, since they depend on the input."""
         for action in self._actions:
-            values = []
+            told = []
             for prefix, defaults in (("", usual), ("the demo: ", demo)):
                 value = defaults.get(action.dest)
                 if isinstance(value, list):
                     value = shown([path.name for path in value])
-                if value is not None:
-                    values.append(f"{prefix}{value}")
-            if values:
-                action.help += " (" + "; ".join(values) + ")"
+                told += [] if value is None else [f"{prefix}{value}"]
+            action.help += f" ({'; '.join(told)})" if told else ""
 
 
 def shown(value) -> str:
@@ -212,11 +210,12 @@ def typed(args: argparse.Namespace) -> dict[str, str]:
     return {flag: shown(value) for flag, value in sorted(vars(args).items())}
 
 
-def number(at_least: float = 0, at_most: float | None = None, above: bool = False, read: Callable = float,
-           kind: str = "finite number") -> Callable[[str], float]:
+def number(at_least: float = 0, at_most: float = math.inf, above: bool = False,
+           read: type[float] | type[int] = float) -> Callable[[str], float]:
     """The type of a flag that takes numbers from at_least to at_most; with `above` at_least itself is not allowed."""
+    kind = "finite number" if read is float else "whole number"
     bounds = f"above {at_least}" if above else f"at least {at_least}"
-    if at_most is not None:
+    if at_most < math.inf:
         bounds += f" and at most {at_most}"
 
     def parse(given: str) -> float:
@@ -226,15 +225,13 @@ def number(at_least: float = 0, at_most: float | None = None, above: bool = Fals
             value = math.nan
         if not abs(value) < math.inf:
             raise argparse.ArgumentTypeError(f"must be a {kind}, not {given}")
-        if value < at_least or above and value == at_least or at_most is not None and value > at_most:
+        if not at_least <= value <= at_most or above and value == at_least:
             raise argparse.ArgumentTypeError(f"must be {bounds}, not {given}")
         return value
     return parse
 
 
-def whole(at_least: int, at_most: int | None = None) -> Callable[[str], int]:
-    """The same for whole numbers."""
-    return number(at_least, at_most, read=int, kind="whole number")
+whole = partial(number, read=int)       # the same for whole numbers
 
 
 def training_parser(description: str, save_path: str) -> Parser:
@@ -402,12 +399,11 @@ def generators(world: World) -> list[torch.Generator]:
 
 def fingerprint(model: nn.Module, examples: list, seed: int) -> dict[str, str]:
     """Marks that a resumed run must have in common with the first one. 64 numbers of a tensor stand for all of it."""
-    tensors, ids = hashlib.sha256(), hashlib.sha256(json.dumps(examples).encode())
-    for name, p in (*model.named_parameters(), *model.named_buffers()):         # quantized weights are buffers
-        numbers = p.detach().flatten()[:64].float().cpu().numpy()
-        tensors.update(repr((name, p.shape)).encode() + numbers.tobytes())
+    tensors = [*model.named_parameters(), *model.named_buffers()]               # quantized weights are buffers
+    numbers = [(name, tuple(p.shape), p.detach().flatten()[:64].tolist()) for name, p in tensors]
     # The seed comes first because another seed changes the others too.
-    return {"seed": str(seed), "model": tensors.hexdigest(), "dataset": ids.hexdigest()}
+    marks = {"seed": seed, "model": numbers, "dataset": examples}
+    return {what: hashlib.sha256(repr(mark).encode()).hexdigest() for what, mark in marks.items()}
 
 
 def checkpoints(save_path: Path) -> list[Path]:
@@ -415,19 +411,18 @@ def checkpoints(save_path: Path) -> list[Path]:
     return sorted(path for path in (save_path / "resume").glob("step-*") if path.suffix != ".tmp")
 
 
-def save_checkpoint(args: argparse.Namespace, world: World, meta: dict, optimizer) -> None:
+def save_checkpoint(args: argparse.Namespace, world: World, meta: dict, optimizers: dict) -> None:
     """Writes a checkpoint if meta["step"] is one of --save_interval or the one where --max_steps stops.
 
-    optimizer has state_dict(). SAVE_PATH/resume/step-N.tmp is written, renamed to step-N when complete, and then the
-    previous checkpoint is removed. So a kill at any moment leaves a complete one."""
+    SAVE_PATH/resume/step-N.tmp is written, renamed to step-N when complete, then the previous checkpoint is removed.
+    So a kill at any moment leaves a complete one. optimizers: by name; meta: what else continuing needs."""
     step = meta["step"]
     if not args.save_interval or step % args.save_interval and step != args.max_steps:
         return
-    folder = args.save_path / "resume"
-    new = folder / f"step-{step:08d}"
+    new = args.save_path / "resume" / f"step-{step:08d}"
     temporary = new.with_suffix(".tmp")
-    random = [generator.get_state() for generator in generators(world)]
-    part = {"optimizer": optimizer.state_dict(), "random": random}
+    part = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+    part["random"] = [generator.get_state() for generator in generators(world)]
     try:
         if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -439,18 +434,16 @@ def save_checkpoint(args: argparse.Namespace, world: World, meta: dict, optimize
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if world.rank == 0:
-        shutil.rmtree(new, ignore_errors=True)
         temporary.rename(new)
-        for old in folder.glob("step-*"):
+        for old in new.parent.glob("step-*"):
             if old != new:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(args: argparse.Namespace, world: World, marks: dict[str, str], optimizer) -> dict:
-    """Brings optimizer and random state back from the newest checkpoint. Returns its meta.
+def load_checkpoint(args: argparse.Namespace, world: World, marks: dict[str, str], optimizers: dict) -> dict:
+    """Brings the optimizers, by name, and the random state back from the newest checkpoint. Returns its meta.
 
-    optimizer has load_state_dict(states of all processes that wrote the checkpoint). Another model, dataset or seed is
-    refused. Other flags and another number of processes are said."""
+    Refuses another model, dataset or seed. Other flags and another number of processes are told."""
     found, folder = checkpoints(args.save_path), args.save_path / "resume"
     if not found:
         raise FileNotFoundError(f"--resume, but {folder} holds no checkpoint: run without --resume first "
@@ -458,24 +451,25 @@ def load_checkpoint(args: argparse.Namespace, world: World, marks: dict[str, str
     newest = found[-1]
     try:
         meta = read_json(newest / "meta.json")
+        before = meta["flags"] | {"processes": str(meta["world"])}
         files = [newest / f"rank-{rank}.pt" for rank in range(meta["world"])]
         # With mmap a process reads only what it needs of each file.
-        ranks = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
+        parts = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
     except Exception as error:      # zip, pickle and JSON errors share no base class
         raise ValueError(f"the checkpoint {newest} cannot be read: remove it and start again ({error})") from None
     for what, mark in marks.items():
         if meta["marks"].get(what) != mark:
             raise ValueError(f"{newest} is of another {what} than this run: resume with the flags of the first run, or "
                              "use another --save_path")
-    before = {"processes": meta["world"]} | meta["flags"]
-    now = {"processes": world.world} | typed(args)
-    changed = [key for key in now if now[key] != before.get(key) and key not in ("resume", "save_path")]
+    now = typed(args) | {"processes": str(world.world)}
+    changed = [flag for flag in now if now[flag] != before.get(flag) and flag not in ("resume", "save_path")]
     if changed:
-        old, new = (", ".join(f"{key}={flags.get(key)}" for key in changed) for flags in (before, now))
+        old, new = (", ".join(f"{flag}={flags.get(flag)}" for flag in changed) for flags in (before, now))
         say(world, f"note: the checkpoint was written with {old}, this run goes on from it with {new}")
-    optimizer.load_state_dict([part["optimizer"] for part in ranks])
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict([part[name] for part in parts])       # of all processes: each takes its own part
     if meta["world"] == world.world:
-        for generator, state in zip(generators(world), ranks[world.rank]["random"]):
+        for generator, state in zip(generators(world), parts[world.rank]["random"]):
             generator.set_state(state)
     return meta
 
@@ -510,16 +504,13 @@ class Log:
     def __init__(self, args: argparse.Namespace, world: World, first: int, total: int):
         """Cuts off the rows after `first`. A new run (0) also removes an old one's checkpoints, from which --resume
         would continue if the new one died early."""
-        self.world, self.first, self.total = world, first, total
-        self.file, kept = args.save_path / "metrics.jsonl", []
+        self.world, self.first, self.total, self.file = world, first, total, args.save_path / "metrics.jsonl"
         if world.rank == 0 and first == 0:
             shutil.rmtree(args.save_path / "resume", ignore_errors=True)
-        elif world.rank == 0 and self.file.exists():
-            for line in self.file.read_text("utf-8").splitlines(keepends=True):
-                with suppress(json.JSONDecodeError):        # a killed run may leave half a line
-                    if json.loads(line)["step"] <= first:
-                        kept.append(line)
         if world.rank == 0:
+            lines = self.file.read_text("utf-8").splitlines(keepends=True) if self.file.exists() else []
+            whole_lines = [line for line in lines if line.endswith("\n")]       # a killed run may leave half a line
+            kept = [line for line in whole_lines if json.loads(line)["step"] <= first]
             write_file(self.file, "".join(kept).encode())
         self.tokens, self.started = 0, time.perf_counter()
 

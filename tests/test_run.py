@@ -43,12 +43,12 @@ class Weight:
 
 def save(folder: Path, step: int, numbers: int = 1000) -> None:
     args = args_of(folder, save_interval=1)
-    run.save_checkpoint(args, ALONE, {"step": step, "marks": {}}, Weight(numbers, float(step)))
+    run.save_checkpoint(args, ALONE, {"step": step, "marks": {}}, {"a": Weight(numbers, float(step))})
 
 
 def load(folder: Path, world: run.World = ALONE, marks: dict = {}, **more) -> tuple[dict, torch.Tensor]:
     weight = Weight()
-    meta = run.load_checkpoint(args_of(folder, **{"save_interval": 1} | more), world, marks, weight)
+    meta = run.load_checkpoint(args_of(folder, **{"save_interval": 1} | more), world, marks, {"a": weight})
     return meta, weight.states[0]["weight"]
 
 
@@ -407,7 +407,7 @@ def test_checkpoints_are_those_asked_for(tmp_path, interval, most, steps):
     saved = []
     for step in range(1, 5):
         args = args_of(tmp_path, save_interval=interval, max_steps=most)
-        run.save_checkpoint(args, ALONE, {"step": step, "marks": {}}, Weight(3))
+        run.save_checkpoint(args, ALONE, {"step": step, "marks": {}}, {"a": Weight(3)})
         saved += [step] if run.checkpoints(tmp_path) == [tmp_path / "resume" / f"step-{step:08d}"] else []
     assert saved == steps
 
