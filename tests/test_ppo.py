@@ -3,10 +3,7 @@
 import argparse
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +24,6 @@ from ppo import Experience, Models, Optimizers
 from rm import RewardModel
 from sft import Stage
 
-ROOT = Path(__file__).parents[1]
-ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 WORLD = run.World(0, 1, torch.device("cpu"))
 TEMPLATE = text.TEMPLATES["alpaca"]
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=1280, max_seq_len=160)
@@ -846,43 +840,32 @@ def test_critic_can_be_trained_alone(base, tmp_path, monkeypatch):
 
 # ---- two processes --------------------------------------------------------------------------------------------------
 
-WORKER = """
-import sys
-from pathlib import Path
-import torch
-import ppo
-from data import run
-from test_ppo import Experience, encoded, fixed, main, opened, update
-
-torch.set_num_threads(1)
-base, out = Path(sys.argv[1]), Path(sys.argv[2])
-world = run.start("cpu", "ddp")
-actors, real = [], ppo.open_models
-ppo.open_models = lambda *rest: (actors.append(real(*rest)), actors[-1])[1]
-ptx = ("--pretrain_dataset", base / "ptx.json", "--ptx_coef", 0.3, "--ptx_batch_size", 1)
-main(base, out / "odd", *ptx, "--num_episodes", 1, "--max_timesteps", 3, "--update_timesteps", 2,
-     "--experience_batch_size", 3, "--accumulation_steps", 2, "--strategy", "zero2")
-for strategy in ("zero2", "zero2_cpu", "ddp"):
-    main(base, out / strategy, *ptx, "--eval_size", 3, "--strategy", strategy)
-torch.save([p.data for model in actors[-1][0][:2] for p in model.parameters()], out / f"actor-{world.rank}.pt")
-args, models = opened(base, out / "none", "--train_batch_size", 2, "--ptx_coef", 0.3, "--ptx_batch_size", 1)
-e = Experience(*(x[world.rank::2] for x in fixed(args, models)))
-figures, gradients = update(models, e, encoded(base), args, world, 1.0)
-parameters = [p.data for model in models[:2] for p in model.parameters()]
-torch.save((figures, gradients, parameters), out / f"update-{world.rank}.pt")
-run.stop()
-"""
+def train_in_each_way(base: Path, out: Path) -> None:
+    """One process of two: runs under every strategy, and a single update; saves what each process has then."""
+    world = run.start("cpu", "ddp")
+    actors, real = [], ppo.open_models
+    ppo.open_models = lambda *rest: (actors.append(real(*rest)), actors[-1])[1]
+    ptx = ("--pretrain_dataset", base / "ptx.json", "--ptx_coef", 0.3, "--ptx_batch_size", 1)
+    main(base, out / "odd", *ptx, "--num_episodes", 1, "--max_timesteps", 3, "--update_timesteps", 2,
+         "--experience_batch_size", 3, "--accumulation_steps", 2, "--strategy", "zero2")
+    for strategy in ("zero2", "zero2_cpu", "ddp"):
+        main(base, out / strategy, *ptx, "--eval_size", 3, "--strategy", strategy)
+    torch.save([p.data for model in actors[-1][0][:2] for p in model.parameters()], out / f"actor-{world.rank}.pt")
+    args, models = opened(base, out / "none", "--train_batch_size", 2, "--ptx_coef", 0.3, "--ptx_batch_size", 1)
+    e = Experience(*(x[world.rank::2] for x in fixed(args, models)))
+    figures, gradients = update(models, e, encoded(base), args, world, 1.0)
+    parameters = [p.data for model in models[:2] for p in model.parameters()]
+    torch.save((figures, gradients, parameters), out / f"update-{world.rank}.pt")
+    run.stop()
 
 
-def test_two_processes(base, tmp_path):
+def test_two_processes(base, tmp_path, start):
     """minimind's ranks never averaged their gradients. Equal weights on both, and those of one process with all rows.
 
     Three prompts to evaluate are two on one process and one on the other. What is learnt from is as much on each, also
     where no batch size divides another: 2 x 3 answers are minibatches of 4 and 2, the 3 left over one of 2 + 1."""
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [str(word) for word in (*TORCHRUN, tmp_path / "worker.py", base, tmp_path)]
-    result = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, result.stdout + result.stderr
+    for process in start(2, train_in_each_way, base, tmp_path).wait():
+        assert process.code == 0, process.err
     first, second = (torch.load(tmp_path / f"actor-{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, second)) and len(metrics(tmp_path / "ddp")) == 3
     assert all(torch.equal(p, q) for p, q in zip(Llama.from_pretrained(tmp_path / "ddp").parameters(), first))

@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import random
-import subprocess
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -21,7 +21,7 @@ from data.text import Tokenizer
 from data.weights import hf_name
 from model import Llama, LlamaConfig
 from rm import RewardModel
-from test_sft import ENV, SIZES, TEMPLATE, TORCHRUN, kill_in, losses, make_model, same, weights, write
+from test_sft import SIZES, TEMPLATE, kill_in, losses, make_model, same, weights, write
 from test_sft import run as run_sft
 
 
@@ -283,28 +283,18 @@ def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch):
     assert whole == cut
 
 
-WORKER = """
-import sys
-from pathlib import Path
-import torch
-import data.run
-from test_rm import run
-
-torch.set_num_threads(1)
-run(*map(Path, sys.argv[1:3]), *sys.argv[3:])
-data.run.stop()
-"""
+def run_to_the_end(base: Path, out: Path, *more) -> None:
+    run(base, out, *more)
+    data.run.stop()
 
 
-def test_two_processes_are_one_with_twice_the_batch(base, tmp_path):
+def test_two_processes_are_one_with_twice_the_batch(base, tmp_path, start):
     """Rankings of different sizes, so that a mean of the processes' means would show."""
     rankings = demo.preference_records(6, 11)
     write(tmp_path / "pref.json", [r | {"responses": r["responses"][:2 + i % 3]} for i, r in enumerate(rankings)])
-    (tmp_path / "worker.py").write_text(WORKER)
     more = ["--dataset", tmp_path / "pref.json", "--eval_size", 1, "--max_epochs", 2]
-    command = [*TORCHRUN, tmp_path / "worker.py", base, tmp_path / "two", *more, "--strategy", "zero2"]
-    result = subprocess.run(list(map(str, command)), env=ENV, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stdout + result.stderr
+    for process in start(2, run_to_the_end, base, tmp_path / "two", *more, "--strategy", "zero2").wait():
+        assert process.code == 0, process.err
     run(base, tmp_path / "one", *more, "--batch_size", 4)
     for key in ("loss", "accuracy", "margin", "grad_norm"):
         two = losses(tmp_path / "two", key)
