@@ -200,10 +200,10 @@ def test_nobody_waits_for_a_dead_process(ends, how, code, who):
     assert {"kill": "", "raise": "LookupError: no such thing", "refuse": "a_test.py: only here\n"}[how] in said
 
 
-def test_an_error_of_all_processes_is_said_once(ends):
+def test_an_error_of_all_processes_is_said(ends):
+    """Once, if process 0, which has the store, is not the first to end; under torchrun, below, always once."""
     assert [code for code, _ in ends["all", 0]] == [2, 2]
-    times = [said.count("a_test.py: the same error everywhere\n") for _, said in ends["all", 0]]
-    assert sorted(times) == [0, 1]  # torch may add that the store of process 0 is gone
+    assert any("a_test.py: the same error everywhere\n" in said for _, said in ends["all", 0])
 
 
 def test_sigterm_ends_a_process_with_a_sentence(ends):
