@@ -1,10 +1,11 @@
 r"""Text to ids and back: the tokenizer, streamed text, prompt templates, training examples, batches.
 
-A model reads and writes ids. A tokenizer of the LLaMA family (sentencepiece) cuts text into pieces, and a piece's id is
-its place in the vocabulary. The vocabulary was learnt by byte pair encoding: it began with single characters, and again
-and again the two neighbouring pieces that stood together most often were merged into a new one. Spaces belong to the
-pieces, written "▁", so the ids alone give the text back. A character without a piece becomes its UTF-8 bytes, so every
-text has ids. This is what LLaMA's own tokenizer gives, and what TextStream returns as the ids arrive one by one:
+A model reads and writes ids. A tokenizer cuts text into pieces, and a piece's id is its place in the vocabulary, which
+was learnt by byte pair encoding: it began with the smallest pieces, and again and again the two neighbours that stood
+together most often were merged into a new one. Spaces belong to the pieces, so the ids alone give the text back.
+
+LLaMA, Llama 2 and TinyLlama use sentencepiece. It merges characters, and writes a space "▁". A character without a
+piece becomes its UTF-8 bytes. `streamed` is what TextStream returns as the ids arrive one by one:
 
     text           a fox 🦊
     pieces         <s>    ▁a   ▁fo      x      ▁ <0xF0> <0x9F> <0xA6> <0x8A>   </s>
@@ -12,7 +13,19 @@ text has ids. This is what LLaMA's own tokenizer gives, and what TextStream retu
     streamed              "a" " fo"    "x"    " "                        "🦊"
 
 Encoding puts a space before every text, so that "fox" is the same piece at the beginning as inside a sentence. Decoding
-drops that space. On the way from a file to a batch (B, T), a conversation is
+drops that space.
+
+Llama 3 and SmolLM2 merge bytes, so every text has pieces. A byte is written as a printable character: "Ġ" is a space,
+and "ðŁ¦Ĭ" are the four bytes of the fox. SmolLM2 puts no BOS before a text, and ends an answer in its own EOS:
+
+    text           a fox 🦊
+    pieces           a   Ġfox   ĠðŁ     ¦      Ĭ <|im_end|>
+    ids             81  16438 15107   116    228          2
+    streamed       "a" " fox"   " "         "🦊"
+
+    python -m data.text train FILES --vocab_size N OUT      learns a tokenizer of the second kind
+
+On the way from a file to a batch (B, T), a conversation is
 
     a record --normalise--> messages --render--> segments --encode_example--> ids and targets --collate--> tensors
 
@@ -75,7 +88,8 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(self.content).hexdigest()  # equal fingerprints mean equal ids
         self.vocab_size = max(self.kind.pieces) + 1
         self.bos_id, self.eos_id, self.pad_id = self.kind.bos_id, self.kind.eos_id, self.kind.pad_id
-        self.space = self.kind.space  # encoding puts it before every text
+        first = self.piece(self.encode("a", bos=False)[0])
+        self.space = b" " if first.startswith("▁") else b""  # encoding puts it before every text, decoding drops it
 
     def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = True) -> list[int]:
         """The ids of a text.
@@ -91,9 +105,9 @@ class Tokenizer:
         return front + self.kind.encode(valid, special) + [self.eos_id] * eos
 
     def special(self, marker: str) -> int | None:
-        """The id of a special token. "<s>" and "</s>" are BOS and EOS, whatever this tokenizer calls them."""
-        names = self.kind.added | {"<s>": self.bos_id, "</s>": self.eos_id}
-        return names.get(marker)
+        """The id of an added token. "<s>" and "</s>" are BOS and EOS, whatever this tokenizer calls them."""
+        ids = self.kind.added | {"<s>": self.bos_id, "</s>": self.eos_id}
+        return ids.get(marker)
 
     def piece(self, i: int) -> str:
         """The piece of an id as the vocabulary has it: "▁fox", "Ġfox" or "<0xF0>"."""
@@ -101,7 +115,13 @@ class Tokenizer:
 
     def token_bytes(self, i: int) -> bytes:
         """The UTF-8 bytes that an id adds to a text. Special tokens and ids beyond the vocabulary add none."""
-        return self.kind.token_bytes(i)
+        piece = self.kind.pieces.get(i, "")
+        if i in self.kind.special:
+            return b""
+        if self.kind.byte_level:
+            return piece.encode() if piece in self.kind.added else bytes(map(ALPHABET.index, piece))
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. A byte that is not part of a character becomes U+FFFD."""
@@ -180,6 +200,8 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
 class SentencePiece:
     """A sentencepiece model, read by its library."""
 
+    byte_level = False
+
     def __init__(self, content: bytes, file: Path):
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
@@ -192,21 +214,14 @@ class SentencePiece:
             raise ValueError(f"{file} defines no BOS or no EOS piece: it is not a LLaMA tokenizer")
         self.pad_id = max(self.sp.unk_id(), 0)  # characters without a piece become bytes, so no text produces it
         self.pieces = {i: self.sp.id_to_piece(i) for i in range(self.sp.vocab_size())}
+        self.special = set(filter(self.sp.is_control, self.pieces))
         self.added: dict[str, int] = {}  # it lists none
-        self.config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
-                       "bos_token": self.pieces[self.bos_id], "eos_token": self.pieces[self.eos_id],
+        self.config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
+                       "legacy": True, "bos_token": self.pieces[self.bos_id], "eos_token": self.pieces[self.eos_id],
                        "unk_token": self.pieces[self.pad_id]}
-        first = self.sp.encode_as_pieces("a")[0]
-        self.space = b" " if first.startswith("▁") else b""
 
     def encode(self, text: str, special: bool) -> list[int]:
         return self.sp.encode(text)
-
-    def token_bytes(self, i: int) -> bytes:
-        if i not in self.pieces or self.sp.is_control(i):
-            return b""
-        piece = self.pieces[i]
-        return bytes.fromhex(piece[3:5]) if self.sp.is_byte(i) else piece.replace("▁", " ").encode()
 
 
 # ---- byte pair encoding ---------------------------------------------------------------------------------------------
@@ -302,16 +317,15 @@ def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
-def byte_alphabet() -> list[str]:
+def byte_alphabet() -> str:
     """GPT-2's printable character for each byte: its own in Latin-1 where that is printable, else one from U+0100 on.
     A space is "Ġ", a line break "Ċ", byte 255 "ÿ"."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = map(chr, itertools.count(0x100))
-    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+    others = itertools.count(0x100)
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
 
 
 ALPHABET = byte_alphabet()
-
 
 # ---- tokenizer.json -------------------------------------------------------------------------------------------------
 
@@ -322,12 +336,6 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
           r"|\s+(?!\S)|\s+")
 WHOLE = "(?s:.+)"
 WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Python's \s has \x1c-\x1f too
-# What a text ends in where no tokenizer_config.json says it.
-ENDS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>")
-
-
-class Unknown(ValueError):
-    """A tokenizer.json asks for something that is not done here."""
 
 
 class BytePairs:
@@ -340,87 +348,64 @@ class BytePairs:
         5. merge                 Ca fÃ©        Ġ4 2
 
     The symbols are bytes, written as printable characters. In a file that was made from a sentencepiece model they are
-    characters, a space is written "▁", and a character without a piece becomes bytes, written <0xF0>. What has nothing
-    to do with ids is ignored: truncation, padding, offsets, pairs of texts.
+    characters, and the bytes of those that have no piece. What has nothing to do with ids is ignored: truncation,
+    padding, offsets, pairs of texts, and the decoder, which undoes steps 4 and 3.
     """
 
     def __init__(self, said: dict, config: dict):
         """said: the content of a tokenizer.json. config: that of tokenizer_config.json, which names EOS."""
-        model, cuts = said["model"], steps(said["pre_tokenizer"])
+        model, tokens = said["model"], said["added_tokens"]
+        normalizers, cuts = steps(said.get("normalizer")), steps(said.get("pre_tokenizer"))
         self.vocabulary: dict[str, int] = model["vocab"]
         merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self.whole_words = model.get("ignore_merges", False)  # a word that is a piece stays one, whatever merges make
+        self.whole_words = model.get("ignore_merges")  # a word that is a piece stays one, whatever merges would make
         self.byte_level = any(step["type"] == "ByteLevel" for step in cuts)
         self.bytes = ALPHABET if self.byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
-        self.byte = {symbol: byte for byte, symbol in enumerate(self.bytes)}
-        check_model(model, self.byte_level, complete=self.vocabulary.keys() >= self.byte.keys())
-        if not self.byte_level and not any(re.search("[^▁]▁", left + right) for left, right in merges):
-            cuts.append(isolated("▁+[^▁]*|[^▁]+"))  # no merge joins "▁" to what stands before it: words can be cached
-        self.normalizers = [normalizer(step) for step in steps(said["normalizer"])]
-        self.cutters = [cutter(step) for step in cuts]
-        self.known_words = lru_cache(maxsize=65536)(self.word_ids)
-        self.read_added(said["added_tokens"])
-        self.read_ends(said, config)
-
-    def read_added(self, tokens: list[dict]) -> None:
-        """Tokens that are "normalized" are found in normalized text, the others in the text as it came."""
+        check_model(model, self.byte_level, complete=self.vocabulary.keys() >= set(self.bytes))
+        for token in tokens:
+            if token["single_word"] or token["lstrip"] or token["rstrip"] or token["normalized"] and normalizers:
+                raise unknown(token)
         self.added = {token["content"]: token["id"] for token in tokens}
         self.special = {token["id"] for token in tokens if token["special"]}
+        ordinary = [content for content, i in self.added.items() if i not in self.special]
+        self.found = {True: one_of(self.added), False: one_of(ordinary)}  # by encode's `special`
         self.pieces = {i: piece for piece, i in (self.vocabulary | self.added).items()}
-        self.found = {}
-        groups = {(special, normalized): [] for special in (False, True) for normalized in (False, True)}
-        for token in tokens:
-            if token["single_word"] or token["lstrip"] or token["rstrip"]:
-                raise unknown(token)
-            normalized = token["normalized"]
-            content = self.normalize(token["content"]) if normalized else token["content"]
-            self.found[content] = token["id"]
-            groups[True, normalized].append(content)
-            if not token["special"]:
-                groups[False, normalized].append(content)
-        self.marks = {key: one_of(contents) for key, contents in groups.items()}
+        self.steps = [step_of(step) for step in normalizers + cuts]
+        if not self.byte_level and not any(re.search("[^▁]▁", left + right) for left, right in merges):
+            # No merge joins "▁" to what stands before it, so the text may be cut there, and its words are remembered.
+            self.steps.append(cutter("▁+[^▁]*|[^▁]+"))
+        self.remembered = lru_cache(maxsize=65536)(self.word_ids)
+        self.name_ends(steps(said.get("post_processor")), config)
 
-    def read_ends(self, said: dict, config: dict) -> None:
-        """BOS is what the file's post-processor puts before a text. What it puts behind a text is asked for by `eos`."""
-        front = [i for step in steps(said["post_processor"]) for i in ids_before(step)]
-        if len(front) > 1:
-            raise unknown(said["post_processor"])
-        self.bos_id = front[0] if front else None
-        named = [named_token(config, f"{name}_token") for name in ("eos", "pad", "unk")]
+    def name_ends(self, processors: list[dict], config: dict) -> None:
+        """BOS is what the file puts before a text. What it puts behind a text is asked for by encode's `eos`."""
+        bos = [name for step in processors for name in put_before(step)]
+        self.bos_id = self.added[bos[0]] if bos else None
+        tokens = map(config.get, ("eos_token", "pad_token", "unk_token"))
+        eos, *fillers = [token["content"] if isinstance(token, dict) else token for token in tokens]
         ids = self.vocabulary | self.added
-        self.eos_id = next((ids[name] for name in (named[0], *ENDS) if name in ids), None)
+        self.eos_id = next((ids[name] for name in (eos, "</s>", "<|end_of_text|>") if name in ids), None)
         if self.eos_id is None:
-            raise Unknown("no EOS is named: put the release's tokenizer_config.json beside it")
-        # A reward model's padding: an id that no text produces, and never EOS.
-        special = [content for content, i in self.added.items() if i in self.special]
-        fillers = named[1:] + [content for word in ("pad", "unk", "reserved", "") for content in special if word in content]
-        self.pad_id = next((ids[name] for name in fillers if name in ids and ids[name] not in (self.bos_id, self.eos_id)), None)
-        self.space = b"".join(map(dropped, steps(said["decoder"])))
-        tokens = zip(("bos_token", "eos_token", "pad_token"), (self.bos_id, self.eos_id, self.pad_id))
-        self.config = {"tokenizer_class": "PreTrainedTokenizerFast"} | {name: self.pieces[i] for name, i in tokens if i is not None}
-
-    def normalize(self, text: str) -> str:
-        for step in self.normalizers:
-            text = step(text)
-        return text
+            raise ValueError("tokenizer.json names no EOS: put the tokenizer_config.json of the release beside it")
+        # A reward model's padding is an id that no text produces, and never EOS.
+        fillers += [name for word in ("pad", "unk", "reserved", "") for name in self.added if word in name]
+        free = self.special - {self.bos_id, self.eos_id}
+        self.pad_id = next((ids[name] for name in fillers if ids.get(name) in free), None)
+        self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.pieces.get(self.bos_id),
+                       "eos_token": self.pieces[self.eos_id], "pad_token": self.pieces.get(self.pad_id)}
 
     def encode(self, text: str, special: bool) -> list[int]:
-        # A text, a token, a text, ..., a text: the tokens stand at odd places.
-        sections = []
-        for place, part in enumerate(self.marks[special, False].split(text)):
-            inside = self.marks[special, True].split(self.normalize(part))
-            sections += inside if place % 2 == 0 else [part]
         ids = []
-        for place, section in enumerate(sections):
+        for place, part in enumerate(self.found[special].split(text)):  # a text, a token, a text, ..., a text
             if place % 2 == 1:
-                ids.append(self.found[section])
+                ids.append(self.added[part])
                 continue
-            words = [section] if section else []
-            for cut in self.cutters:
-                words = [part for i, word in enumerate(words) for part in cut(word, place == i == 0)]
+            words = [part] if part else []
+            for step in self.steps:
+                words = [new for i, word in enumerate(words) for new in step(word, place == i == 0)]
             for word in words:
-                ids += self.known_words(word) if len(word) < 256 else self.word_ids(word)
+                ids += self.remembered(word) if len(word) < 256 else self.word_ids(word)
         return ids
 
     def word_ids(self, word: str) -> list[int]:
@@ -434,80 +419,58 @@ class BytePairs:
             pieces = merge([symbol for symbol in symbols if symbol in self.vocabulary], self.ranks)
         return [self.vocabulary[piece] for piece in pieces]
 
-    def token_bytes(self, i: int) -> bytes:
-        piece = self.pieces.get(i, "")
-        if i in self.special:
-            return b""
-        if piece in self.added:
-            return piece.encode()
-        if self.byte_level:
-            return bytes(map(self.byte.__getitem__, piece))
-        return bytes([self.byte[piece]]) if piece in self.byte else piece.replace("▁", " ").encode()
-
 
 def steps(said: dict | None) -> list[dict]:
-    """The steps of a normalizer, pre-tokenizer, post-processor or decoder: none, one, or those of a Sequence."""
-    if said is None:
-        return []
-    if said["type"] != "Sequence":
-        return [said]
+    """The steps of a normalizer, a pre-tokenizer or a post-processor: none, one, or those of a Sequence."""
+    if said is None or said["type"] != "Sequence":
+        return [said] if said else []
     parts = next(value for value in said.values() if isinstance(value, list))
     return [step for part in parts for step in steps(part)]
 
 
-def unknown(step: dict) -> Unknown:
-    return Unknown(json.dumps(step, ensure_ascii=False)[:300])
+def unknown(said: dict) -> ValueError:
+    shown = json.dumps(said, ensure_ascii=False)[:200]
+    return ValueError(f"tokenizer.json has what is not known here: {shown}; a tokenizer.model beside it is read first")
 
 
 def check_model(model: dict, byte_level: bool, complete: bool) -> None:
-    """Refuses what is not plain byte pair encoding, and a vocabulary in which a character may have no piece and become
-    "unknown". complete: it has a piece for every byte."""
-    settings = {key: value for key, value in model.items() if key not in ("vocab", "merges")}
+    """Refuses what gives other ids than these merges. complete: every byte has a symbol, so no character is unknown."""
     refused = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
     if not complete:
         refused.append("unk_token")
-    fallback = byte_level or complete and settings["byte_fallback"]
-    if settings["type"] != "BPE" or not fallback or any(map(settings.get, refused)):
-        raise unknown(settings)
+    covered = byte_level or complete and model["byte_fallback"]
+    if model["type"] != "BPE" or not covered or any(map(model.get, refused)):
+        raise unknown(model)
 
 
-def normalizer(step: dict) -> Callable[[str], str]:
-    match step:
+def step_of(said: dict) -> Callable[[str, bool], list[str]]:
+    """What a step does with a text: makes another of it, or cuts words. It is told if that is where all text begins."""
+    match said:
         case {"type": "NFC"}:
-            return partial(unicodedata.normalize, "NFC")
+            return lambda text, first: [unicodedata.normalize("NFC", text)]
         case {"type": "Prepend", "prepend": str(front)}:
-            return lambda text: text and front + text
+            return lambda text, first: [front + text]
         case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
-            return lambda text: text.replace(old, new)
-    raise unknown(step)
-
-
-def isolated(pattern: str) -> dict:
-    """The pre-tokenizer whose words are what the pattern matches, and what lies between two matches."""
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-def cutter(step: dict) -> Callable[[str, bool], list[str]]:
-    """A step of a pre-tokenizer. It cuts a text (not empty) into words, and is told if that begins the whole text."""
-    front, when = "", "never"
-    match step:
-        case {"type": "ByteLevel"}:
-            front, when = " ", "always" if step["add_prefix_space"] else "never"
-            pattern = GPT2 if step.get("use_regex", True) else WHOLE
+            return lambda text, first: [text.replace(old, new)]
         case {"type": "Metaspace", "replacement": "▁"}:
-            front, when = "▁", step.get("prepend_scheme", "always")
-            pattern = "▁?[^▁]+|▁" if step.get("split", True) else WHOLE
+            pattern = "▁?[^▁]+|▁" if said.get("split", True) else WHOLE
+            cut = cutter(pattern, "▁", said.get("prepend_scheme", "always"))
+            return lambda text, first: cut(text.replace(" ", "▁"), first)
+        case {"type": "ByteLevel"}:
+            pattern = GPT2 if said.get("use_regex", True) else WHOLE
+            return cutter(pattern, " ", "always" if said["add_prefix_space"] else "never")
         case {"type": "Digits", "individual_digits": bool(each)}:
-            pattern = r"\p{N}" if each else r"\p{N}+"
+            return cutter(r"\p{N}" if each else r"\p{N}+")
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
-            pass
-        case _:
-            raise unknown(step)
+            return cutter(pattern)
+    raise unknown(said)
+
+
+def cutter(pattern: str, front: str = "", when: str = "never") -> Callable[[str, bool], list[str]]:
+    """Cuts a text into what the pattern matches and what lies between. `front` is put before it, if it is not there."""
     words = regular(f"({pattern})")
 
     def cut(text: str, first: bool) -> list[str]:
-        if front == "▁":
-            text = text.replace(" ", front)
         if when == "always" or when == "first" and first:
             text = front + text.removeprefix(front)
         return [word for word in words.split(text) if word]
@@ -517,126 +480,79 @@ def cutter(step: dict) -> Callable[[str, bool], list[str]]:
 
 @cache
 def regular(pattern: str) -> re.Pattern:
-    r"""A pattern of tokenizer.json for Python's re, which knows no \p{..}, and whose \s is not Unicode's."""
-    odd = re.findall(r"\\(?!p\{(?:L|M|N|P|S|Z|C)\w?\}|[sSrnt])..?", pattern)
-    if odd:
-        raise unknown({"Regex": pattern, "odd": odd})
+    r"""A pattern of tokenizer.json for Python's re, which has no \p{..}, and another \s."""
+    if re.search(r"\\(?!p\{[LMNPSZC]\}|[sSrnt])", pattern):
+        raise unknown({"Regex": pattern})
     pattern = pattern.replace(r"\S", r"[^\s]")
-    pattern = re.sub(r"(\\p\{\w+\}|\\s)(?![^\[]*\])", r"[\1]", pattern)  # outside of [...], a class needs its own
+    pattern = re.sub(r"(\\p\{.\}|\\s)(?![^\[]*\])", r"[\1]", pattern)  # a class outside of [...] needs its own
     pattern = pattern.replace(r"\s", WHITE_SPACE)
-    return re.compile(re.sub(r"\\p\{(\w+)\}", lambda name: category(name[1]), pattern))
+    return re.compile(re.sub(r"\\p\{(.)\}", lambda found: category(found[1]), pattern))
 
 
 @cache
 def category(name: str) -> str:
-    r"""The characters of a category of Unicode, such as L (letters) or Nd (digits), for the inside of [...]."""
-    ranges = []
-    for code in range(sys.maxunicode + 1):
-        if unicodedata.category(chr(code)).startswith(name):
-            if ranges and ranges[-1][1] == code - 1:
-                ranges[-1][1] = code
-            else:
-                ranges.append([code, code])
-    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges)
+    r"""The characters of a category of Unicode, such as L (letters) or N (numbers), for the inside of [...]."""
+    of_all = "".join(unicodedata.category(chr(code))[0] for code in range(sys.maxunicode + 1))
+    runs = [(run.start(), run.end() - 1) for run in re.finditer(f"{name}+", of_all)]
+    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in runs)
 
 
-def one_of(contents: list[str]) -> re.Pattern:
+def one_of(contents: Iterable[str]) -> re.Pattern:
     """A pattern that cuts a text at these strings, at the longest where several begin. Of none, it never cuts."""
     longest_first = sorted(contents, key=len, reverse=True)
     return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
-def ids_before(step: dict) -> list[int]:
-    """What a step of the post-processor puts before a text."""
-    match step:
-        case {"type": "ByteLevel"}:
+def put_before(processor: dict) -> list[str]:
+    """The token that a step of the post-processor puts before a text."""
+    match processor:
+        case {"type": "ByteLevel"} | {"type": "TemplateProcessing", "single": [{"Sequence": _}, *_]}:
             return []
-        case {"type": "TemplateProcessing", "single": parts, "special_tokens": tokens}:
-            before = itertools.takewhile(lambda part: "SpecialToken" in part, parts)
-            return [i for part in before for i in tokens[part["SpecialToken"]["id"]]["ids"]]
-    raise unknown(step)
+        case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(token)}}, {"Sequence": _}, *_]}:
+            return [token]
+    raise unknown(processor)
 
 
-def dropped(step: dict) -> bytes:
-    """The space that a step of the decoder takes from the front of a text."""
-    match step:
-        case {"type": "ByteLevel" | "ByteFallback" | "Fuse"}:
-            return b""
-        case {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}:
-            return b""
-        case {"type": "Strip", "content": " ", "start": 0 | 1 as count, "stop": 0}:
-            return b" " * count
-        case {"type": "Metaspace", "replacement": "▁"}:
-            return b"" if step.get("prepend_scheme") == "never" else b" "
-    raise unknown(step)
+# ---- what becomes a tokenizer.json ----------------------------------------------------------------------------------
 
-
-def named_token(config: dict, key: str) -> str | None:
-    """A token that tokenizer_config.json names, by its content or with its flags."""
-    token = config.get(key)
-    return token["content"] if isinstance(token, dict) else token
-
-
-# ---- files that become a tokenizer.json -----------------------------------------------------------------------------
-
-LLAMA3_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")
-# Behind the vocabulary of Llama 3: 256 special tokens, most of them without a meaning.
-LLAMA3_NAMED = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+LLAMA3_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
+# Llama 3's special tokens by their place behind the vocabulary. The other 251 are reserved.
+LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
 
 
 def from_llama3(lines: bytes) -> dict:
-    """Llama 3's tokenizer.model, lines of "base64 rank", as the content of a tokenizer.json.
+    """Llama 3's tokenizer.model, lines of a piece in base64 and its id, as the content of a tokenizer.json.
 
-    A piece's rank is its id. There are no merges: any two pieces that make up a third may merge to it, at its rank.
-    """
+    The id is the rank too. There are no merges: any two pieces that make up a third may merge to it, at its rank."""
     vocabulary = {}
     for line in lines.splitlines():
-        piece, rank = line.split()
-        vocabulary["".join(ALPHABET[byte] for byte in base64.b64decode(piece))] = int(rank)
-    merges = []
-    for piece in sorted(vocabulary, key=vocabulary.__getitem__):
-        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [pair for pair in halves if vocabulary.keys() >= set(pair)]
-        merges += sorted(known, key=lambda pair: [vocabulary[half] for half in pair])
+        piece, i = line.split()
+        vocabulary["".join(ALPHABET[byte] for byte in base64.b64decode(piece))] = int(i)
+    merges = [(piece[:cut], piece[cut:]) for piece in vocabulary for cut in range(1, len(piece))]
+    merges = [(left, right) for left, right in merges if left in vocabulary and right in vocabulary]
+    merges.sort(key=lambda pair: [vocabulary[piece] for piece in ("".join(pair), *pair)])
     reserved = itertools.count()
-    names = [LLAMA3_NAMED.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256)]
+    names = [LLAMA3_SPECIAL.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256)]
     return byte_level_json(vocabulary, merges, [f"<|{name}|>" for name in names])
 
 
 def byte_level_json(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: Sequence[str]) -> dict:
-    """The content of a tokenizer.json like Llama 3's: its pattern, special tokens behind the vocabulary, the first of
-    them BOS, which comes before every text."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [{"id": i, "content": content, **flags, "special": True} for i, content in enumerate(special, len(vocabulary))]
+    """The content of a tokenizer.json like Llama 3's: its pattern, special tokens behind the vocabulary, and the first
+    of them, BOS, before every text."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    tokens = [{"id": i, "content": content} | flags for i, content in enumerate(special, len(vocabulary))]
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    bos = {"SpecialToken": {"id": special[0], "type_id": 0}}
-    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    front = [{"SpecialToken": {"id": special[0], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    bos = {"id": special[0], "ids": [len(vocabulary)], "tokens": [special[0]]}
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [isolated(LLAMA3), byte_level]},
+        "added_tokens": tokens,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos, texts[0]],
-            "pair": [bos, *texts],
-            "special_tokens": {special[0]: {"id": special[0], "ids": [added[0]["id"]], "tokens": [special[0]]}},
-        },
+            "type": "TemplateProcessing", "single": front, "pair": front, "special_tokens": {special[0]: bos}},
         "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": vocabulary,
-            "merges": merges,
-        },
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocabulary, "merges": merges},
     }
 
 
@@ -983,16 +899,15 @@ def collate(examples: list[tuple[list[int], list[bool]]], filler: int = 0) -> tu
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there is read
 
 def has_tokenizer(directory: str | Path) -> bool:
     """Does a directory hold a tokenizer's file?"""
-    return any((Path(directory) / name).exists() for name in TOKENIZERS)
+    return any((Path(directory) / name).exists() for name in TOKENIZER_FILES[:2])
 
 
 def find_tokenizer(path: Path) -> Path:
     """The tokenizer's file of a directory. Meta puts one file beside the folders 7B, 13B, ..."""
-    places = [path / name for name in TOKENIZERS] if path.is_dir() else [path]
+    places = [path / name for name in TOKENIZER_FILES[:2]] if path.is_dir() else [path]
     if (path / "params.json").exists():
         places.append(path.parent / "tokenizer.model")
     for file in places:
@@ -1005,19 +920,19 @@ def find_tokenizer(path: Path) -> Path:
 def open_kind(file: Path) -> tuple[SentencePiece | BytePairs, str, bytes]:
     """What a tokenizer's file says, and the name and the bytes to save it under, so that transformers reads it."""
     content = file.read_bytes()
-    config_file = file.with_name("tokenizer_config.json")
-    config = weights.read_json(config_file) if config_file.exists() else {}
-    if file.suffix != ".json" and not LLAMA3_LINE.match(content):
-        return SentencePiece(content, file), "tokenizer.model", content
-    try:
-        if file.suffix == ".json":
-            return BytePairs(weights.read_json(file), config), "tokenizer.json", content
+    if file.suffix == ".json":
+        said = weights.read_json(file)
+    elif LLAMA3_LINE.match(content):
         said = from_llama3(content)
-        return BytePairs(said, config), "tokenizer.json", json.dumps(said).encode()
-    except Unknown as error:
-        raise ValueError(f"{file} asks for what is not known here: {error}") from None
+        content = json.dumps(said).encode()
+    else:
+        return SentencePiece(content, file), "tokenizer.model", content
+    config = file.with_name("tokenizer_config.json")
+    try:
+        kind = BytePairs(said, weights.read_json(config) if config.exists() else {})
     except (LookupError, TypeError, AttributeError, re.error) as error:
-        raise ValueError(f"{file} is not a tokenizer's file, or a damaged one: copy it again ({error!r})") from None
+        raise ValueError(f"{file} is not what a tokenizer's file should be: copy it again ({error!r})") from None
+    return kind, "tokenizer.json", content
 
 
 # What a Jinja text has if it says what a template of ours says, and what it then has not. Any other text is unknown. To
@@ -1089,25 +1004,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocab_size", type=int, required=True, help="of all ids: 256 bytes, 5 special tokens, merges")
     args = parser.parse_intermixed_args(argv)
     try:
-        train(args.files, args.vocab_size, Path(args.out))
+        if args.vocab_size < len(ALPHABET) + len(SPECIAL):
+            raise ValueError(f"--vocab_size {args.vocab_size} is less than 256 bytes and {len(SPECIAL)} special tokens")
+        texts = [Path(file).read_text("utf-8") for file in args.files]
+        vocabulary, merges = learn(texts, args.vocab_size - len(SPECIAL))
+        said = byte_level_json(vocabulary, merges, SPECIAL)
+        weights.write_json(Path(args.out) / "tokenizer.json", said)
+        weights.write_json(Path(args.out) / "tokenizer_config.json", BytePairs(said, {}).config)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-
-
-def train(files: list[str], vocab_size: int, out: Path) -> None:
-    least = len(ALPHABET) + len(SPECIAL)
-    if vocab_size < least:
-        raise ValueError(f"--vocab_size {vocab_size} is too small: 256 bytes and the special tokens make {least}")
-    texts = [read_text(file) for file in files]
-    vocabulary, merges = learn(texts, vocab_size - len(SPECIAL))
-    weights.write_json(out / "tokenizer.json", byte_level_json(vocabulary, merges, SPECIAL))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config |= zip(("bos_token", "eos_token", "pad_token"), SPECIAL)
-    weights.write_json(out / "tokenizer_config.json", config)
-    tokenizer = Tokenizer(out)
-    size = sum(len(text.encode()) for text in texts)
-    count = sum(len(tokenizer.encode(text, bos=False)) for text in texts)
-    print(f"{out}: {tokenizer.vocab_size} ids; {size} bytes of text are {count} of them")
+    print(f"{args.out}: {len(merges)} merges, 256 bytes and {len(SPECIAL)} special tokens")
 
 
 if __name__ == "__main__":
