@@ -38,7 +38,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import run, weights
+from data import run, text, weights
 from model import Llama, LlamaConfig
 
 LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
@@ -58,13 +58,13 @@ LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 class LoRALinear(nn.Module):
     """y = base(x) + alpha / r * B A dropout(x), for x (..., in) and y (..., out).
 
-    base is a linear, plain or quantized; only merging reads its weight. A (r, in) and B (out, r) have `dtype`, or that
-    of base's weight. The product is computed in x's dtype, so A and B may be fp32 masters on a bf16 base. A is drawn in
-    fp32 from `generator`, so it is the same on every process and in every dtype.
+    base is a linear, plain or quantized; only merging reads its weight. A (r, in) and B (out, r) are masters in fp32
+    unless `dtype` says otherwise; the product is computed in x's dtype. A is drawn in fp32 from `generator`, so it is
+    the same on every process and in every dtype.
     """
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, dtype: torch.dtype | None = None,
-                 generator: torch.Generator | None = None):
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0,
+                 dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None):
         super().__init__()
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -72,14 +72,11 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
         self.register_buffer("original", None, persistent=False)  # W while merged; a buffer follows model.to(device)
-        if dtype is None:
-            dtype = base.weight.dtype if is_plain(base) else torch.float32
         device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
         A = torch.empty(rank, self.in_features, device=generator.device if generator else "cpu")    # (2, 8)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # a = sqrt(5): uniform in +-1/sqrt(in)
-        B = torch.zeros(self.out_features, rank, device=device, dtype=dtype)
         self.lora_A = nn.Parameter(A.to(device, dtype))                                         # (2, 8)
-        self.lora_B = nn.Parameter(B)                                                           # (6, 2)
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=dtype))     # (6, 2)
         self.train(base.training)  # a new module is in train mode: in a model in eval mode its dropout would be on
 
     @property
@@ -98,9 +95,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """Returns W + alpha / r * B A in the dtype of W."""
-        if self.merged:
-            return self.base.weight.data
-        if not is_plain(self.base):
+        if not isinstance(self.base, nn.Linear):
             raise ValueError("an adapter cannot be merged into a quantized matrix and taken out again: "
                              "fold it, which gives a full-precision model, then quantize that")
         return add_product(self.base.weight, self.lora_A, self.lora_B, self.scaling).to(self.base.weight.dtype)
@@ -111,21 +106,15 @@ def add_product(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return W.float() + scaling * (B.float() @ A.float())                                        # (6, 8)
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Tells whether a linear has a weight of floats. A quantized one has a weight of integers, or none."""
-    weight = getattr(linear, "weight", None)
-    return weight is not None and weight.is_floating_point()
-
-
 # ---- attaching, switching off, merging ------------------------------------------------------------------------------
 
 def attach(model: nn.Module, rank: int, alpha: float | None = None, dropout: float = 0.0,
-           targets: tuple[str, ...] = LINEARS, dtype: torch.dtype | None = None,
+           targets: tuple[str, ...] = LINEARS, dtype: torch.dtype = torch.float32,
            generator: torch.Generator | None = None) -> list[str]:
     """Freezes model and puts an adapter on each linear whose last name part is in targets; returns their names.
 
-    alpha None is 2 * rank; dtype None is that of each base weight. A reward head is frozen too, until rm.py unfreezes
-    it. Raises ValueError, with the model untouched, where rank or targets do not fit.
+    alpha None is 2 * rank. A reward head is frozen too, until rm.py unfreezes it. Raises ValueError, with the model
+    untouched, where rank or targets do not fit.
     """
     present = linears(model)
     chosen = {name: module for name, module in present.items() if last(name) in targets}
@@ -137,9 +126,8 @@ def attach(model: nn.Module, rank: int, alpha: float | None = None, dropout: flo
         if not 1 <= rank <= min(sides):
             raise ValueError(f"LoRA rank {rank} does not fit {name}, which is {sides[0]} x {sides[1]}: "
                              f"choose between 1 and {min(sides)}")
-    if alpha is None:
-        alpha = 2 * rank
-    install(model, {name: (rank, alpha) for name in chosen}, dropout, dtype, generator)
+    usual = 2 * rank if alpha is None else alpha
+    install(model, {name: (rank, usual) for name in chosen}, dropout, dtype, generator)
     return list(chosen)
 
 
@@ -201,7 +189,8 @@ def fold(model: nn.Module) -> None:
             if hasattr(module, "plain"):  # a quantized linear; plain() is an nn.Linear with its weights
                 replace(model, name, module.plain(dtype))
     for name, layer in adapters(model).items():
-        layer.base.weight.data = layer.merged_weight()
+        if not layer.merged:
+            layer.base.weight.data = layer.merged_weight()
         replace(model, name, layer.base)
     model.requires_grad_(True)
 
@@ -237,7 +226,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(name.rpartition(".")[0]), last(name), module)
 
 
-def install(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: float, dtype: torch.dtype | None,
+def install(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: float, dtype: torch.dtype,
             generator: torch.Generator | None) -> None:
     """Puts adapters on the linears named in plan, name -> (rank, alpha), and freezes all else."""
     if adapters(model):
@@ -353,7 +342,7 @@ CHECKS = {
     "lora_alpha": NUMBER,
     "lora_dropout": NUMBER,
     "reward_mean": NUMBER,
-    "pad_token_id": NUMBER,
+    "pad_token_id": weights.ID,
     "target_modules": ("names or a regular expression", lambda value: are_names(value) or is_expression(value)),
     "rank_pattern": PATTERN,
     "alpha_pattern": PATTERN,
@@ -390,10 +379,7 @@ def base_path(path: str | Path) -> Path:
 
 def home(path: str | Path) -> Path:
     """Returns where tokenizer and template lie: the directory, or the base of an adapter that has none."""
-    path = Path(path)
-    if is_adapter(path) and not (path / "tokenizer.model").exists():
-        return base_path(path)
-    return path
+    return base_path(path) if is_adapter(path) and not text.has_tokenizer(path) else Path(path)
 
 
 def read_adapter(path: str | Path) -> dict[str, Tensor]:
@@ -428,12 +414,12 @@ def pattern(patterns: dict, name: str, default: float) -> float:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def load_adapter(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> dict:
+def load_adapter(model: nn.Module, path: str | Path) -> dict:
     """Attaches the adapter in the folder path, ours or PEFT's, to a model that is its base; returns its config.
 
-    dtype is that of A and B; None keeps the file's, so that nothing is rounded before a merge. A reward model's head is
-    read too, and frozen like the rest; its trunk alone skips it. Raises ValueError, with the model untouched, when
-    names or shapes do not fit.
+    A and B keep the file's dtype, so nothing is rounded before a merge. A reward model's head is read too, and frozen
+    like the rest; its trunk alone skips it. Raises ValueError, with the model untouched, when names or shapes do not
+    fit.
     """
     config, tensors = read_adapter_config(path), read_adapter(path)
     plan, wanted = {}, []
@@ -453,8 +439,7 @@ def load_adapter(model: nn.Module, path: str | Path, dtype: torch.dtype | None =
                     f"{path} does not fit this model", f"load its base, {config.get('base_model_name_or_path')}")
     if not plan:
         raise ValueError(f"{path} targets no matrix of this model: correct target_modules in {CONFIG}")
-    if dtype is None:
-        dtype = next(tensor.dtype for name, tensor in tensors.items() if "lora_A" in name)
+    dtype = next(tensor.dtype for name, tensor in tensors.items() if "lora_A" in name)
     # A is drawn here and overwritten below. A generator of its own leaves the caller's random state as it was.
     install(model, plan, config.get("lora_dropout", 0.0), dtype, torch.Generator())
     for name, parameter in adapter_state(model).items():
@@ -504,12 +489,9 @@ def main(argv: list[str] | None = None) -> dict:
         fields["dtype"] = str(weights.DTYPES[args.dtype]).removeprefix("torch.")
     weights.write_model(args.out, fields, written,
                         "LlamaForSequenceClassification" if reward else "LlamaForCausalLM")
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        # The last folder that has the file wins. The adapter's config names the template it was trained with. Meta's
-        # tokenizer lies beside the folder 7B.
-        for folder in (base.parent, base, args.adapter):
-            if (folder / name).is_file():
-                weights.write_file(args.out / name, (folder / name).read_bytes())
+    folder = home(args.adapter)
+    with suppress(FileNotFoundError):  # a base without a tokenizer gives a model without one
+        text.Tokenizer(folder).save(args.out, text.read_template(args.adapter) or text.read_template(folder))
     print(f"wrote {args.out}, {len(adapters(model))} matrices merged, in {fields['dtype']}")
     return {"matrices": len(adapters(model)), "dtype": fields["dtype"]}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lora
 import zero
 from data import weights
-from data.text import Tokenizer
+from data.text import Tokenizer, read_template
 from lora import adapters, attach, disabled, fold, load_adapter, merge, save_adapter, unmerge
 from model import Llama, LlamaConfig
 
@@ -89,7 +89,7 @@ def test_layer_is_the_formula_and_A_is_drawn_as_published():
     layer.lora_B.data.normal_()
     x, (W, A, B) = torch.randn(3, 8), (t.detach().double() for t in (base.weight, layer.lora_A, layer.lora_B))
     assert differ(layer(x).double(), x.double() @ (W + 5.0 / 2 * B @ A).T) < 1e-5
-    fp32, bf16 = (trained(small(dtype=dtype)).layers[0].attention.wk for dtype in (torch.float32, torch.bfloat16))
+    fp32, bf16 = (trained(dtype=dtype).layers[0].attention.wk for dtype in (torch.float32, torch.bfloat16))
     assert fp32.scaling == 2.0 and torch.equal(fp32.lora_A.bfloat16(), bf16.lora_A)  # alpha is 2 r; drawn in fp32
 
 
@@ -365,9 +365,20 @@ def test_merge_command_reads_every_layout(layout, tmp_path, capsys):
     out = Llama.from_pretrained(tmp_path / "out")
     fold(model)
     assert all(torch.equal(p, out.get_parameter(name)) for name, p in model.named_parameters())
-    ids = [Tokenizer(directory).encode("Once upon a time") for directory in (tmp_path / "out", STORIES / layout)]
-    assert ids[0] == ids[1]
-    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"template": "alpaca"}
+    assert Tokenizer(tmp_path / "out").fingerprint == Tokenizer(STORIES / layout).fingerprint
+    assert read_template(tmp_path / "out") == "alpaca"
+
+
+def test_merged_model_has_the_tokenizer_of_its_base(smollm2, tmp_path):
+    """Only a tokenizer.model was copied, so a merged SmolLM2 had none."""
+    small().save_pretrained(tmp_path / "base")
+    tokenizer = Tokenizer(smollm2 / "hf")
+    tokenizer.save(tmp_path / "base")
+    save_adapter(trained(), tmp_path / "adapter", base="../base")
+    assert lora.home(tmp_path / "adapter").samefile(tmp_path / "base")
+    lora.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")])
+    assert Tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
+    assert read_template(tmp_path / "out") == read_template(smollm2 / "hf") == "chatml"
 
 
 def test_merge_command_of_a_reward_adapter(tmp_path, monkeypatch):
@@ -399,8 +410,10 @@ def test_home_and_base_of_an_adapter(tmp_path, monkeypatch):
     Path("base").mkdir()
     save_adapter(trained(), "adapter", base="../base")
     assert lora.home("base") == Path("base") and lora.home("adapter").samefile("base")
-    Path("adapter/tokenizer.model").touch()
-    assert lora.home("adapter") == Path("adapter")
+    for name in ("tokenizer.model", "tokenizer.json"):
+        Path("adapter", name).touch()
+        assert lora.home("adapter") == Path("adapter")
+        Path("adapter", name).unlink()
     save_adapter(trained(), "lost", base="meta-llama/Llama-2-7b")
     with pytest.raises(FileNotFoundError, match="names its base as 'meta-llama/Llama-2-7b', which is no folder"):
         lora.base_path("lost")
