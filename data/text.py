@@ -625,16 +625,15 @@ class Template(NamedTuple):
         names |= {"{opening}": "turn.opening", "{input}": "message['input']", "</s>": "eos_token"}
         names["<s>"] = "bos_token" if tokenizer.bos_id is not None else "''"
 
-        def expression(wording: str) -> str:
-            parts = filter(None, re.split(r"(</?s>|{\w+})", wording))
-            return " + ".join(names.get(part, repr(part)) for part in parts) or "''"
+        def expression(wording: object) -> str:
+            """'Human: {question}' -> '"Human: " + said + ""'"""
+            return re.sub(r"</?s>|{\w+}", lambda gap: f'" + {names[gap[0]]} + "', json.dumps(wording))
 
         asked, end, start = self.question.partition(self.end)  # `start` opens the reply
         space = tokenizer.space.decode() if not self.question.endswith("\n") else ""  # a reply's own "▁"
         wordings = self._asdict() | {"question": asked + end, "start": start, "reply": space + self.reply + self.end}
-        expressions = {name: expression(words) for name, words in wordings.items() if isinstance(words, str)}
-        inside = "turn.opening" if self.inside else "false"
-        return JINJA.substitute(expressions, strip=list(self.strip), inside=inside)
+        wordings["inside"] = self.inside
+        return JINJA.substitute({name: expression(wording) for name, wording in wordings.items()})
 
 
 # Template.render in Jinja. The names after $ are expressions that Template.jinja makes of the wording.
@@ -642,7 +641,7 @@ JINJA = string.Template(
     "{% set turn = namespace(opening=messages[0]['input'] and $opening_input or $opening) %}"
     "{% for message in messages %}"
     "{% set said = message['content'] + ($input if message['input'] else '') %}"
-    "{% if message['role'] in $strip %}{% set said = said.rstrip() if $inside else said.strip() %}{% endif %}"
+    "{% if message['role'] in $strip %}{% set said = said.rstrip() if $inside and turn.opening else said.strip() %}{% endif %}"
     "{% if message['role'] == 'system' %}{% set turn.opening = $system %}"
     "{% elif message['role'] == 'assistant' %}{{ $reply }}"
     "{% else %}{{ $question }}{% if add_generation_prompt or not loop.last %}{{ $start }}{% endif %}"
