@@ -558,7 +558,6 @@ def byte_level_json(vocabulary: dict[str, int], merges: list[tuple[str, str]], s
 
 # ---- templates: the words around a conversation ---------------------------------------------------------------------
 
-
 # The markers that are ids. Other markers, such as Llama 2's [INST] and Zephyr's <|user|>, are text.
 MARKER = re.compile(r"(</?s>|<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id)\|>)")
 
@@ -619,8 +618,7 @@ class Template(NamedTuple):
         return segments
 
     def jinja(self, tokenizer: Tokenizer) -> str:
-        """The template as a chat_template, so that other servers give a conversation the same ids with this tokenizer.
-        """
+        """The template as a chat_template for other servers. With this tokenizer it gives a conversation the same ids."""
         names = dict.fromkeys(("{system}", "{question}", "{reply}"), "said")
         names |= {"{opening}": "turn.opening", "{input}": "message['input']", "</s>": "eos_token"}
         names["<s>"] = "bos_token" if tokenizer.bos_id is not None else "''"
@@ -641,7 +639,8 @@ JINJA = string.Template(
     "{% set turn = namespace(opening=messages[0]['input'] and $opening_input or $opening) %}"
     "{% for message in messages %}"
     "{% set said = message['content'] + ($input if message['input'] else '') %}"
-    "{% if message['role'] in $strip %}{% set said = said.rstrip() if $inside and turn.opening else said.strip() %}{% endif %}"
+    "{% if message['role'] in $strip %}"
+    "{% set said = said.rstrip() if $inside and turn.opening else said.strip() %}{% endif %}"
     "{% if message['role'] == 'system' %}{% set turn.opening = $system %}"
     "{% elif message['role'] == 'assistant' %}{{ $reply }}"
     "{% else %}{{ $question }}{% if add_generation_prompt or not loop.last %}{{ $start }}{% endif %}"
