@@ -436,17 +436,13 @@ class Llama(Transformer):
             for i in rows:
                 at[i] += left[i] > 0                                           # a finished row stays at its last slot
 
-    def stops(self, eos_id: int | Sequence[int] | None = None) -> set[int]:
+    def stops(self, eos_id: int | Iterable[int] | None = None) -> set[int]:
         """Returns the ids that end an answer. eos_id is as for `generate`."""
-        eos_id = self.config.eos_id if eos_id is None else eos_id
-        return {eos_id} if isinstance(eos_id, int | None) else set(eos_id)
+        return set(weights.as_tuple(self.config.eos_id if eos_id is None else eos_id))
 
     def stop_at(self, ids: Iterable[int]) -> None:
         """Lets answers end at these ids too, here and in the directory that is written."""
-        eos_id = self.config.eos_id
-        before = [eos_id] if isinstance(eos_id, int) else eos_id or []
-        both = tuple(dict.fromkeys([*before, *ids]))
-        self.config = replace(self.config, eos_id=both if len(both) > 1 else both[0])
+        self.config = replace(self.config, eos_id=weights.unite(self.config.eos_id, ids))
 
     def room(self, prompts: list[list[int]], max_new_tokens: int | list[int]) -> list[int]:
         """Returns how many new tokens each prompt may get: as asked, or as many as the context leaves. Raises
@@ -497,13 +493,9 @@ class Llama(Transformer):
 
 def plain_config(directory: str | Path) -> LlamaConfig:
     """Returns the config of a plain directory. Raises ValueError for a quantized one and for an adapter."""
-    directory = Path(directory)
-    opener = f"open it with quantize.open_model, or on the command line with `python serve.py {directory} --say TEXT`"
     if weights.quantization(directory):
-        raise ValueError(f"{directory} is quantized: {opener}")
-    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-        raise ValueError(f"{directory} holds an adapter, not a model: {opener}, or merge it first with "
-                         f"`python lora.py merge {directory} OUT`")
+        raise ValueError(f"{directory} is quantized: open it with quantize.open_model, or on the command line with "
+                         f"`python serve.py {directory} --say TEXT`")
     return LlamaConfig(**weights.read_config(directory))
 
 

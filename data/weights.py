@@ -27,7 +27,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -42,7 +42,6 @@ DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = (
     "config.json with model.safetensors, model.safetensors.index.json, pytorch_model.bin or "
     "pytorch_model.bin.index.json (Hugging Face), or params.json with consolidated.*.pth (Meta)"
@@ -110,34 +109,25 @@ def read_tensors(directory: str | Path, fields: dict | None = None) -> dict[str,
     directory = Path(directory)
     if not (directory / "config.json").exists():
         return join_parts(meta_parts(directory), fields["head_dim"])
-    found = [item for file in weight_files(directory) for item in open_tensors(file).items()]
-    return {our_name(name): stored for name, stored in found}
+    return {our_name(name): stored for file in weight_files(directory) for name, stored in open_tensors(file).items()}
 
 
 def open_tensors(file: Path) -> dict[str, Stored]:
-    """Returns the tensors of one .safetensors file or pickle by the names in it."""
-    if file.suffix != ".safetensors":
-        return {name: Stored(tuple(t.shape), t.dtype, t.clone) for name, t in torch_load(file).items()}
-    tensors = {}
-    try:
-        handle = safetensors.safe_open(file, framework="pt")
-        for name in handle.keys():
-            header = handle.get_slice(name)
-            shape = tuple(header.get_shape())
-            nothing = header[:0] if shape else header[...]  # an empty slice: it tells the dtype without reading data
-            tensors[name] = Stored(shape, nothing.dtype, lambda name=name: handle.get_tensor(name).clone())
-    except Exception as error:  # SafetensorError derives from Exception alone
-        raise ValueError(f"{file} is cut short or not safetensors: copy it again ({error})") from None
-    return tensors
+    """Returns the tensors of one file by the names in it."""
+    return {name: Stored(tuple(t.shape), t.dtype, t.clone) for name, t in load(file).items()}
 
 
-def torch_load(file: Path) -> dict[str, Tensor]:
-    """Returns what torch.save wrote. A file of PyTorch 1.6 or later is mapped: its tensors are read when used."""
+def load(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a .safetensors file or pickle. They are mapped: the file is read where they are used.
+
+    A pickle of before PyTorch 1.6 is read at once."""
     try:
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
         tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except Exception as error:  # zip, pickle and unpickling errors share no base class
+    except Exception as error:  # the errors of zip, pickle and safetensors share no base class
         reason = str(error).partition("\n")[0][:120]
-        raise ValueError(f"{file} is cut short or no checkpoint: copy it again ({reason})") from None
+        raise ValueError(f"{file} is cut short or no file of weights: copy it again ({reason})") from None
     items = tensors.items() if isinstance(tensors, dict) else [(None, tensors)]
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise ValueError(f"{file} is no dictionary of named tensors: get the file with the weights alone")
@@ -146,13 +136,12 @@ def torch_load(file: Path) -> dict[str, Tensor]:
 
 def weight_files(directory: Path) -> list[Path]:
     """Returns the files of weights of a Hugging Face directory: safetensors where there are any, else pickles."""
-    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-        single = directory / f"{stem}.{ending}"
-        index = directory / f"{stem}.{ending}.index.json"
+    for whole_file in (directory / "model.safetensors", directory / "pytorch_model.bin"):
+        index = whole_file.with_name(f"{whole_file.name}.index.json")
         if index.exists():
-            return indexed_files(index, f"{stem}-*-of-*.{ending}")
-        if single.exists():
-            return [single]
+            return indexed_files(index, f"{whole_file.stem}-*-of-*{whole_file.suffix}")
+        if whole_file.exists():
+            return [whole_file]
     others = [file.name for file in directory.iterdir() if file.suffix in (".safetensors", ".bin")]
     raise FileNotFoundError(f"{directory} has config.json but no weights under their usual names{listed(others)}: "
                             f"looked for {LAYOUTS}")
@@ -178,7 +167,7 @@ def meta_parts(directory: Path) -> list[dict[str, Tensor]]:
     numbered = [f"consolidated.{i:02d}.pth" for i in range(max(1, len(files)))]
     compare([file.name for file in files], numbered,
             f"{directory} lacks parts, they are numbered from 00 without a gap", "copy all of them")
-    parts = [torch_load(file) for file in files]
+    parts = [load(file) for file in files]
     kinds = [[f"{name} {tuple(t.shape)} {t.dtype}" for name, t in part.items()] for part in parts]
     for file, kind in zip(files, kinds):
         compare(kind, kinds[0], f"{file} and {files[0].name} are not parts of one checkpoint", "copy all of them again")
@@ -189,29 +178,23 @@ def join_parts(parts: list[dict[str, Tensor]], head_dim: int) -> dict[str, Store
     """Returns the whole tensors of Meta's parts. Each is joined when it is read."""
     tensors = {}
     for name, first in parts[0].items():
-        shape = list(first.shape)
-        if first.dim() == 2:  # norms are whole in every part
-            shape[cut_side(name)] *= len(parts)
-        read = partial(join, name, [part[name] for part in parts], head_dim)
-        tensors[name] = Stored(tuple(shape), first.dtype, read)
+        pieces = [part[name] for part in parts]
+        shape = join(name, [piece.to("meta") for piece in pieces], head_dim).shape
+        tensors[name] = Stored(tuple(shape), first.dtype, partial(join, name, pieces, head_dim))
     return tensors
-
-
-def cut_side(name: str) -> int:
-    """Returns the dimension along which Meta cuts a matrix: 1 is its inputs, 0 its outputs."""
-    return 1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0
 
 
 def join(name: str, parts: list[Tensor], head_dim: int) -> Tensor:
     """Returns one tensor out of its parts, with the rows of wq and wk in the order of half-rotation."""
-    if parts[0].dim() != 2:
+    if parts[0].dim() != 2:  # norms are whole in every part
         return parts[0].clone()
     if name.endswith(("wq.weight", "wk.weight")):
         # Each of P parts has the rows of H/P heads.
         pairs = [part.view(-1, head_dim // 2, 2, part.shape[1]) for part in parts]      # (H/P, D/2, 2, C) each
         halves = torch.cat([pair.transpose(1, 2) for pair in pairs])                    # (H, 2, D/2, C)
         return halves.flatten(0, 2)                                                     # (H*D, C)
-    return torch.cat(parts, dim=cut_side(name))
+    along_inputs = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))
+    return torch.cat(parts, dim=1 if along_inputs else 0)
 
 
 # ---- from files into a model ----------------------------------------------------------------------------------------
@@ -229,8 +212,9 @@ def check_tensors(model: nn.Module, tensors: dict[str, Stored], source: str | Pa
     found = []
     for name, stored in tensors.items():
         if name not in others and not DERIVED.search(name):
+            dtype = stored.dtype
             # Integers and 8-bit floats are quantized weights without their scales.
-            kind = "" if stored.dtype in FLOATS else f" in {stored.dtype}"
+            kind = "" if dtype.is_floating_point and dtype.itemsize > 1 else f" in {dtype}"
             found.append(f"{names(name)} {stored.shape}{kind}")
     compare(found, wanted.values(), f"{source} does not fit its config",
             "get the config and all weights of one model that is not quantized")
@@ -291,7 +275,13 @@ def are_ids(value: object) -> bool:
 
 
 def as_tuple(value: object) -> tuple:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+    return (value,) if isinstance(value, int | None) else tuple(value)
+
+
+def unite(*ids: int | Iterable[int] | None) -> int | tuple[int, ...] | None:
+    """Returns all ids once, as LlamaConfig.eos_id has them."""
+    once = dict.fromkeys(token for some in ids for token in as_tuple(some) if token is not None)
+    return tuple(once) if len(once) > 1 else next(iter(once), None)
 
 
 def is_scaling(numbers: tuple) -> bool:
@@ -302,6 +292,7 @@ def is_scaling(numbers: tuple) -> bool:
 # What a LlamaConfig may hold. Without limits, building what a broken file says might never end.
 SIZE = whole(2**20)
 ID = ("a whole number or null", lambda value: value is None or type(value) is int)
+IDS = ("a whole number, a list of them, or null", are_ids)
 RANGES = {
     "dim": SIZE,
     "n_layers": whole(1000),
@@ -318,7 +309,7 @@ RANGES = {
     "dtype": among(*DTYPES),
     "bos_id": ID,
     "pad_token_id": ID,
-    "eos_id": ("a whole number, a list of them, or null", are_ids),
+    "eos_id": IDS,
     "reward_mean": ("a finite number", is_number),
 }
 
@@ -350,7 +341,8 @@ def read_config(directory: str | Path) -> dict:
         check_config(fields, file)
     except KeyError as error:
         raise ValueError(f"{file} lacks {error}: copy it again") from None
-    except (TypeError, AttributeError, ZeroDivisionError) as error:  # null where a number should be, zero heads
+    # Null or a list where a number should be, zero heads, heads that do not divide Meta's matrices.
+    except (TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"{file} does not describe a LLaMA ({error}): copy it again") from None
     return fields
 
@@ -358,8 +350,9 @@ def read_config(directory: str | Path) -> dict:
 def no_model(directory: Path) -> Exception:
     """Returns the error for a directory with neither config.json nor params.json."""
     if (directory / "adapter_config.json").exists():
-        return ValueError(f"{directory} holds an adapter, not a model: "
-                          f"merge it first with `python lora.py merge {directory} OUT`")
+        return ValueError(f"{directory} holds an adapter, not a model: merge it first with `python lora.py merge "
+                          f"{directory} OUT`, or open it with quantize.open_model, on the command line with "
+                          f"`python serve.py {directory} --say TEXT`")
     for file in directory.glob("*.bin"):
         if not file.name.startswith("pytorch_model"):
             return ValueError(f"{file} is not a checkpoint that can be read here (llama2.c's own .bin?): "
@@ -424,14 +417,15 @@ OPTIONS = {
     "partial_rotary_factor": among(1, None),
     "attn_logit_softcapping": among(None),
     "final_logit_softcapping": among(None),
+    "eos_token_id": IDS,
 }
-# Keys that change nothing here.
-IDLE = {
+# All keys that are known. Those of the last two lines change nothing here.
+KNOWN = {
+    *KEYS.values(), *OPTIONS, *SCALINGS["llama3"], "dtype", "rope_parameters", "rope_scaling", "type", "sliding_window",
+    "quantization_config", "reward_mean", "pad_token_id", "num_labels", "id2label", "label2id",
     "_name_or_path", "transformers_version", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp",
-    "pad_token_id", "unk_token_id", "num_labels", "id2label", "label2id", "is_llama_config", "transformers.js_config",
+    "unk_token_id", "max_sequence_length", "is_llama_config", "transformers.js_config",
 }
-USED = {*KEYS.values(), *OPTIONS, *SCALINGS["llama3"], "dtype", "rope_parameters", "rope_scaling", "type",
-        "sliding_window", "quantization_config", "reward_mean"}
 
 
 def fields_from_hf(config: dict, file: Path) -> dict:
@@ -443,7 +437,7 @@ def fields_from_hf(config: dict, file: Path) -> dict:
     config = defaults | config | {"rope_type": rope.get("type", "default")} | rope
     config["rope_theta"] = next(theta for theta in thetas if theta is not None)
     check(config, OPTIONS, file, ": others are not supported")
-    unknown = [key for key, value in config.items() if value and key not in USED | IDLE]
+    unknown = [key for key, value in config.items() if value and key not in KNOWN]
     if unknown:
         note(f"{file} has keys that are not known here, they change nothing{listed(unknown)}")
     fields = {field: config[key] for field, key in KEYS.items()}
@@ -451,16 +445,13 @@ def fields_from_hf(config: dict, file: Path) -> dict:
         fields["max_seq_len"] = min(fields["max_seq_len"], config["sliding_window"])
     generation = file.with_name("generation_config.json")
     also = read_json(generation).get("eos_token_id") if generation.exists() else None
-    ends = dict.fromkeys(end for end in as_tuple(fields["eos_id"]) + as_tuple(also) if end is not None)
-    dtype = config.get("dtype") or config["torch_dtype"]
-    if not dtype:
-        dtype = read_tensors(file.parent)["tok_embeddings.weight"].dtype
+    dtype = config.get("dtype") or config["torch_dtype"] or read_tensors(file.parent)["tok_embeddings.weight"].dtype
     return fields | {
         "n_kv_heads": fields["n_kv_heads"] or fields["n_heads"],
         "head_dim": fields["head_dim"] or fields["dim"] // fields["n_heads"],
         "rope_scaling": tuple(rope[key] for key in SCALINGS[config["rope_type"]]),
         "dtype": str(dtype).removeprefix("torch."),
-        "eos_id": tuple(ends) if len(ends) > 1 else next(iter(ends), fields["eos_id"]),
+        "eos_id": unite(fields["eos_id"], also),
         "extra": {key: config[key] for key in ("reward_mean", "pad_token_id") if {key, "reward_mean"} <= config.keys()},
     }
 
@@ -478,10 +469,11 @@ def fields_from_meta(params: dict, file: Path) -> dict:
     scaling = ()
     if params.get("use_scaled_rope"):
         if "rope_scaling_factor" not in params:
-            raise ValueError(f"{file} has use_scaled_rope, but not by how much: write \"rope_scaling_factor\": 8 into it "
-                             "for Llama 3.1, 32 for Llama 3.2")
+            raise ValueError(f"{file} has use_scaled_rope, but not by how much: write \"rope_scaling_factor\": 8 into "
+                             "it for Llama 3.1, 32 for Llama 3.2")
         scaling = (params["rope_scaling_factor"], 1, 4, 8192)
     head_dim = params.get("head_dim") or params["dim"] // params["n_heads"]
+    check({"head_dim": head_dim}, RANGES, file)
     tensors = join_parts(meta_parts(file.parent), head_dim)
     tied = "output.weight" not in tensors
     wq, wk = (tensors[f"layers.0.attention.{name}.weight"] for name in ("wq", "wk"))
@@ -514,13 +506,15 @@ def hf_config(fields: dict, architecture: str) -> dict:
     scaling = fields["rope_scaling"]
     rope_type = next(name for name, keys in SCALINGS.items() if len(keys) == len(scaling))
     rope = {"rope_type": rope_type, "rope_theta": fields["rope_theta"], **dict(zip(SCALINGS[rope_type], scaling))}
-    constants = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     # A reward model is read at the last id that differs from pad_token_id. No text of a sentencepiece tokenizer has the
     # id 0; EOS would be skipped.
     reward = {"pad_token_id": 0, "num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     return {
         "architectures": [architecture],
-        **constants,
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
         **(reward if architecture == "LlamaForSequenceClassification" else {}),
         **{key: fields[field] for field, key in KEYS.items()},
         "dtype": fields["dtype"],
@@ -541,32 +535,28 @@ def write_model(directory: str | Path, fields: dict, tensors: dict[str, Tensor |
         raise ValueError("the model still has adapters: merge and fold them, or save the adapter alone")
     directory = Path(directory)
     dtypes = {name: tensor.dtype if name in exact else DTYPES[fields["dtype"]] for name, tensor in tensors.items()}
-    shards: list[list[str]] = [[]]
-    room, total = shard_bytes, 0
-    for name, tensor in tensors.items():
-        size = math.prod(tensor.shape) * dtypes[name].itemsize
-        if size > room and shards[-1]:
+    sizes = {name: math.prod(tensor.shape) * dtypes[name].itemsize for name, tensor in tensors.items()}
+    shards, room = [], -1
+    for name, size in sizes.items():
+        if size > room:
             shards.append([])
             room = shard_bytes
         shards[-1].append(name)
         room -= size
-        total += size
-    count = len(shards)
-    files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    if count == 1:
-        files = ["model.safetensors"]
-    for file, shard in zip(files, shards):
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        weight_map |= {hf_name(name): file for name in shard}
         held = {hf_name(name): in_memory(tensors[name], dtypes[name]) for name in shard}
         write_file(directory / file, partial(safetensors.torch.save_file, held, metadata={"format": "pt"}))
-    if count > 1:
-        weight_map = {hf_name(name): file for file, shard in zip(files, shards) for name in shard}
-        files.append("model.safetensors.index.json")
-        write_json(directory / files[-1], {"metadata": {"total_size": total}, "weight_map": weight_map})
+    index = directory / "model.safetensors.index.json"
     # Files of an earlier saving with another number of shards would be read instead of these, or beside them.
-    for pattern in ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
-        for file in directory.glob(pattern):
-            if file.name not in files:
-                file.unlink()
+    index.unlink(missing_ok=True)
+    for file in [directory / "model.safetensors", *directory.glob("model-*-of-*.safetensors")]:
+        if file.name not in weight_map.values():
+            file.unlink(missing_ok=True)
+    if len(shards) > 1:
+        write_json(index, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     config = hf_config(fields, architecture) | more
     write_json(directory / "config.json", config)
     write_json(directory / "generation_config.json", {key: config[key] for key in ("bos_token_id", "eos_token_id")})
