@@ -178,7 +178,7 @@ def test_damaged_directories_end_in_one_sentence(layout, tmp_path):
             file.unlink()
         else:
             file.rename(directory / (f"{name}.old" if damage == "renamed" else f"other{file.suffix}"))
-        if name == "tokenizer_config.json" and damage not in ("cut", "emptied"):
+        if name == "tokenizer_config.json":
             ids = Tokenizer(directory).encode("Once")
             answer = Llama.from_pretrained(directory).generate([ids], 6, temperature=0)[0]
             assert Tokenizer(directory).decode(ids + answer) == "Once upon a time, there was"
