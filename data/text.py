@@ -618,7 +618,7 @@ class Template(NamedTuple):
         return segments
 
     def jinja(self, tokenizer: Tokenizer) -> str:
-        """The template as a chat_template for other servers. With this tokenizer it gives a conversation the same ids."""
+        """The template as a chat_template: with it, other servers give a conversation the ids that we give it."""
         names = dict.fromkeys(("{system}", "{question}", "{reply}"), "said")
         names |= {"{opening}": "turn.opening", "{input}": "message['input']", "</s>": "eos_token"}
         names["<s>"] = "bos_token" if tokenizer.bos_id is not None else "''"
