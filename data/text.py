@@ -31,7 +31,8 @@ On the way from a file to a batch (B, T), a conversation is
 
 Choices that raise no error when they are made wrongly:
 1. A template's markers, such as <|im_end|>, become ids before its gaps are filled. What people say is never searched
-   for markers: a user who types "<|im_end|>" gets ordinary pieces. ([INST] is text even in the template of Llama 2.)
+   for markers: a user who types "<|im_end|>" gets ordinary pieces. ([INST] is text even in the template of Llama 2.) A
+   record of raw text, {"text"}, has no template. The markers that it spells out are meant, and become ids.
 2. Only the replies of a conversation are targets. A reply ends in the template's end marker, which is a target too,
    unless max_len cut it: cut text is not an end. What follows the marker belongs to the next question.
 3. What stands between two markers is tokenized as one string, as other servers do it, but a reply by itself. So a

@@ -441,6 +441,16 @@ def test_typed_markers_never_end_a_turn(byte_level):
          answer_end(tokenizer, template)] for reply in "ab"]
 
 
+def test_raw_text_means_the_markers_that_it_spells_out(byte_level):
+    """As transformers tokenizes it: such text is often a conversation that another program has worded."""
+    tokenizer, template = byte_level
+    ids, target = encode_example({"text": f"hi{template.end}\nhi"}, tokenizer, template, 999)
+    front = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    hi, line = (tokenizer.encode(text, bos=False) for text in ("hi", "\nhi"))
+    assert ids == [*front, *hi, answer_end(tokenizer, template), *line, tokenizer.eos_id]
+    assert target == [False] + [True] * (len(ids) - 1)
+
+
 def test_smollm2_is_asked_as_transformers_asks_it(smollm2):
     tokenizer, template = Tokenizer(smollm2 / "hf"), TEMPLATES["chatml"]
     assert choose_template(smollm2 / "hf", None, "alpaca", say=pytest.fail) == "chatml"
