@@ -732,6 +732,7 @@ def read_layer(linear: nn.Linear, name: str, tensors: dict[str, weights.Stored],
 # ---- fast kernels: nothing above needs them -------------------------------------------------------------------------
 
 Product = Callable[[Tensor], Tensor]  # x (..., I) -> y (..., O)
+SAME_INPUT = {"wk": "wq", "wv": "wq", "w3": "w1"}
 
 
 @contextmanager
@@ -741,24 +742,72 @@ def packed(model: nn.Module, keep: bool = True) -> Iterator[None]:
 
     Inside, the weights are held twice. A layer whose input needs a gradient runs as outside. keep=False frees each
     weight that is packed, for a server that needs the memory: the model is of no use afterwards."""
-    layers = []
+    changed = []
     try:
-        for layer in model.modules():
-            if "forward" not in vars(layer) and (product := fast_product(layer)) is not None:
-                layer.forward = functools.partial(fast_forward, layer, product)
-                layers.append(layer)
+        for layers in by_input(model):
+            product = fast_product(joined(layers))
+            for layer, part in zip(layers, shared(product, layers) if product else ()):
+                layer.forward = functools.partial(fast_forward, layer, part)
+                changed.append(layer)
                 if not keep:
                     for tensors in (layer._parameters, layer._buffers):
                         tensors.update(dict.fromkeys(tensors))
         yield
     finally:
-        for layer in layers:
+        for layer in changed:
             del layer.forward
 
 
 def fast_forward(layer: nn.Module, product: Product, x: Tensor) -> Tensor:
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
     return type(layer).forward(layer, x) if needs_gradient else product(x)
+
+
+def by_input(model: nn.Module) -> Iterable[list[nn.Module]]:
+    """Returns the linears of a model that are not packed yet, in lists of those that one call of a kernel can take: they
+    read the same input, in the same order. For one row a call costs as much as the arithmetic."""
+    lists = {}
+    for name, layer in model.named_modules():
+        if type(layer) in (nn.Linear, Linear4, Linear8) and "forward" not in vars(layer):
+            parent, _, leaf = name.removesuffix(".base").rpartition(".")               # base: of an adapter
+            order = layer.g_idx.tolist() if type(layer) is Linear4 else ()
+            lists.setdefault((parent, SAME_INPUT.get(leaf, leaf), type(layer), *order), []).append(layer)
+    return lists.values()
+
+
+def joined(layers: list[nn.Module]) -> nn.Module:
+    """Returns one layer with the outputs of all."""
+    first, I, O = layers[0], layers[0].in_features, sum(layer.out_features for layer in layers)
+    if len(layers) == 1:
+        return first
+    if type(first) is Linear4:
+        q, scale, zero, groups = zip(*(layer.quantized() for layer in layers))         # (O of one layer, ...) each
+        return Linear4.of(Quantized(torch.cat(q), torch.cat(scale), torch.cat(zero), groups[0]))
+    weight = torch.cat([layer.weight for layer in layers])                             # (O, I)
+    if type(first) is Linear8:
+        return Linear8(I, O, weight=weight, scale=torch.cat([layer.scale for layer in layers]))
+    linear = nn.Linear(I, O, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach())
+    return linear
+
+
+def shared(product: Product, layers: list[nn.Module]) -> list[Product]:
+    """Cuts the product of joined layers into one for each. The first that is called with an input computes all outputs,
+    and each takes its own once: an adapter adds to it in place."""
+    if len(layers) == 1:
+        return [product]
+    sizes = [layer.out_features for layer in layers]
+    inputs, outputs = [], {}
+
+    def part(layer: nn.Module, x: Tensor) -> Tensor:
+        if layer not in outputs or inputs[0] is not x:
+            inputs[:] = [x]
+            outputs.update(zip(layers, torch.split_with_sizes_copy(product(x), sizes, -1)))  # (..., O of one layer)
+        y = outputs.pop(layer)
+        if not outputs:
+            inputs.clear()  # the input of a long text is large
+        return y
+    return [functools.partial(part, layer) for layer in layers]
 
 
 def onednn_product(layer: nn.Linear) -> Product:
@@ -869,8 +918,6 @@ WORTH = 2**20  # bytes of a plain weight: below, a call costs more than the layo
 
 def fast_product(layer: nn.Module) -> Product | None:
     """Returns a function that computes the layer's output faster; None where no kernel for it works on this machine."""
-    if type(layer) not in (nn.Linear, Linear4, Linear8):
-        return None
     weight = next(iter(layer.state_dict().values()))
     device = weight.device.type
     if weight.is_floating_point() and weight.nbytes < WORTH:
