@@ -441,7 +441,7 @@ def check_model(model: dict, byte_level: bool, complete: bool) -> None:
         refused.append("unk_token")
     covered = byte_level or complete and model["byte_fallback"]
     if model["type"] != "BPE" or not covered or any(map(model.get, refused)):
-        raise unknown(model)
+        raise unknown({key: value for key, value in model.items() if key not in ("vocab", "merges")})
 
 
 def step_of(said: dict) -> Callable[[str, bool], list[str]]:
@@ -516,7 +516,7 @@ def put_before(processor: dict) -> list[str]:
 
 # ---- what becomes a tokenizer.json ----------------------------------------------------------------------------------
 
-LLAMA3_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
+LLAMA3_LINES = re.compile(rb"([A-Za-z0-9+/]+=* \d+(\s+|$))+")
 # Llama 3's special tokens by their place behind the vocabulary. The other 251 are reserved.
 LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
 
@@ -921,7 +921,7 @@ def open_kind(file: Path) -> tuple[SentencePiece | BytePairs, str, bytes]:
     content = file.read_bytes()
     if file.suffix == ".json":
         said = weights.read_json(file)
-    elif LLAMA3_LINE.match(content):
+    elif LLAMA3_LINES.fullmatch(content):
         said = from_llama3(content)
         content = json.dumps(said).encode()
     else:
@@ -1002,14 +1002,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", help="the directory for tokenizer.json and tokenizer_config.json")
     parser.add_argument("--vocab_size", type=int, required=True, help="of all ids: 256 bytes, 5 special tokens, merges")
     args = parser.parse_intermixed_args(argv)
+    texts = []
     try:
         if args.vocab_size < len(ALPHABET) + len(SPECIAL):
             raise ValueError(f"--vocab_size {args.vocab_size} is less than 256 bytes and {len(SPECIAL)} special tokens")
-        texts = [Path(file).read_text("utf-8") for file in args.files]
+        for file in args.files:
+            texts.append(Path(file).read_text("utf-8"))
         vocabulary, merges = learn(texts, args.vocab_size - len(SPECIAL))
         said = byte_level_json(vocabulary, merges, SPECIAL)
         weights.write_json(Path(args.out) / "tokenizer.json", said)
         weights.write_json(Path(args.out) / "tokenizer_config.json", BytePairs(said, {}).config)
+    except UnicodeDecodeError:
+        parser.exit(2, f"{parser.prog}: {file} is not text in UTF-8\n")
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print(f"{args.out}: {len(merges)} merges, 256 bytes and {len(SPECIAL)} special tokens")

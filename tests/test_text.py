@@ -1,10 +1,15 @@
 """data/text.py: expected values written by hand. A test of a fault met elsewhere names the thread where it was told."""
 
+import base64
 import io
 import json
 import random
 import re
 import shutil
+import sys
+import time
+import unicodedata
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +19,9 @@ import torch
 
 import data.text
 from data import demo, records
-from data.text import (TEMPLATES, TextStream, Tokenizer, answer_end, check_messages, check_tokenizer, choose_template,
-                       collate, encode_all, encode_example, encode_preference, encode_prompt, global_batches,
-                       micro_batches, pad, padding_share, read_template, split_held_out)
+from data.text import (ALPHABET, TEMPLATES, TextStream, Tokenizer, answer_end, check_messages, check_tokenizer,
+                       choose_template, collate, encode_all, encode_example, encode_preference, encode_prompt,
+                       global_batches, learn, merge, micro_batches, pad, padding_share, read_template, split_held_out)
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 LINE = "Two  spaces,\ta tab,\na line: 🦊 and 👩‍👧, “写一个关于狐狸和风筝的故事。” é \x07 end  " * 2
@@ -69,9 +74,11 @@ def byte_ids(tokenizer: Tokenizer, content: bytes) -> list[int]:
     return [names[f"<0x{byte:02X}>"] for byte in content]
 
 
-def test_the_docstrings_example_is_what_llama_does():
+@pytest.mark.parametrize("name", ["llama", "smollm2"])
+def test_the_docstrings_examples_are_what_the_tokenizers_do(name, request):
     rows = re.findall(r"^    (?:text|pieces|ids|streamed)  +(.*)$", data.text.__doc__, re.MULTILINE)
-    tokenizer = Tokenizer(real("llama-tokenizer"))
+    rows = rows[:4] if name == "llama" else rows[4:]
+    tokenizer = Tokenizer(real("llama-tokenizer") if name == "llama" else request.getfixturevalue(name) / "hf")
     ids = tokenizer.encode(rows[0], eos=True)
     assert ids == [int(i) for i in rows[2].split()] and [tokenizer.piece(i) for i in ids] == rows[1].split()
     assert [part for part in tokenizer.stream(ids) if part] == re.findall('"(.*?)"', rows[3])
@@ -155,6 +162,402 @@ def test_the_embedding_may_have_more_rows_but_not_fewer(tokenizer):
     check_tokenizer(tokenizer, pieces + 1)  # Alpaca's 32,001 rows
     with pytest.raises(ValueError, match=f"{pieces} pieces, the model's embedding {pieces - 1} rows: use the"):
         check_tokenizer(tokenizer, pieces - 1)
+
+
+# ---- byte pair encoding ---------------------------------------------------------------------------------------------
+
+TEXT = "low lower newest widest low " * 3 + "newer wide newest slow slower slowest showers aaa aaaa"
+CORPUS = 3 * (TEXT + "\nIt's 1234 o'clock; we'll SEE!\r\n\n  写一个关于狐狸和风筝的故事。写一个 🦊🦊🦊 é"
+              " <|im_end|>\t** **\n")
+
+
+def naive_merge(symbols: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """Looks for the best pair anew for each merge."""
+    while True:
+        ranked = [(merges.index(pair), i) for i, pair in enumerate(zip(symbols, symbols[1:])) if pair in merges]
+        if not ranked:
+            return symbols
+        _, i = min(ranked)
+        symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2:]]
+
+
+def merge_in_order_of_appearance(symbols: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """Wrong: takes the first pair that has a rank, whatever the rank is."""
+    for i, pair in enumerate(zip(symbols, symbols[1:])):
+        if pair in merges:
+            return merge_in_order_of_appearance([*symbols[:i], "".join(pair), *symbols[i + 2:]], merges)
+    return symbols
+
+
+@pytest.mark.lesson
+def test_the_lowest_rank_is_merged_first():
+    """Another order raises no error, and the text comes back. But its pieces are not those that the model has met."""
+    merges = [("s", "t"), ("e", "m"), ("s", "y"), ("st", "em"), ("y", "s")]
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    assert merge(list("systems"), ranks) == ["sy", "stem", "s"] == naive_merge(list("systems"), merges)
+    late = [("b", "c"), ("a", "b")]
+    assert merge(list("abc"), dict(zip(late, (0, 1)))) == ["a", "bc"] != merge_in_order_of_appearance(list("abc"), late)
+    assert merge(list("aaaaa"), {("a", "a"): 0, ("aa", "aa"): 1}) == ["aaaa", "a"]  # of equal pairs, the leftmost
+    assert merge([], ranks) == [] and merge(["x"], ranks) == ["x"]
+    rng = random.Random(0)
+    pairs = [(a, b) for a in ("a", "b", "c", "ab", "bc", "aa") for b in ("a", "b", "c", "bc", "ca", "aba")]
+    for _ in range(300):
+        merges = rng.sample(pairs, 12)
+        word = [rng.choice("abc") for _ in range(rng.randrange(14))]
+        assert merge(word, {pair: rank for rank, pair in enumerate(merges)}) == naive_merge(word, merges)
+
+
+def test_a_word_of_any_length_is_merged_in_seconds():
+    ranks = {("a", "b"): 0, ("ab", "ab"): 1, ("c", "ab"): 2}
+    began = time.process_time()
+    assert merge(list("abcab" * 20_000), ranks) == ["ab", *["c", "abab"] * 19_999, "cab"]
+    assert time.process_time() - began < 20  # n² steps would take an hour
+
+
+@pytest.mark.lesson
+def test_learning_is_counting_all_pairs_anew_for_every_merge():
+    expected, ids = [], {letter: i for i, letter in enumerate(sorted(ALPHABET))}
+    words = [list(word.replace(" ", "Ġ")) for word in re.findall(" ?[a-z]+", TEXT)]
+    while len(ids) < 274:
+        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
+        best = min(pairs, key=lambda pair: (-pairs[pair], ids[pair[0]], ids[pair[1]]))
+        expected.append(best)
+        ids.setdefault("".join(best), len(ids))
+        words = [naive_merge(word, [best]) for word in words]
+    assert learn([TEXT], 274) == (ids, expected)
+    vocabulary, merges = learn([TEXT], 999)
+    assert merges[:18] == expected and len(merges) < 30
+    assert learn(["ab"], 999)[1] == []  # a pair that stands once is not merged
+    assert learn(["ab cd", " ab"], 999)[1] == [("a", "b")]
+
+
+@pytest.mark.lesson
+def test_the_printable_characters_of_the_bytes():
+    """One place further in this table, and every space and every Chinese character is another token."""
+    assert len(set(ALPHABET)) == 256 and all(letter.isprintable() and not letter.isspace() for letter in ALPHABET)
+    named = {0x00: "Ā", 0x0A: "Ċ", 0x20: "Ġ", 0x21: "!", 0x7E: "~", 0x7F: "ġ", 0xA0: "ł", 0xA1: "¡", 0xAC: "¬",
+             0xAD: "Ń", 0xAE: "®", 0xFF: "ÿ"}
+    assert {byte: ALPHABET[byte] for byte in named} == named
+
+
+# ---- tokenizer.json -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    for i, part in enumerate((CORPUS[:300], CORPUS[300:])):
+        (folder / f"{i}.txt").write_text(part, "utf-8", newline="")
+    data.text.main(["train", str(folder / "0.txt"), str(folder / "1.txt"), "--vocab_size", "400", str(folder)])
+    return folder
+
+
+def test_a_trained_tokenizer(trained):
+    tokenizer, said = Tokenizer(trained), json.loads((trained / "tokenizer.json").read_text("utf-8"))
+    names = ["<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
+    assert tokenizer.vocab_size <= 400 and [tokenizer.special(name) for name in names] == [
+        tokenizer.vocab_size - 5 + i for i in range(5)]  # behind the pieces
+    assert [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id] == [tokenizer.special(name) for name in names[:3]]
+    assert [tokenizer.special("<s>"), tokenizer.special("</s>")] == [tokenizer.bos_id, tokenizer.eos_id]
+    merges = [tuple(pair) for pair in said["model"]["merges"]]
+    for word in (" newest", "widest", " 🦊🦊", "故事", "'ll", " zzz"):
+        symbols = [ALPHABET[byte] for byte in word.encode()]
+        assert [tokenizer.piece(i) for i in tokenizer.encode(word, bos=False)] == naive_merge(symbols, merges)
+    for text in (CORPUS, LINE, "".join(map(chr, range(0x3000))), "e\u0301 e\u0301", "", "\x00\x1c"):
+        ids = tokenizer.encode(text, bos=False, special=False)
+        assert tokenizer.decode(ids) == text and max(ids, default=0) < tokenizer.vocab_size - 5
+    assert len(tokenizer.encode(CORPUS)) < len(CORPUS) / 2
+    assert json.loads((trained / "tokenizer_config.json").read_text("utf-8")) == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names[0], "eos_token": names[1],
+        "pad_token": names[2]}
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["nowhere.txt", "out", "--vocab_size", "300"], r"No such file or directory: 'nowhere.txt'"),
+    ([str(demo.FOLDER / "sft.jsonl.gz"), "out", "--vocab_size", "300"], r"is not text in UTF-8"),
+    ([__file__, "out", "--vocab_size", "260"], r"--vocab_size 260 is less than 256 bytes and 5 special tokens"),
+    ([__file__, "out"], r"the following arguments are required: --vocab_size"),
+    ([__file__, "--vocab_size", "300"], r"the following arguments are required: out"),
+])
+def test_wrong_arguments_end_with_a_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        data.text.main(["train", *arguments])
+    assert ended.value.code == 2 and re.search(sentence, capsys.readouterr().err) and not list(tmp_path.iterdir())
+
+
+def open_json(folder: Path, config: dict | None = None, **said) -> Tokenizer:
+    """A tokenizer.json that differs in some fields from the plainest of its kind."""
+    content = {"added_tokens": [], "normalizer": None, "pre_tokenizer": BYTE_LEVEL, "post_processor": None}
+    model = {"type": "BPE", "unk_token": None, "byte_fallback": False, "ignore_merges": False}
+    vocabulary = list(ALPHABET) + ["Ġa", "ab", "Ġab", "12"]
+    model |= {"vocab": {piece: i for i, piece in enumerate(vocabulary)}, "merges": ["a b", "Ġ ab", "Ġ a", "1 2"]}
+    content["model"] = model | said.pop("model", {})
+    (folder / "tokenizer.json").write_text(json.dumps(content | said), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "!"} | (config or {})), "utf-8")
+    return Tokenizer(folder)
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+WHOLE = BYTE_LEVEL | {"use_regex": False}
+
+
+def sequence(kind: str, *steps: dict) -> dict:
+    return {"type": "Sequence", kind: list(steps)}
+
+
+def split(regex: str, **more) -> dict:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} | more
+
+
+def added(content: str, i: int, special: bool = True, **flags) -> dict:
+    usual = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": content, "special": special} | usual | flags
+
+
+DIGITS = [{"type": "Digits", "individual_digits": each} for each in (False, True)]
+LLAMA3 = split(data.text.LLAMA3)
+
+
+@pytest.mark.parametrize("cutters, text, words", [
+    ([BYTE_LEVEL], "it's we'LL  two\n\n x1234!? \n", ["it", "'s", " we", "'", "LL", " ", " two", "\n\n", " x", "1234",
+                                                      "!?", " \n"]),
+    ([LLAMA3], "it's we'LL  two\n\n x1234!?\n \n", ["it", "'s", " we", "'LL", " ", " two", "\n\n", " x", "123", "4",
+                                                     "!?\n", " \n"]),
+    ([LLAMA3], "'ſo(ab)'Ve\r\n\r\n", ["'ſ", "o", "(ab", ")'", "Ve", "\r\n\r\n"]),  # ſ is an s in another case
+    ([LLAMA3], "½Ⅷ٣a٤b", ["½Ⅷ٣", "a", "٤", "b"]),  # N is more than digits
+    ([BYTE_LEVEL], "a\x1cb\x85c\u200bd\u3000e", ["a", "\x1c", "b", "\x85", "c", "\u200b", "d", "\u3000", "e"]),
+    ([LLAMA3], "a \x1c\x1d b", ["a", " \x1c\x1d", " b"]),  # white space in Python alone
+    ([BYTE_LEVEL], "é e\u0301ªⅷ一々𠀀", ["é", " e", "\u0301", "ª", "ⅷ", "一々𠀀"]),  # a combining mark is no letter
+    ([DIGITS[0], BYTE_LEVEL], "a 12b³", ["a", " ", "12", "b", "³"]),
+    ([DIGITS[1], BYTE_LEVEL], "a 12b³", ["a", " ", "1", "2", "b", "³"]),
+    ([DIGITS[1], WHOLE], "a 12b c", ["a ", "1", "2", "b c"]),
+    ([split(r"[\p{P}\s]")], "a, b", ["a", ",", " ", "b"]),
+    ([BYTE_LEVEL | {"add_prefix_space": True}], "a b", [" a", " b"]),
+    ([BYTE_LEVEL | {"add_prefix_space": True}], " a b", [" a", " b"]),
+    ([DIGITS[1], BYTE_LEVEL | {"add_prefix_space": True}], "a1", [" a", " 1"]),
+])
+def test_words_are_cut_as_the_file_says(cutters, text, words, tmp_path):
+    pre_tokenizer = sequence("pretokenizers", *cutters, *([] if "ByteLevel" in str(cutters) else [WHOLE]))
+    tokenizer = open_json(tmp_path, pre_tokenizer=pre_tokenizer)
+    tokenizer.kind.remembered = lambda word: [word]
+    assert tokenizer.encode(text) == words
+
+
+def test_letters_and_numbers_are_those_of_unicode():
+    for name in "LN":
+        every = "".join(map(chr, range(sys.maxunicode + 1)))
+        right = "".join(char for char in every if unicodedata.category(char)[0] == name)
+        assert "".join(data.text.regular(rf"\p{{{name}}}+").findall(every)) == right
+
+
+@pytest.mark.lesson
+def test_added_tokens(tmp_path):
+    tokens = [added("<|im_end|>", 260), added("<|im_end|>!", 261), added("<think>", 262, special=False)]
+    tokenizer = open_json(tmp_path, added_tokens=tokens)
+    pieces = {tokenizer.piece(i): i for i in range(260)}
+    a, b, space = pieces["a"], pieces["b"], pieces["Ġ"]
+    assert tokenizer.vocab_size == 263 and [tokenizer.special(marker) for marker in ("<think>", "<|", "</s>")] == [
+        262, None, pieces["!"]]
+    assert tokenizer.encode("a<|im_end|> <|im_end|>!b") == [a, 260, space, 261, b]  # the longest that begins there
+    assert tokenizer.encode("ba<think>") == [b, a, 262]
+    said = "ab<|im_end|>ab<think>"  # by a person
+    ids = tokenizer.encode(said, special=False)
+    assert 260 not in ids and ids[0] == pieces["ab"] and ids[-1] == 262 and tokenizer.decode(ids) == said
+    assert tokenizer.decode([a, 260, b, 262, 263, 700]) == "ab<think>"  # special tokens have no text
+    plain = open_json(tmp_path)
+    assert plain.vocab_size == 260 and plain.encode(said) == plain.encode(said, special=False)
+
+
+def test_bytes_without_a_piece_and_words_that_are_pieces(tmp_path):
+    """SmolLM2 has no piece for some control characters. Llama 3's words that are pieces are not merged."""
+    pieces = [*ALPHABET[:4], *ALPHABET[5:], "ab", "abc", "bc"]
+    model = {"vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": [["b", "c"], ["a", "b"]]}
+    tokenizer = open_json(tmp_path, model=model, pre_tokenizer=WHOLE)
+    shown = [tokenizer.piece(i) for i in tokenizer.encode("a\x04b abc")]
+    assert shown == ["ab", "Ġ", "a", "bc"] and tokenizer.decode(tokenizer.encode("\x04")) == ""
+    whole = open_json(tmp_path, model=model | {"ignore_merges": True})
+    assert [whole.piece(i) for i in whole.encode("abc\nabcé")] == ["abc", "Ċ", "a", "bc", "Ã", "©"]
+
+
+def test_normalized_text(tmp_path):
+    tokenizer = open_json(tmp_path, normalizer={"type": "NFC"})
+    assert tokenizer.encode("e\u0301") == tokenizer.encode("é") == [0xC3, 0xA9]
+    assert open_json(tmp_path).encode("e\u0301") == [ord("e"), 0xCC, 0x81]
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+OLD = sequence("normalizers", {"type": "Prepend", "prepend": "▁"},
+               {"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
+
+
+def sentencepiece_like(folder: Path, more: tuple = (), model: dict | None = None, **said) -> Tokenizer:
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abc狐"]
+    pieces += ["▁a", "▁▁", "ab", "▁ab", *map("".join, more)]
+    merges = [["▁", "▁"], ["a", "b"], ["▁", "ab"], ["▁", "a"], *more]
+    tokens = [added(content, i) for i, content in enumerate(pieces[:3])]
+    vocabulary = {"vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges, "byte_fallback": True}
+    model = vocabulary | (model or {})
+    return open_json(folder, {"eos_token": {"content": "</s>"}}, model=model, **{"added_tokens": tokens} | said)
+
+
+@pytest.mark.parametrize("said, text, pieces", [
+    ({"pre_tokenizer": METASPACE}, "ab a<s>ab", "▁ab ▁a <s> ab"),
+    ({"pre_tokenizer": METASPACE}, " ab", "▁ab"),  # one "▁" is there already
+    ({"pre_tokenizer": METASPACE}, "<s>ab", "<s> ab"),
+    ({"pre_tokenizer": METASPACE}, "a   b", "▁a ▁▁ ▁ b"),
+    ({"pre_tokenizer": METASPACE}, "狐狸\n", "▁ 狐 <0xE7> <0x8B> <0xB8> <0x0A>"),
+    ({"pre_tokenizer": METASPACE | {"split": True}}, "a   b", "▁a ▁ ▁ ▁ b"),
+    ({"pre_tokenizer": METASPACE | {"prepend_scheme": "always"}}, "ab<s>ab", "▁ab <s> ▁ab"),
+    ({"pre_tokenizer": METASPACE | {"prepend_scheme": "never"}}, "ab ab", "ab ▁ab"),
+    ({"pre_tokenizer": None, "normalizer": OLD}, " ab<s>ab", "▁▁ ab <s> ▁ab"),
+    ({"pre_tokenizer": None, "normalizer": OLD}, "", ""),
+])
+def test_a_tokenizer_json_made_from_a_sentencepiece_model(said, text, pieces, tmp_path):
+    tokenizer = sentencepiece_like(tmp_path, **said)
+    ids = tokenizer.encode(text)
+    assert [tokenizer.piece(i) for i in ids] == pieces.split()
+    front = "" if tokenizer.encode("a") == [tokenizer.kind.vocabulary["a"]] else " "
+    spoken = text.replace("<s>", front if "▁" in pieces.partition("<s>")[2] else "")
+    assert tokenizer.decode(ids) == spoken.removeprefix(" " if pieces.startswith("▁a") else "")
+
+
+def test_pieces_that_go_on_after_a_space(tmp_path):
+    """Text is cut into words for the cache only if no piece has a space inside."""
+    tokenizer = sentencepiece_like(tmp_path, more=(("b", "▁a"),), pre_tokenizer=METASPACE)
+    assert [tokenizer.piece(i) for i in tokenizer.encode("b a")] == ["▁", "b▁a"]
+
+
+@pytest.mark.parametrize("config, tokens, post, ends", [  # BOS, EOS, padding
+    ({"eos_token": "<e>"}, ["<b>", "<e>", "<x>"], ["<b>"], "<b> <e> <x>"),
+    ({"eos_token": "<e>"}, ["<b>", "<e>", "<x>"], [], "None <e> <b>"),
+    ({"eos_token": "<e>", "pad_token": "<e>", "unk_token": "<x>"}, ["<b>", "<e>", "<x>"], [], "None <e> <x>"),
+    ({"eos_token": "<e>", "pad_token": "<x>"}, ["<b>", "<e>", "<x>"], ["<b>"], "<b> <e> <x>"),
+    ({"eos_token": "<e>"}, ["<b>", "<y>", "<e>", "<|reserved_0|>"], ["<b>"], "<b> <e> <|reserved_0|>"),
+    ({"eos_token": "<e>"}, ["<b>", "<e>", "<|reserved_0|>", "<|right_pad|>"], ["<b>"], "<b> <e> <|right_pad|>"),
+    ({"eos_token": None}, ["<unk>", "<s>", "</s>"], ["<s>"], "<s> </s> <unk>"),
+    ({"eos_token": None}, ["<|begin_of_text|>", "<|end_of_text|>"], [], "None <|end_of_text|> <|begin_of_text|>"),
+    ({"eos_token": "<e>"}, ["<e>"], [], "None <e> None"),
+])
+def test_what_opens_closes_and_fills_a_text(config, tokens, post, ends, tmp_path):
+    listed = [added(content, 260 + i) for i, content in enumerate(tokens)]
+    ids = {content: {"id": content, "ids": [260 + i], "tokens": [content]} for i, content in enumerate(tokens)}
+    single = [{"SpecialToken": {"id": token, "type_id": 0}} for token in [*post, tokens[-1]]]
+    single.insert(len(post), {"Sequence": {"id": "A", "type_id": 0}})  # a token behind the text is encode's `eos`
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": ids}
+    post_processor = sequence("processors", BYTE_LEVEL, template)
+    tokenizer = open_json(tmp_path, config, added_tokens=listed, post_processor=post_processor)
+    found = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    assert " ".join("None" if i is None else tokenizer.piece(i) for i in found) == ends
+    front = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    assert tokenizer.encode("a", eos=True) == front + tokenizer.encode("a", bos=False) + [tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("said, named", [
+    ({"model": {"type": "WordPiece"}}, "WordPiece"),
+    ({"model": {"type": "Unigram"}}, "Unigram"),
+    ({"model": {"dropout": 0.1}}, "dropout"),
+    ({"model": {"continuing_subword_prefix": "##"}}, "##"),
+    ({"model": {"end_of_word_suffix": "</w>"}}, "</w>"),
+    ({"model": {"vocab": {"a": 0}, "merges": [], "unk_token": "a"}}, "unk_token"),
+    ({"pre_tokenizer": None}, "byte_fallback"),
+    ({"pre_tokenizer": METASPACE, "model": {"byte_fallback": True}}, "byte_fallback"),
+    ({"normalizer": {"type": "NFKC"}}, "NFKC"),
+    ({"normalizer": sequence("normalizers", {"type": "NFC"}, {"type": "Lowercase"})}, "Lowercase"),
+    ({"pre_tokenizer": sequence("pretokenizers", {"type": "Whitespace"}, BYTE_LEVEL)}, "Whitespace"),
+    ({"pre_tokenizer": sequence("pretokenizers", split("a", behavior="Removed"), BYTE_LEVEL)}, "Removed"),
+    ({"pre_tokenizer": sequence("pretokenizers", split("a", invert=True), BYTE_LEVEL)}, "invert"),
+    ({"pre_tokenizer": sequence("pretokenizers", split(r"\w+"), BYTE_LEVEL)}, r"\\w"),
+    ({"pre_tokenizer": sequence("pretokenizers", split(r"\p{Han}+"), BYTE_LEVEL)}, "Han"),
+    ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
+    ({"added_tokens": [added("<m>", 260, lstrip=True)]}, "<m>"),
+    ({"added_tokens": [added("<m>", 260, rstrip=True)]}, "<m>"),
+    ({"added_tokens": [added("<m>", 260, single_word=True)]}, "<m>"),
+    ({"added_tokens": [added("<m>", 260, normalized=True)], "normalizer": {"type": "NFC"}}, "<m>"),
+])
+def test_what_is_not_known_is_refused_by_name(said, named, tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.json has what is not known here: .*" + re.escape(named)):
+        open_json(tmp_path, **said)
+
+
+@pytest.mark.parametrize("content, sentence", [
+    ("{", "is not JSON"),
+    ("{}", "is not what a tokenizer's file should be: copy it again"),
+    ('{"model": []}', "is not what a tokenizer's file should be"),
+    ('{"model": {"vocab": {}, "merges": ["a"]}, "added_tokens": []}', "is not what a tokenizer's file should be"),
+])
+def test_a_damaged_tokenizer_json_is_one_sentence(content, sentence, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=f"tokenizer.json {sentence}"):
+        Tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer.json names no EOS: put the tokenizer_config.json of the release"):
+        open_json(tmp_path, {"eos_token": "<e>"})
+
+
+def llama3_lines(vocabulary: dict[str, int]) -> bytes:
+    coded = {base64.b64encode(bytes(map(ALPHABET.index, piece))).decode(): i for piece, i in vocabulary.items()}
+    return "".join(f"{piece} {i}\n" for piece, i in coded.items()).encode()
+
+
+def test_llama3s_own_file(tmp_path, trained):
+    """A rank for each piece, and no merges: two pieces merge if they make up a third."""
+    vocabulary = json.loads((trained / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    (tmp_path / "tokenizer.model").write_bytes(llama3_lines(vocabulary))
+    tokenizer, size = Tokenizer(tmp_path), len(vocabulary)
+    for text in (CORPUS, LINE):
+        assert tokenizer.encode(text, False, special=False) == Tokenizer(trained).encode(text, False, special=False)
+    names = {0: "begin_of_text", 1: "end_of_text", 2: "reserved_special_token_0", 6: "start_header_id",
+             7: "end_header_id", 8: "reserved_special_token_4", 9: "eot_id", 255: "reserved_special_token_250"}
+    assert {i: tokenizer.piece(size + i) for i in names} == {i: f"<|{name}|>" for i, name in names.items()}
+    assert [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id] == [size, size + 1, size + 2]
+    assert tokenizer.encode("<|eot_id|>") == [size, size + 9] and tokenizer.vocab_size == size + 256
+    tokenizer.save(tmp_path / "saved", "llama3")  # a tokenizer.json too, for other programs
+    (tmp_path / "saved" / "tokenizer.model").unlink()
+    saved = Tokenizer(tmp_path / "saved")
+    assert saved.fingerprint == tokenizer.fingerprint and saved.encode(LINE) == tokenizer.encode(LINE)
+    (tmp_path / "tokenizer.model").write_bytes(llama3_lines(vocabulary)[:-5].rstrip(b" 0123456789"))
+    with pytest.raises(ValueError, match="tokenizer.model is not a sentencepiece model: copy it again"):
+        Tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def real_ones(smollm2) -> dict[str, Tokenizer]:
+    places = {"smollm2": smollm2 / "hf", "llama3.1": smollm2 / "llama3.1",
+              "llama2": real("llama-tokenizer") / "tokenizer.json"}
+    return {name: Tokenizer(place) for name, place in places.items()}
+
+
+def test_real_tokenizers_give_the_ids_of_transformers(real_ones):
+    texts = [json.loads(line) for line in real("smollm2/golden.jsonl").read_text("utf-8").splitlines()]
+    assert len(texts) == 50
+    for name, tokenizer in real_ones.items():
+        for row in texts:
+            assert tokenizer.encode(row["text"], bos=False) == row[name]
+            if name == "llama3.1":
+                assert tokenizer.decode(tokenizer.encode(row["text"], special=False)) == row["text"]
+    ends = {name: (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) for name, tokenizer in real_ones.items()}
+    assert ends == {"smollm2": (None, 2, 0), "llama3.1": (128000, 128009, 128002), "llama2": (None, 2, 0)}
+
+
+def test_llama3s_own_file_is_its_tokenizer_json(real_ones, tmp_path):
+    tokenizer = real_ones["llama3.1"]
+    (tmp_path / "tokenizer.model").write_bytes(llama3_lines(tokenizer.kind.vocabulary))
+    own = Tokenizer(tmp_path).kind
+    assert list(own.ranks) == list(tokenizer.kind.ranks) and own.added == tokenizer.kind.added
+
+
+def test_a_hundred_thousand_tokens_a_second(real_ones, capsys):
+    """Of words that were met before, on one core."""
+    for file in ("text/wikitext2_valid_head.txt", "instruct/instinwild_seed_ch.jsonl"):
+        text = real(file).read_text("utf-8")
+        for name, tokenizer in real_ones.items():
+            tokenizer.encode(text)
+            began = time.process_time()
+            count = len(tokenizer.encode(text))
+            speed = count / (time.process_time() - began)
+            with capsys.disabled():
+                print(f"\n{name}, {file}: {speed:,.0f} tokens a second")
+            assert speed > 100_000
 
 
 # ---- templates and ids ----------------------------------------------------------------------------------------------
