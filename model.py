@@ -29,6 +29,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -563,6 +564,8 @@ def parse(argv: list[str]):
          help="text to continue; several are continued one after the other")
     flag("--chat", action="store_true",
          help="each PROMPT is an instruction: put it into the directory's prompt template, print the answer alone")
+    flag("--template", choices=sorted(text.TEMPLATES),
+         help="prompt template of --chat (the one that the directory names, else plain)")
     flag("--max_new_tokens", type=run.whole(0), default=200,
          help="longest continuation in tokens")
     flag("--temperature", type=float, default=1.0,
@@ -589,28 +592,28 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ["convert"]:
         return convert(argv[1:])
     args = parse(argv)
+    note = partial(print, file=sys.stderr)
     config = plain_config(args.directory)
     tokenizer = text.Tokenizer(args.directory)
     text.check_tokenizer(tokenizer, config.vocab_size)
-    template = text.read_template(args.directory) if args.chat else "plain"
-    if template not in text.TEMPLATES:
-        print(f"note: {args.directory} names no known prompt template, the plain one is used", file=sys.stderr)
-        template = "plain"
+    stops = [tokenizer.eos_id]
+    if args.chat:
+        template = text.TEMPLATES[text.choose_template(args.directory, args.template, "plain", note)]
+        stops.append(text.answer_end(tokenizer, template))
     device = run.choose_device(args.device)
     dtype = run.choose_dtype(args.dtype, device)
     if dtype == torch.bfloat16 and device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16") is False:
-        print("note: this processor has no instructions for bf16, --dtype fp32 is faster", file=sys.stderr)
+        note("note: this processor has no instructions for bf16, --dtype fp32 is faster")
     model = Llama.from_pretrained(args.directory, dtype, device).eval()
-    stops = [tokenizer.eos_id, *model.stops()]
+    model.stop_at(stops)
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in args.prompts:
         if args.chat:
-            messages = [{"role": "user", "content": prompt}]
-            ids = text.encode_prompt(messages, tokenizer, text.TEMPLATES[template])
+            ids = text.encode_prompt([{"role": "user", "content": prompt}], tokenizer, template)
         else:
             ids = tokenizer.encode(prompt)
-        steps = model.generate_steps([ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, stops,
-                                     generator, args.repetition_penalty)
+        steps = model.generate_steps([ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                                     generator=generator, repetition_penalty=args.repetition_penalty)
         answer = (one for _, new in steps for one in new)
         # A prompt that is shown is decoded with its answer as one stream, which keeps the space between them.
         for piece in tokenizer.stream(answer if args.chat else itertools.chain(ids, answer)):

@@ -1,6 +1,7 @@
 """model.py against numpy by hand, the reference logits in shared/real, and itself by another way."""
 
 import itertools
+import json
 import math
 import re
 import subprocess
@@ -17,6 +18,7 @@ import lora
 import model as M
 import quantize
 from data.text import TEMPLATES, Tokenizer, encode_prompt
+from data.text import main as train_tokenizer
 from data.weights import DTYPES, quantization, read_tensors
 from model import KVCache, Llama, LlamaConfig, sample
 
@@ -541,7 +543,8 @@ def test_convert_keeps_the_template_and_finds_a_wrong_copy(tmp_path, monkeypatch
 def test_chat_answers_by_the_directorys_template(tmp_path, capsys, monkeypatch):
     asked, tokenizer = [], Tokenizer(DEMO)
     fox = tokenizer.encode("a fox", bos=False)[:1]
-    monkeypatch.setattr(Llama, "generate_steps", lambda self, prompts, *rest: asked.append(prompts[0]) or [([0], fox)])
+    monkeypatch.setattr(Llama, "generate_steps",
+                        lambda self, prompts, *_, **__: asked.append(prompts[0]) or [([0], fox)])
     question = "Write a story about a fox."
     unknown = "names no known prompt template, the plain one is used"
     for template, note in (("alpaca", ""), ("plain", ""), (None, unknown)):
@@ -557,10 +560,49 @@ def test_chat_answers_by_the_directorys_template(tmp_path, capsys, monkeypatch):
 def test_command_line_ends_at_the_eos_of_tokenizer_and_config(tmp_path, monkeypatch):
     """An old conversion had EOS 1 in config.json beside a tokenizer whose EOS is 2: its answers never ended."""
     stops = []
-    monkeypatch.setattr(Llama, "generate_steps", lambda self, *args: stops.append(set(args[5])) or [])
+    monkeypatch.setattr(Llama, "generate_steps", lambda self, *_, **__: stops.append(self.stops()) or [])
     for n, (eos_id, wanted) in enumerate(((1, {1, 2}), ((2, 7), {2, 7}), (None, {2}))):
         M.main([str(saved(tmp_path / str(n), eos_id=eos_id)), "a fox"])
-        assert stops[-1] - {None} == wanted
+        assert stops[-1] == wanted
+
+
+@pytest.fixture(scope="module")
+def smol(smollm2) -> Llama:
+    return Llama.from_pretrained(smollm2 / "hf").eval()
+
+
+@needs_real
+@torch.no_grad()
+def test_smollm2_has_the_logits_and_answers_of_transformers(smol):
+    reference = np.load(REAL / "smollm2" / "reference.npz")
+    ours = logits(smol, reference["ids"].tolist())
+    top = ours.gather(1, torch.from_numpy(reference["top_ids"]).long())
+    np.testing.assert_allclose(top.numpy(), reference["top"], atol=1e-4)
+    np.testing.assert_allclose(ours.logsumexp(-1).numpy(), reference["lse"], atol=1e-4)
+    for chat in json.loads((REAL / "smollm2" / "chats.json").read_text("utf-8")):
+        assert smol.generate([chat["ids"]], 50, 0) == [chat["greedy"]]
+
+
+def test_smollm2_answers_on_the_command_line(smollm2, smol, capsys, monkeypatch):
+    monkeypatch.setattr(Llama, "from_pretrained", lambda *_: smol)
+    M.main([str(smollm2 / "hf"), "What is the capital of France?", "--chat", "--temperature", "0"])
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("The capital of France is Paris.\n", "")
+
+
+def test_convert_and_chat_with_a_byte_level_tokenizer(tmp_path, capsys, monkeypatch):
+    """The tokenizer's file comes along as it is. An answer ends at the EOS of tokenizer and config, and at a turn's."""
+    (tmp_path / "a.txt").write_text("a fox and a kite and a fox\n" * 9)
+    train_tokenizer(["train", str(tmp_path / "a.txt"), "--vocab_size", "300", str(tmp_path / "in")])
+    tokenizer = Tokenizer(tmp_path / "in")
+    tiny(vocab_size=tokenizer.vocab_size, eos_id=5).save_pretrained(tmp_path / "in")
+    M.main(["convert", str(tmp_path / "in"), str(tmp_path / "out")])
+    files = [(tmp_path / folder / "tokenizer.json").read_bytes() for folder in ("in", "out")]
+    assert files[0] == files[1] and not (tmp_path / "out" / "tokenizer.model").exists()
+    stops = []
+    monkeypatch.setattr(Llama, "generate_steps", lambda self, *_, **__: stops.append(self.stops()) or [])
+    M.main([str(tmp_path / "out"), "a fox", "--chat", "--template", "chatml"])
+    assert stops == [{5, tokenizer.eos_id, tokenizer.special("<|im_end|>")}] and len(stops[0]) == 3
 
 
 @needs_bf16
