@@ -131,8 +131,7 @@ def rollout(actor: Llama, prompts: list[list[int]], purpose: tuple, stage: Stage
     generator = seeded(*purpose, rank, device=device)   # no two rollouts and no two processes sample alike
     answers = []
     with quantize.packed(actor):
-        for i in range(0, len(prompts), args.experience_batch_size):
-            some = prompts[i:i + args.experience_batch_size]
+        for some in text.chunks(prompts, args.experience_batch_size):
             room = [args.max_seq_len - len(prompt) for prompt in some]
             answers += actor.generate(some, room, args.temperature, generator=generator)
             if announce:
@@ -424,15 +423,11 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
 
 def evaluate(models: Models, prompts: list[list[int]], when: str, stage: Stage) -> dict:
     """Reward and KL of answers to these prompts, sampled with a fixed seed, and the demo's gold score."""
-    args, figures = stage.args, {}
-    if stage.is_demo and stage.world.rank == 0:
-        with quantize.packed(models.actor):
-            figures = demo.measure(models.actor, stage.tokenizer, stage.template)
-    figures = run.broadcast_object(figures)
-    answers = rollout(models.actor, prompts, ("evaluate", args.seed), stage)
-    means = objective(scoring(models, answers, args), stage)
-    figures["reward"] = means["objective/scores"]
-    figures["kl"] = means["objective/kl"]
+    with quantize.packed(models.actor):
+        figures = sft.measure_demo(models.actor, stage)
+    answers = rollout(models.actor, prompts, ("evaluate", stage.args.seed), stage)
+    means = objective(scoring(models, answers, stage.args), stage)
+    figures |= {"reward": means["objective/scores"], "kl": means["objective/kl"]}
     return {f"{name}_{when}": x for name, x in figures.items()}
 
 

@@ -186,8 +186,8 @@ def mean_score(model: RewardModel, rows: list[list[int]]) -> float:
     """Returns the mean score of some token rows."""
     model.eval()
     total = 0.0
-    for i in range(0, len(rows), 16):
-        tokens, mask = (x.to(model.device) for x in text.pad(rows[i:i + 16]))
+    for some in text.chunks(rows, 16):
+        tokens, mask = (x.to(model.device) for x in text.pad(some))
         total += model(tokens, mask).sum().item()
     return total / len(rows)
 

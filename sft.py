@@ -372,6 +372,12 @@ def save_model(model: nn.Module, optimizer: zero.ZeRO2, base: str | None, stage:
     run.barrier()
 
 
+def measure_demo(model: Llama, stage: Stage) -> dict:
+    """Returns the demo's gold score of a model and samples, on every process; nothing where this is not the demo."""
+    first = stage.is_demo and stage.world.rank == 0
+    return run.broadcast_object(demo.measure(model, stage.tokenizer, stage.template) if first else {})
+
+
 def finish(figures: dict, measured: dict[str, str], stage: Stage) -> dict:
     """Writes summary.json and prints the last line. measured: a figure's name -> how it is printed, where there is one.
 
@@ -451,10 +457,10 @@ def open_model(stage: Stage) -> tuple[Llama, str | None]:
     if args.pretrain is not None:
         model = open_llama(stage)
         return model, base_for_adapter(model, stage)
+    config = replace(SHAPE, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     # The weights are drawn on the CPU, so that they are the same on every device.
-    end = text.answer_end(tokenizer, stage.template)
-    config = replace(SHAPE, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=end)
     model = Llama(config, generator=torch.Generator().manual_seed(args.seed))
+    model.stop_at([text.answer_end(tokenizer, stage.template)])
     return model.to(stage.world.device), None
 
 
@@ -491,8 +497,7 @@ def main(argv: list[str] | None = None) -> dict:
     optimizer, figures = train(model, Task(examples, held, rows, units, sums), stage)
     save_model(model, optimizer, base, stage)
     if is_demo:
-        gold = demo.measure(model, stage.tokenizer, stage.template) if stage.world.rank == 0 else None
-        figures |= run.broadcast_object(gold)
+        figures |= measure_demo(model, stage)
         stage.say(f"held-out instructions: gold score {figures['gold']:.3f} "
                   f"(en {figures['gold_en']:.3f}, zh {figures['gold_zh']:.3f})")
     return finish(figures, {"eval_loss": "eval loss {:.4f}"}, stage)

@@ -29,7 +29,7 @@ import sentencepiece
 import torch
 
 from data import weights
-from data.text import ALPACA, encode_prompt
+from data.text import ALPACA, chunks, encode_prompt
 
 FOLDER = Path(__file__).parent / "demo"
 OTHER = {"en": "zh", "zh": "en"}
@@ -280,8 +280,8 @@ def measure(model, tokenizer, template, seed: int = 0) -> dict:
     prompts = [encode_prompt([{"role": "user", "content": text}], tokenizer, template) for text in asked]
     generator = torch.Generator(model.device).manual_seed(seed)
     answers = []
-    for i in range(0, len(prompts), 104):  # four batches: the cache of all 416 at once would be large
-        answers += model.generate(prompts[i:i + 104], LONGEST, generator=generator)
+    for some in chunks(prompts, 104):  # four batches: the cache of all 416 at once would be large
+        answers += model.generate(some, LONGEST, generator=generator)
     scores, samples = {"en": [], "zh": []}, []
     for question, ids in zip(asked, answers):
         text = tokenizer.decode(ids)

@@ -526,6 +526,17 @@ def test_processes_share_the_prompts(base, tmp_path, prompts, world, rows):
     assert {tuple(prompt) for part in parts for prompt, _ in ppo.split(part)} == set(map(tuple, asked))
 
 
+def test_an_answer_ends_at_every_id_that_the_model_stops_at(base, tmp_path):
+    """An end of turn is an end, though it is not the tokenizer's EOS: no --eos_penalty."""
+    args, models = opened(base, tmp_path)
+    models.actor.stop_at(range(3, 1280))
+    e = ppo.rollout(models.actor, [[1, 40, 41]] * 4, ("evaluate", 0), stage_of(args))
+    assert e.mask.shape == (4, 1) and e.ended.all()
+    models.actor.config.eos_id = None
+    e = ppo.rollout(models.actor, [[1, 40, 41]] * 4, ("evaluate", 0), stage_of(args))
+    assert not e.ended.any() and e.mask.all()
+
+
 def test_the_cache_is_packed_in_rollouts_only(base, tmp_path, monkeypatch):
     """Packed weights are for generation. Training and scoring run on the plain ones, so that the ratio is 1."""
     inside, real = [], quantize.packed

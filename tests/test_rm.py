@@ -21,7 +21,7 @@ from data.text import Tokenizer
 from data.weights import hf_name
 from model import Llama, LlamaConfig
 from rm import RewardModel
-from test_sft import SIZES, TEMPLATE, kill_in, losses, make_model, same, weights, write
+from test_sft import SIZES, TEMPLATE, kill_in, losses, make_model, own_tokenizer, same, weights, write  # noqa: F401
 from test_sft import run as run_sft
 
 
@@ -234,6 +234,23 @@ def test_what_was_trained_is_what_is_loaded(base, tmp_path, monkeypatch, rank):
     lora.main(["merge", str(out), str(tmp_path / "merged")])
     with torch.no_grad():
         assert (RewardModel.from_pretrained(tmp_path / "merged")(tokens, mask) - scores).abs().max() < bound
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_padding_is_an_id_that_no_text_produces(base, tmp_path, own_tokenizer, rank):
+    """transformers scores a row at the last id that differs from pad_token_id: were it EOS, one token too early."""
+    tokenizer = Tokenizer(own_tokenizer)
+    Llama(LlamaConfig(**SIZES | {"vocab_size": 400, "eos_id": tokenizer.eos_id})).save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model", "chatml")
+    out = tmp_path / "out"
+    run(base, out, "--pretrain", tmp_path / "model", "--max_steps", 1, "--max_len", 160, "--lora_rank", rank)
+    if rank:
+        lora.main(["merge", str(out), str(tmp_path / "merged")])
+        out = tmp_path / "merged"
+    config = json.loads((out / "config.json").read_text())
+    assert config["pad_token_id"] == tokenizer.pad_id == tokenizer.special("<|pad|>") != 0
+    ends = [tokenizer.eos_id, tokenizer.special("<|im_end|>")]
+    assert rank or config["eos_token_id"] == ends
 
 
 def test_answers_have_the_room_of_their_own_prompt(base):

@@ -47,6 +47,14 @@ def write(file: Path, content: list) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def own_tokenizer(tmp_path_factory) -> Path:
+    """A byte-level BPE of 400 ids, learnt from the demo's prompts, with ChatML's markers."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    text.main(["train", str(demo.FOLDER / "prompts.jsonl"), str(folder), "--vocab_size", "400"])
+    return folder
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with model/ and data.json: 24 records, of which --eval_size 2 leaves 22 to train on."""
@@ -281,6 +289,26 @@ def test_overfitted_answers_end(tmp_path):
     assert [tokenizer.decode(ids) for ids in answers] == [story["output"] for story in stories]
 
 
+def test_answers_end_where_a_chat_template_ends_them(tmp_path, own_tokenizer):
+    """A tokenizer without BOS, whose EOS is not the end of a turn: training and generation must mean the same end."""
+    model = Llama(LlamaConfig(**SIZES | {"vocab_size": 400, "dim": 64, "bos_id": None, "eos_id": 0}))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = Tokenizer(own_tokenizer)
+    tokenizer.save(tmp_path / "model")
+    words = "fox bear owl".split()
+    stories = [{"instruction": f"Say {word}.", "output": " ".join([word] * (i + 1))} for i, word in enumerate(words)]
+    write(tmp_path / "data.json", stories)
+    run(tmp_path, tmp_path / "out", "--batch_size", 3, "--max_epochs", 50, "--lr", 1e-2, "--template", "chatml",
+        "--eval_size", 0)
+    model, end = Llama.from_pretrained(tmp_path / "out").eval(), tokenizer.special("<|im_end|>")
+    assert end != tokenizer.eos_id and model.config.eos_id == (0, tokenizer.eos_id, end)
+    asked = [[{"role": "user", "content": story["instruction"]}] for story in stories]
+    chatml = text.TEMPLATES[text.read_template(tmp_path / "out")]
+    answers = model.generate([text.encode_prompt(messages, tokenizer, chatml) for messages in asked], 40, temperature=0)
+    assert all(ids[-1] == end for ids in answers)
+    assert [tokenizer.decode(ids) for ids in answers] == [story["output"] for story in stories]
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 def test_files_of_a_run(base, tmp_path):
@@ -390,6 +418,22 @@ def test_demo_model_starts_the_same_everywhere(tmp_path):
         assert adapter_base is None
         states.append(model.state_dict())
     assert same(states[0], states[1]) and not same(states[0], states[2])
+
+
+@pytest.mark.parametrize("data_set", ["the demo's", "one's own"])
+def test_a_model_from_scratch_on_ones_own_tokenizer(base, tmp_path, monkeypatch, own_tokenizer, data_set):
+    """With the demo's data the demo's preset and gold score; else a preset of its own, and all of the context."""
+    monkeypatch.setattr(demo, "measure", lambda *rest: dict.fromkeys(("gold", "gold_en", "gold_zh"), 0.5))
+    more = [] if data_set == "the demo's" else ["--dataset", base / "data.json"]
+    given = ["--tokenizer", own_tokenizer, "--save_path", tmp_path, "--max_steps", 2, "--max_datasets_size", 40]
+    summary = sft.main(list(map(str, given + more)))
+    assert ("gold" in summary) == (not more) and summary["flags"]["lr"] == 2e-3
+    assert summary["flags"]["max_len"] == (256 if more else 160)
+    model, tokenizer = Llama.from_pretrained(tmp_path), Tokenizer(tmp_path)
+    assert tokenizer.fingerprint == Tokenizer(own_tokenizer).fingerprint
+    assert (model.config.dim, model.config.vocab_size) == (192, 400)
+    assert (model.config.bos_id, model.config.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert text.read_template(tmp_path) == "alpaca"
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
