@@ -55,7 +55,7 @@ class LlamaConfig:
     max_seq_len: int = 512
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: tuple[float, ...] = ()    # of the context: (), (s,) or Llama 3's (s, low, high, N), see below
+    rope_scaling: tuple[float, ...] = ()  # what slow_down takes: (), (s,), or Llama 3's (s, low, high, N)
     tie_embeddings: bool = False
     dtype: str = "float32"      # of the file that was read, and so of the file that will be written
     bos_id: int | None = 1
@@ -79,37 +79,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
-    """Returns by what angle each pair of a head turns from one position to the next, f_i = theta^(-i/D) for
-    i = 0, 2, 4 ... D - 2, slowed down where the context was made longer after training.
-
-    Linear scaling divides all f by s (Chen et al. 2023). Llama 3.1 lets pairs that turn often in the N tokens of the
-    first training as they are, and divides those that turn less than `low` times, with a passage between:
-
-        r = N f / 2 pi                  turns of the pair in N tokens
-        g = (r - low) / (high - low)    clamped to 0 .. 1
-        f' = (1 - g) f / s + g f
-
-    The operations come in the order of transformers: rounded otherwise, angles at position 100,000 differ by 0.001.
-    """
-    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)        # (D/2,)
-    frequency = 1.0 / float(config.rope_theta) ** (i / config.head_dim)                # (D/2,)
-    if not config.rope_scaling:
-        return frequency
-    factor, *bands = map(float, config.rope_scaling)
-    kept = 0.0
-    if bands:
-        low, high, context = bands
-        turns = context / (2 * math.pi / frequency)                                    # (D/2,)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)                              # (D/2,)
-    return (1 - kept) * frequency / factor + kept * frequency
-
-
 def rope_table(config: LlamaConfig, device=None) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin of position * frequency, each (max_seq_len, D): once for either half of D, sin negative in
-    the first, as `rotate` takes them."""
+    """Returns cos and sin of the angles position * theta^(-i/D), i = 0, 2, 4 ... D - 2, each (max_seq_len, D): once
+    for either half of D, sin negative in the first, as `rotate` takes them."""
+    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    frequency = slow_down(1.0 / float(config.rope_theta) ** (i / config.head_dim), *config.rope_scaling)   # (D/2,)
     position = torch.arange(config.max_seq_len, device=device, dtype=torch.float32)
-    angle = torch.outer(position, rope_frequencies(config, device))                    # (max_seq_len, D/2)
+    angle = torch.outer(position, frequency)                                           # (max_seq_len, D/2)
     cos, sin = angle.cos(), angle.sin()                                                # (max_seq_len, D/2)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -195,19 +171,8 @@ class Transformer(nn.Module):
         if head and config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         if self.device.type != "meta":
-            self.init_weights(generator)
+            init_weights(self, generator)
             self.make_rope()
-
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draws matrices from N(0, 1/dim). wo and w2, which write to the residual stream, get 1/sqrt(2L) of the
-        deviation, since 2L of them are added up (GPT-2, whose constant 0.02 fits a width of 2500)."""
-        for name, p in self.named_parameters():
-            if p.dim() == 1:
-                nn.init.ones_(p)
-            else:
-                into_residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
-                std = (self.config.dim * (2 * self.config.n_layers if into_residual else 1)) ** -0.5
-                nn.init.normal_(p, std=std, generator=generator)
 
     def make_rope(self) -> None:
         """Puts the angles beside the weights, in fp32: bf16 cannot tell position 257 from 258."""
@@ -349,53 +314,24 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0) -> None:
-    """Raises ValueError naming the value that is out of range (NaN is out of every range)."""
-    for name, value, fits, rule in (
-            ("temperature", temperature, 0 <= temperature < math.inf, "finite and at least 0 (0 takes the likeliest)"),
-            ("top_k", top_k, top_k >= 0, "at least 0 (0 keeps all tokens)"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (1 keeps all tokens)"),
-            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0 (1 is none)")):
-        if not fits:
-            raise ValueError(f"{name} is {value}, it must be {rule}")
-
-
 class Llama(Transformer):
     """The transformer as a language model, which continues prompts and lives in directories."""
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]],
-                 max_new_tokens: int | list[int],                # one number, or one a prompt
-                 temperature: float = 1.0,                       # 0 takes the likeliest token
-                 top_k: int = 0,                                 # keep the k likeliest; 0: all
-                 top_p: float = 1.0,                             # keep the likeliest of this probability; 1: all
-                 eos_id: int | Sequence[int] | None = None,      # ids that end an answer; None: the config's, -1: none
-                 generator: torch.Generator | None = None,
-                 repetition_penalty: float = 1.0) -> list[list[int]]:
-        """Continues each prompt. Returns the new ids only, EOS included where it came.
-
-        A row ends at EOS, at max_new_tokens, or where prompt and answer fill the context (a prompt that fills it alone
-        gives no new token). Raises ValueError for an empty prompt, one longer than the context, an id outside the
-        vocabulary, or bad sampling values. Dropout is off only in eval(), as everywhere.
-        """
-        answers: list[list[int]] = [[] for _ in prompts]
-        for rows, ids in self.generate_steps(prompts, max_new_tokens, temperature, top_k, top_p, eos_id, generator,
-                                             repetition_penalty):
-            for row, token in zip(rows, ids):
-                answers[row].append(token)
-        return answers
-
-    @torch.inference_mode()
     def generate_steps(self, prompts: list[list[int]],
-                       max_new_tokens: int | list[int],
-                       temperature: float = 1.0,
-                       top_k: int = 0,
-                       top_p: float = 1.0,
-                       eos_id: int | Sequence[int] | None = None,
+                       max_new_tokens: int | list[int],                # one number, or one a prompt
+                       temperature: float = 1.0,                       # 0 takes the likeliest token
+                       top_k: int = 0,                                 # keep the k likeliest; 0: all
+                       top_p: float = 1.0,                             # keep the likeliest of this probability; 1: all
+                       eos_id: int | Sequence[int] | None = None,      # these end it; None: the config's, -1: none
                        generator: torch.Generator | None = None,
                        repetition_penalty: float = 1.0) -> Iterator[tuple[list[int], list[int]]]:
         """Yields (indices of the prompts still running, a new id of each) a step. The first step is a call with all
-        prompts, each later one a call with one token a row. Finished rows leave the batch once they are half of it."""
+        prompts, each later one a call with one token a row. Finished rows leave the batch once they are half of it.
+
+        A row ends at EOS, at max_new_tokens, or where prompt and answer fill the context (a prompt that fills it alone
+        gives no new token). Raises ValueError for an empty prompt, one longer than the context, an id outside the
+        vocabulary, or bad sampling values. Dropout is off only in eval(), as everywhere."""
         check_sampling(temperature, top_k, top_p, repetition_penalty)
         left = self.room(prompts, max_new_tokens)                              # left[i]: tokens prompt i may still get
         at = [len(prompt) for prompt in prompts]                               # at[i]: the position of its next token
@@ -437,8 +373,20 @@ class Llama(Transformer):
             for i in rows:
                 at[i] += left[i] > 0                                           # a finished row stays at its last slot
 
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], max_new_tokens: int | list[int], temperature: float = 1.0,
+                 top_k: int = 0, top_p: float = 1.0, eos_id: int | Sequence[int] | None = None,
+                 generator: torch.Generator | None = None, repetition_penalty: float = 1.0) -> list[list[int]]:
+        """Continues each prompt, as generate_steps does. Returns the new ids only, EOS included where it came."""
+        answers: list[list[int]] = [[] for _ in prompts]
+        for rows, ids in self.generate_steps(prompts, max_new_tokens, temperature, top_k, top_p, eos_id, generator,
+                                             repetition_penalty):
+            for row, token in zip(rows, ids):
+                answers[row].append(token)
+        return answers
+
     def stops(self, eos_id: int | Iterable[int] | None = None) -> set[int]:
-        """Returns the ids that end an answer. eos_id is as for `generate`."""
+        """Returns the ids that end an answer. eos_id is as for `generate_steps`."""
         return set(weights.as_tuple(self.config.eos_id if eos_id is None else eos_id))
 
     def stop_at(self, ids: Iterable[int]) -> None:
@@ -490,6 +438,40 @@ class Llama(Transformer):
         weights.write_model(directory, vars(self.config), dict(self.named_parameters()))  # a tied head appears once
 
 
+def check_sampling(temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0) -> None:
+    """Raises ValueError naming the value that is out of range (NaN is out of every range)."""
+    for name, value, fits, rule in (
+            ("temperature", temperature, 0 <= temperature < math.inf, "finite and at least 0 (0 takes the likeliest)"),
+            ("top_k", top_k, top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (1 keeps all tokens)"),
+            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0 (1 is none)")):
+        if not fits:
+            raise ValueError(f"{name} is {value}, it must be {rule}")
+
+
+# ---- contexts longer than in training -------------------------------------------------------------------------------
+
+def slow_down(frequency: Tensor, factor: float = 1.0, *bands: float) -> Tensor:
+    """Divides the frequencies (D/2,) of the pairs of a head, so that later positions have angles seen in training.
+
+    Linear scaling divides all frequencies f by a factor s (Chen et al. 2023). Llama 3.1 leaves a pair as it is that
+    turns `high` times or more in the N tokens of the first context. It divides by s where a pair turns `low` times or
+    less, and blends between:
+
+        r = N f / 2 pi                  turns in N tokens
+        g = (r - low) / (high - low)    clamped to 0 .. 1
+        f' = (1 - g) f / s + g f
+
+    The operations come in the order of transformers: rounded otherwise, angles at position 100,000 differ by 0.001.
+    """
+    kept = 0.0
+    if bands:
+        low, high, context = bands
+        turns = context / (2 * math.pi / frequency)                                    # (D/2,)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)                              # (D/2,)
+    return (1 - kept) * frequency / factor + kept * frequency
+
+
 # ---- directories ----------------------------------------------------------------------------------------------------
 
 def plain_config(directory: str | Path) -> LlamaConfig:
@@ -500,14 +482,26 @@ def plain_config(directory: str | Path) -> LlamaConfig:
     return LlamaConfig(**weights.read_config(directory))
 
 
-# ---- shapes to measure with -----------------------------------------------------------------------------------------
+# ---- random weights, and shapes to measure with ---------------------------------------------------------------------
+
+def init_weights(model: Transformer, generator: torch.Generator | None = None) -> None:
+    """Draws matrices from N(0, 1/dim). wo and w2, which write to the residual stream, get 1/sqrt(2L) of the deviation,
+    since 2L of them are added up (GPT-2, whose constant 0.02 fits a width of 2500)."""
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            nn.init.ones_(p)
+        else:
+            into_residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+            std = (model.config.dim * (2 * model.config.n_layers if into_residual else 1)) ** -0.5
+            nn.init.normal_(p, std=std, generator=generator)
+
 
 def random_model(config: LlamaConfig, dtype: torch.dtype, device, head: bool = True) -> Llama:
     """Returns a model of random weights, made in `dtype`: its speed is that of a trained one."""
     with torch.device("meta"):
         model = Llama(config, head)
     model = model.to(dtype).to_empty(device=device)
-    model.init_weights()
+    init_weights(model)
     model.make_rope()
     return model
 

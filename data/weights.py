@@ -128,8 +128,8 @@ def load(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # the errors of zip, pickle and safetensors share no base class
         reason = str(error).partition("\n")[0][:120]
         raise ValueError(f"{file} is cut short or no file of weights: copy it again ({reason})") from None
-    items = tensors.items() if isinstance(tensors, dict) else [(None, tensors)]
-    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{file} is no dictionary of named tensors: get the file with the weights alone")
     return tensors
 
@@ -226,16 +226,14 @@ def check_tensors(model: nn.Module, tensors: dict[str, Stored], source: str | Pa
 
 def fill(model: nn.Module, tensors: dict[str, Stored], dtype: torch.dtype | None, device: torch.device | str,
          source: str | Path, ignore: Collection[str] = ()) -> None:
-    """Gives a model on the meta device its parameters, one after the other, so that two copies never exist.
+    """Gives a model on the meta device its parameters. They are read one by one, so that two copies never exist.
 
     dtype None keeps the config's. check_tensors sees the tensors first.
     """
     check_tensors(model, tensors, source, ignore)
     dtype = dtype or DTYPES[model.config.dtype]
-    for name, _ in list(model.named_parameters()):
-        module, _, leaf = name.rpartition(".")
-        tensor = tensors[name].read().to(device=device, dtype=dtype)
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+    filled = {name: nn.Parameter(tensors[name].read().to(device, dtype)) for name, _ in model.named_parameters()}
+    model.load_state_dict(filled, strict=False, assign=True)
     if model.config.tie_embeddings and getattr(model, "output", None) is not None:
         model.output.weight = model.tok_embeddings.weight
 
@@ -285,8 +283,8 @@ def unite(*ids: int | Iterable[int] | None) -> int | tuple[int, ...] | None:
 
 
 def is_scaling(numbers: tuple) -> bool:
-    positive_ones = all(is_number(number) and 0 < number <= 1e30 for number in numbers)
-    return positive_ones and (len(numbers) < 4 or numbers[1] < numbers[2])
+    in_range = all(is_number(number) and 0 < number <= 2**31 for number in numbers)
+    return in_range and (len(numbers) < 4 or numbers[1] < numbers[2])
 
 
 # What a LlamaConfig may hold. Without limits, building what a broken file says might never end.
@@ -304,7 +302,7 @@ RANGES = {
     "max_seq_len": SIZE,
     "norm_eps": positive(1),
     "rope_theta": positive(1e30),
-    "rope_scaling": ("numbers above 0, low_freq_factor below high_freq_factor", is_scaling),
+    "rope_scaling": ("numbers above 0 and at most 2**31, low_freq_factor below high_freq_factor", is_scaling),
     "tie_embeddings": ("true or false", lambda value: type(value) is bool),
     "dtype": among(*DTYPES),
     "bos_id": ID,

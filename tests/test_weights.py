@@ -680,7 +680,7 @@ def is_in(value: object, harmless: tuple) -> bool:
     ("quantization_config", (None, 0)), ("attention_bias", (None, 0)), ("mlp_bias", (None, 0)), ("hidden_act", (None,)),
     ("sliding_window", (None, 0, 10**30, math.nan)), ("bos_token_id", (None, -1, 0, 10**30)),
     ("eos_token_id", (None, [1], -1, 0, 10**30)), ("reward_mean", (-1, 0, 1.5, 10**30)),
-    ("rope_parameters.rope_theta", (None, 1.5, 10**30)), ("rope_parameters.factor", (1.5, 10**30)),
+    ("rope_parameters.rope_theta", (None, 1.5, 10**30)), ("rope_parameters.factor", (1.5,)),
     ("rope_parameters.rope_type", ()),
 ])
 def test_config_of_wrong_types_is_refused(key, harmless, tmp_path):
