@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora
@@ -82,14 +81,15 @@ class HeadLoss(torch.autograd.Function):
         loss, dh = torch.zeros((), device=h.device), torch.empty_like(h)        # (), (N, C)
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None      # (V, C); a frozen head needs none
         for rows, ids, d_rows in zip(*(x.split(HeadLoss.ROWS) for x in (h, answer, dh))):       # d_rows: a view of dh
-            logits = (rows @ weight.T).requires_grad_()                 # (n, V)
-            with torch.enable_grad():
-                part = F.cross_entropy(logits.float(), ids, reduction="sum")
-            d_logits, = torch.autograd.grad(part, logits)               # (n, V)
-            loss += part.detach()
+            log_p = (rows @ weight.T).float().log_softmax(-1)           # (n, V)
+            right = torch.arange(len(ids), device=h.device), ids        # the places of the answers
+            loss -= log_p[right].sum()
+            log_p.exp_()[right] -= 1                                    # in place: softmax - onehot(answer)
+            d_logits = log_p.to(weight.dtype)                           # (n, V)
             d_rows.copy_(d_logits @ weight)                             # (n, C)
             if dw is not None:
                 dw.addmm_(d_logits.T, rows)                             # (V, C)
+            del log_p, d_logits                                         # before the next chunk's logits
         ctx.save_for_backward(dh, dw)
         return loss
 

@@ -546,7 +546,7 @@ class CopyStream:
 # ---- the memory plan ------------------------------------------------------------------------------------------------
 
 CARDS = (8, 12, 16, 24, 32, 40, 80)          # GiB
-HEAP = 150_000_000     # on a CPU: torch's buffers, and holes between tensors; measured on mid, 2 x 256 tokens, glibc
+HEAP = 300_000_000     # on a CPU: torch's buffers, and holes between tensors; measured on mid, 2 x 256 tokens, glibc
 
 
 class Size(NamedTuple):
@@ -598,9 +598,9 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     # A bucket is sent as autograd's gradient, received in parts, and summed in fp32. The largest is one matrix.
     device["buckets"] = element * size.largest + (element + 4) * size.largest // shards * (shards > 1)
     device["activations"] = activation_bytes(size, tokens, element, grad_checkpoint, gpu)
-    # `sft.HeadLoss`, 512 rows at a time: logits, log-probabilities and their gradients; those of hidden states and head
+    # `sft.HeadLoss`, 512 rows at a time: logits and log-probabilities; the gradients of hidden states and head
     V, C = size.config.vocab_size, size.config.dim
-    device["logits"] = 4 * (4 * min(tokens, 512) * V + tokens * C + V * C * (not size.rank)) * size.head
+    device["logits"] = 4 * (2 * min(tokens, 512) * V + tokens * C + V * C * (not size.rank)) * size.head
     device["heap"] = HEAP * (not gpu)
     # Activations are freed while gradients are computed: the peak is where backward begins, or where it ends.
     begins = device["activations"] + device["logits"]
