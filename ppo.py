@@ -664,12 +664,9 @@ def main(argv: list[str] | None = None) -> dict:
     # flags
     args = parse(argv)
     is_demo = args.prompt_dataset is None and demo.is_demo(args.pretrain)
-    if args.save_path.resolve() == args.rm_path.resolve():
-        raise ValueError(f"--save_path {args.save_path} is --rm_path: the run would overwrite the reward model, name "
-                         "another directory")
     if args.prompt_dataset is None and not is_demo:
         raise ValueError("--prompt_dataset is missing: name the prompts to answer")
-    stage = sft.start(args, is_demo, DEMO if is_demo else FINETUNE)
+    stage = sft.start(args, is_demo, DEMO if is_demo else FINETUNE, args.rm_path)
 
     # models and data
     models, base = open_models(stage)

@@ -261,14 +261,6 @@ def say_plan(model: nn.Module, task: Task, batch: int, total: int, stage: Stage)
 
 # ---- opening and saving, for all three stages -----------------------------------------------------------------------
 
-def inputs_of(args: Namespace) -> list[Path]:
-    """Returns the directories that --pretrain is read from: a model's, or those of an adapter and its base."""
-    if args.pretrain is None:
-        return []
-    base = [lora.base_path(args.pretrain)] if lora.is_adapter(args.pretrain) else []
-    return [args.pretrain, *base]
-
-
 def open_tokenizer(directory: Path, template: str | None, say: Callable[[str], None]) -> tuple[Tokenizer, str]:
     """Opens the tokenizer of a model directory. Returns it, and the template's name: --template or the directory's."""
     if not directory.exists():
@@ -277,29 +269,36 @@ def open_tokenizer(directory: Path, template: str | None, say: Callable[[str], N
     return Tokenizer(home), text.choose_template(home, template, "alpaca", say)
 
 
-def start(args: Namespace, is_demo: bool, defaults: dict) -> Stage:
-    """Joins the other processes, settles every flag, and opens the tokenizer."""
+def start(args: Namespace, is_demo: bool, defaults: dict, *inputs: Path) -> Stage:
+    """Joins the other processes, settles every flag, and opens the tokenizer.
+
+    inputs: directories that are read beside --pretrain, so that --save_path may be none of them."""
     world = run.start(args.device, args.strategy)
-    run.check_save_path(args.save_path, inputs_of(args))
     if args.pretrain is None:       # nothing was learnt in another template yet
         tokenizer, name = Tokenizer(args.tokenizer or demo.FOLDER), args.template or "alpaca"
+        run.check_save_path(args.save_path, [args.tokenizer or demo.FOLDER])
     else:
+        run.check_save_path(args.save_path, [args.pretrain, base_of(args.pretrain), *inputs])
         tokenizer, name = open_tokenizer(args.pretrain, args.template, partial(run.say, world))
     run.resolve(args, defaults | {"template": name})
     return Stage(args, world, run.choose_dtype(args.dtype, world.device), tokenizer, text.TEMPLATES[name], is_demo)
 
 
+def base_of(directory: Path) -> Path:
+    """Returns the directory with a model's full weights: that of an adapter's base, else the directory itself."""
+    return lora.base_path(directory) if lora.is_adapter(directory) else directory
+
+
 def open_llama(stage: Stage) -> Llama:
     """Opens --pretrain to train it: an adapter is merged into its base. Answers end where the template ends them."""
     args, tokenizer = stage.args, stage.tokenizer
-    *adapter, base = inputs_of(args)
-    if weights.quantization(base) is not None:
-        if not adapter and not args.lora_rank:
-            raise ValueError(f"{base} is quantized, its weights cannot be trained: give --lora_rank to train adapters "
-                             "beside them")
-        if adapter:
+    if weights.quantization(base_of(args.pretrain)) is not None:
+        if lora.is_adapter(args.pretrain):
             stage.say(f"note: {args.pretrain} is an adapter of a quantized model: merged they are a full-precision "
                       "one, with that one's memory")
+        elif not args.lora_rank:
+            raise ValueError(f"{args.pretrain} is quantized, its weights cannot be trained: give --lora_rank to train "
+                             "adapters beside them")
     model = quantize.open_model(args.pretrain, stored_dtype(stage), stage.world.device, adapter="merge")
     text.check_tokenizer(tokenizer, model.config.vocab_size)
     model.stop_at([tokenizer.eos_id, text.answer_end(tokenizer, stage.template)])

@@ -297,8 +297,8 @@ def finished(path: Path, script: str, flag: str) -> Path:
 def check_save_path(save_path: Path, inputs: list[Path]) -> None:
     """Finds out before the run, not after, that its result cannot be written."""
     if save_path.resolve() in [path.resolve() for path in inputs]:
-        raise ValueError(f"--save_path {save_path} is --pretrain or its base: the run would overwrite its own input, "
-                         "name another directory")
+        raise ValueError(f"--save_path {save_path} is read too, the run would overwrite its own input: name another "
+                         "directory")
     try:
         save_path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=save_path):

@@ -918,8 +918,8 @@ def test_two_processes(base, tmp_path, start):
     (["--rm_path", "{}/foreign"], "has another tokenizer than .*train the reward model from this model"),
     (["--rm_path", "{}/model"], "has no score.weight: it is not a reward model, train one with rm.py"),
     (["--rm_path", "{}/nowhere"], "nowhere does not exist"),
-    (["--save_path", "{}/rm"], "--save_path .* is --rm_path: the run would overwrite"),
-    (["--save_path", "{}/model"], "--save_path .* is --pretrain or its base: the run would overwrite"),
+    (["--save_path", "{}/rm"], "--save_path .* is read too, the run would overwrite its own input: name another"),
+    (["--save_path", "{}/model"], "--save_path .* is read too, the run would overwrite its own input: name another"),
     (["--prompt_dataset", "{}/none.json"], "none.json does not exist"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_bad_input_is_a_sentence(base, tmp_path, more, message):

@@ -289,18 +289,21 @@ def test_overfitted_answers_end(tmp_path):
     assert [tokenizer.decode(ids) for ids in answers] == [story["output"] for story in stories]
 
 
-def test_answers_end_where_a_chat_template_ends_them(tmp_path, own_tokenizer):
+def test_answers_end_where_a_chat_template_ends_them(tmp_path, own_tokenizer, capsys):
     """A tokenizer without BOS, whose EOS is not the end of a turn: training and generation must mean the same end."""
     model = Llama(LlamaConfig(**SIZES | {"vocab_size": 400, "dim": 64, "bos_id": None, "eos_id": 0}))
     model.save_pretrained(tmp_path / "model")
     tokenizer = Tokenizer(own_tokenizer)
-    tokenizer.save(tmp_path / "model")
+    tokenizer.save(tmp_path / "model", "zephyr")
     words = "fox bear owl".split()
     stories = [{"instruction": f"Say {word}.", "output": " ".join([word] * (i + 1))} for i, word in enumerate(words)]
     write(tmp_path / "data.json", stories)
     run(tmp_path, tmp_path / "out", "--batch_size", 3, "--max_epochs", 50, "--lr", 1e-2, "--template", "chatml",
         "--eval_size", 0)
     model, end = Llama.from_pretrained(tmp_path / "out").eval(), tokenizer.special("<|im_end|>")
+    replaced = "was trained with the template zephyr, --template chatml replaces it"
+    assert capsys.readouterr().out.count(replaced) == 1
+    assert "<|im_end|>" in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"]
     assert end != tokenizer.eos_id and model.config.eos_id == (0, tokenizer.eos_id, end)
     asked = [[{"role": "user", "content": story["instruction"]}] for story in stories]
     chatml = text.TEMPLATES[text.read_template(tmp_path / "out")]
