@@ -451,7 +451,7 @@ def load_checkpoint(args: argparse.Namespace, world: World, marks: dict[str, str
     newest = found[-1]
     try:
         meta = read_json(newest / "meta.json")
-        before = meta["flags"] | {"processes": str(meta["world"])}
+        before = {"processes": str(meta["world"])} | meta["flags"]
         files = [newest / f"rank-{rank}.pt" for rank in range(meta["world"])]
         # With mmap a process reads only what it needs of each file.
         parts = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
@@ -461,7 +461,7 @@ def load_checkpoint(args: argparse.Namespace, world: World, marks: dict[str, str
         if meta["marks"].get(what) != mark:
             raise ValueError(f"{newest} is of another {what} than this run: resume with the flags of the first run, or "
                              "use another --save_path")
-    now = typed(args) | {"processes": str(world.world)}
+    now = {"processes": str(world.world)} | typed(args)
     changed = [flag for flag in now if now[flag] != before.get(flag) and flag not in ("resume", "save_path")]
     if changed:
         old, new = (", ".join(f"{flag}={flags.get(flag)}" for flag in changed) for flags in (before, now))
