@@ -335,7 +335,7 @@ ALPHABET = byte_alphabet()
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
           r"|\s+(?!\S)|\s+")
-WHOLE = "(?s:.+)"
+WHOLE = "(?s:.+)"  # all is one word
 WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Python's \s has \x1c-\x1f too
 
 
@@ -370,7 +370,7 @@ class BytePairs:
         self.added = {token["content"]: token["id"] for token in tokens}
         self.special = {token["id"] for token in tokens if token["special"]}
         ordinary = [content for content, i in self.added.items() if i not in self.special]
-        self.found = {True: one_of(self.added), False: one_of(ordinary)}  # by encode's `special`
+        self.searched = {True: one_of(self.added), False: one_of(ordinary)}  # by encode's `special`
         self.pieces = {i: piece for piece, i in (self.vocabulary | self.added).items()}
         self.steps = [step_of(step) for step in normalizers + cuts]
         if not self.byte_level and not any(re.search("[^▁]▁", left + right) for left, right in merges):
@@ -398,7 +398,7 @@ class BytePairs:
 
     def encode(self, text: str, special: bool) -> list[int]:
         ids = []
-        for place, part in enumerate(self.found[special].split(text)):  # a text, a token, a text, ..., a text
+        for place, part in enumerate(self.searched[special].split(text)):  # a text, a token, a text, ..., a text
             if place % 2 == 1:
                 ids.append(self.added[part])
                 continue
@@ -544,14 +544,19 @@ def byte_level_json(vocabulary: dict[str, int], merges: list[tuple[str, str]], s
     tokens = [{"id": i, "content": content} | flags for i, content in enumerate(special, len(vocabulary))]
     split = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    front = [{"SpecialToken": {"id": special[0], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     bos = {"id": special[0], "ids": [len(vocabulary)], "tokens": [special[0]]}
+    front, *texts = [{kind: {"id": name, "type_id": 0}} for kind, name in (
+        ("SpecialToken", special[0]), ("Sequence", "A"), ("Sequence", "B"))]
     return {
         "version": "1.0",
         "added_tokens": tokens,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": {
-            "type": "TemplateProcessing", "single": front, "pair": front, "special_tokens": {special[0]: bos}},
+            "type": "TemplateProcessing",
+            "single": [front, texts[0]],
+            "pair": [front, *texts],
+            "special_tokens": {special[0]: bos},
+        },
         "decoder": byte_level,
         "model": {"type": "BPE", "ignore_merges": True, "vocab": vocabulary, "merges": merges},
     }
@@ -1000,23 +1005,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("command", choices=["train"])
     parser.add_argument("files", nargs="+", help="plain text in UTF-8")
     parser.add_argument("out", help="the directory for tokenizer.json and tokenizer_config.json")
-    parser.add_argument("--vocab_size", type=int, required=True, help="of all ids: 256 bytes, 5 special tokens, merges")
+    parser.add_argument("--vocab_size", type=int, required=True, help="all ids: 5 special tokens, 256 bytes, merges")
     args = parser.parse_intermixed_args(argv)
-    texts = []
     try:
         if args.vocab_size < len(ALPHABET) + len(SPECIAL):
             raise ValueError(f"--vocab_size {args.vocab_size} is less than 256 bytes and {len(SPECIAL)} special tokens")
-        for file in args.files:
-            texts.append(Path(file).read_text("utf-8"))
-        vocabulary, merges = learn(texts, args.vocab_size - len(SPECIAL))
+        vocabulary, merges = learn(map(read_text, args.files), args.vocab_size - len(SPECIAL))
         said = byte_level_json(vocabulary, merges, SPECIAL)
         weights.write_json(Path(args.out) / "tokenizer.json", said)
         weights.write_json(Path(args.out) / "tokenizer_config.json", BytePairs(said, {}).config)
-    except UnicodeDecodeError:
-        parser.exit(2, f"{parser.prog}: {file} is not text in UTF-8\n")
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    print(f"{args.out}: {len(merges)} merges, 256 bytes and {len(SPECIAL)} special tokens")
+    print(f"{args.out}: {len(vocabulary)} pieces and {len(SPECIAL)} special tokens")
+
+
+def read_text(file: str) -> str:
+    try:
+        return Path(file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as text in UTF-8: name other files ({error})") from None
 
 
 if __name__ == "__main__":
