@@ -159,14 +159,17 @@ class Engine:
         self.served, self.model, self.max_waiting = served, served.model, max_waiting
         slots = min(FIRST_SLOTS, served.context) if self.model.device.type == "cpu" else served.context
         self.cache = KVCache(self.model.config, rows, slots, self.model.norm.weight.dtype, self.model.device)
-        self.held: list[list[int]] = [[] for _ in range(rows)]   # the ids whose keys and values lie in each row
-        self.freed = [0] * rows                                  # the step in which each row became free, 0 if unused
-        self.running: list[Answer] = []                          # running[i] is being written in row i
-        self.reading: list[Answer] = []                          # at most one, whose prompt is being read ...
-        self.row = 0                                             # ... in this row
+        self.rows = Request(served, [[]], n=rows).answers    # the answer that each row has, at first an empty one
+        self.count = 0                                       # answers that are being written, in the first rows
+        self.reading: list[Answer] = []                      # at most one, whose prompt is being read in some row
         self.waiting: SimpleQueue[Answer] = SimpleQueue()
-        self.end = math.inf                                      # time.monotonic() at which `run` stops at the latest
+        self.end = math.inf                                  # time.monotonic() at which `run` stops at the latest
         self.counters = Counter()
+
+    @property
+    def running(self) -> list["Answer"]:
+        """The answers that are being written: running[i] in row i."""
+        return self.rows[:self.count]
 
     def submit(self, request: Request) -> None:
         """Puts a request's answers into the queue. Refusal 503 while shutting down, 429 when the queue is full."""
@@ -188,12 +191,13 @@ class Engine:
         """Steps until `stop` was called and all answers have ended, or its time is over. Returns whether all ended."""
         try:
             while time.monotonic() < self.end and (
-                    self.end == math.inf or self.running or self.reading or self.waiting.qsize()):
+                    self.end == math.inf or self.count or self.reading or self.waiting.qsize()):
                 try:
                     self.step()
                 except Exception as error:  # a fault of ours, or no memory: it ends the requests of this step
                     traceback.print_exc()
-                    self.held = [[] for _ in self.held]  # a row may be half written
+                    for answer in self.rows:
+                        answer.done = 0         # its row may be half written
                     why = f"the engine failed ({type(error).__name__}): see the server's log"
                     self.fail(self.running + self.reading, Refusal(500, why))
         finally:
@@ -206,62 +210,66 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """The two calls of the docstring above, after freeing the rows of requests that are over."""
-        for answer in [answer for answer in self.running if answer.request.over]:
-            self.release(answer)
+        for answer in self.running:
+            if answer.request.over:
+                self.release(answer)
         self.reading = [answer for answer in self.reading if not answer.request.over]
         # 1. One token of every answer that is being written.
-        if self.running:
-            logits = self.forward(0, [answer.made[-1:] for answer in self.running])    # (B, V)
-            self.sample(self.running.copy(), logits)
+        if self.count:
+            self.sample(self.running, self.forward(self.running))
         # 2. A chunk of one prompt or of several. The logits of a prompt's last token give the first of its answer.
-        left = CHUNK if self.running and self.model.device.type == "cpu" else CHUNK_MOST
+        left = CHUNK if self.count and self.model.device.type == "cpu" else CHUNK_MOST
         while left and (self.reading or self.seat()):
-            answer, done = self.reading[0], len(self.held[self.row])
-            chunk = answer.prompt[done:done + left]
-            logits = self.forward(self.row, [chunk])                                   # (1, V)
-            left -= len(chunk)
-            self.counters["prompt_tokens"] += len(chunk)
-            if done + len(chunk) == len(answer.prompt):
-                self.swap(self.row, len(self.running))
-                self.running.append(self.reading.pop())
+            answer, before = self.reading[0], self.reading[0].done
+            logits = self.forward([answer], left)                                      # (1, V)
+            left -= answer.done - before
+            self.counters["prompt_tokens"] += answer.done - before
+            if answer.done == len(answer.prompt):
+                self.swap(self.rows.index(answer), self.count)
+                self.count += 1
+                self.reading = []
                 self.sample([answer], logits)
 
-    def forward(self, first: int, ids: list[list[int]]) -> Tensor:
-        """Appends ids (B, T) to B rows of the cache, from row `first` on. Returns the last ids' logits (B, V)."""
-        last = first + len(ids)
-        held, tokens = self.held[first:last], torch.tensor(ids, device=self.model.device)                   # (B, T)
-        need = max(map(len, held)) + len(ids[0])
+    def forward(self, answers: list["Answer"], most: int = 1) -> Tensor:
+        """Gives the model the next ids of answers in neighbouring rows, at most so many of each. Returns the logits of
+        the last ones (B, V)."""
+        first, done = self.rows.index(answers[0]), [answer.done for answer in answers]
+        ids = [(answer.prompt + answer.made)[answer.done:answer.done + most] for answer in answers]
+        tokens = torch.tensor(ids, device=self.model.device)                           # (B, T)
+        need = max(done) + tokens.shape[1]
         if need > self.cache.kv[-1].shape[3]:
             self.widen(min(2 * need, self.served.context))
-        x = self.model.hidden(tokens, cache=self.cache.rows(first, last), start=list(map(len, held)))       # (B, T, C)
-        for row, new in zip(held, ids):
-            row += new
+        cache = self.cache.rows(first, first + len(answers))
+        x = self.model.hidden(tokens, cache=cache, start=done)                         # (B, T, C)
+        for answer in answers:
+            answer.done += tokens.shape[1]
         self.counters["steps"] += 1
-        return self.model.output(x[:, -1]).float()                                                          # (B, V)
+        return self.model.output(x[:, -1]).float()                                     # (B, V)
 
     def seat(self) -> bool:
         """Gives the first waiting answer a free row, with the beginning of its prompt copied from any row that holds
         it. Returns False if none waits or no row is free. An idle engine waits here for 0.1 s."""
-        free = range(len(self.running), len(self.held))
+        free = range(self.count, len(self.rows))
         if not free:
             return False
         try:
-            while (answer := self.waiting.get(timeout=0 if self.running else 0.1)).request.over:
+            while (answer := self.waiting.get(timeout=0 if self.count else 0.1)).request.over:
                 pass  # its client has left, or another answer of its request has failed
         except Empty:
             return False
-        self.reading = [answer]
         wanted = answer.prompt[:-1]  # the last token is always computed: its logits are needed
-        reuse, _, source = max((common(held, wanted), row in free, row) for row, held in enumerate(self.held))
-        if source in free and reuse == len(self.held[source]):  # all of the row is reused: a chat goes on in its row
-            self.row = source
-        else:                                                   # else into the row that is free for longest
-            self.row = min(free, key=self.freed.__getitem__)
+        answer.done, _, source = max((common(other.held, wanted), row in free, row)
+                                     for row, other in enumerate(self.rows))
+        if source in free and answer.done == self.rows[source].done:  # all of it is reused: a chat goes on in its row
+            row = source
+        else:                                                         # else into the row that is free for longest
+            row = min(free, key=lambda row: self.rows[row].freed)
             for kv in self.cache.kv:                                                   # (2, rows, K, S, D)
-                kv[:, self.row, :, :reuse] = kv[:, source, :, :reuse]
-        self.held[self.row] = wanted[:reuse]
-        answer.request.reused += reuse if answer.choice == 0 else 0  # usage counts a prompt once, however many answers
-        self.counters["prefix_tokens_reused"] += reuse
+                kv[:, row, :, :answer.done] = kv[:, source, :, :answer.done]
+        self.rows[row] = answer
+        self.reading = [answer]
+        answer.request.reused += answer.done if answer.choice == 0 else 0  # usage counts a prompt once, not n times
+        self.counters["prefix_tokens_reused"] += answer.done
         return True
 
     def swap(self, a: int, b: int) -> None:
@@ -271,11 +279,10 @@ class Engine:
             row 1  [a prompt|text                     row 1  [a prompt|text
             row 2  [another prompt|its answer so f    row 2  [prompt|an answer. EOS            free
         """
-        longest = max(len(self.held[a]), len(self.held[b]))
+        longest = max(self.rows[a].done, self.rows[b].done)
         for kv in self.cache.kv if a != b else []:                                     # (2, rows, K, S, D)
             kv[:, [a, b], :, :longest] = kv[:, [b, a], :, :longest]
-        for rows in (self.held, self.freed):
-            rows[a], rows[b] = rows[b], rows[a]
+        self.rows[a], self.rows[b] = self.rows[b], self.rows[a]
 
     def widen(self, slots: int) -> None:
         """Gives all rows so many slots, layer by layer, so that a second copy of the cache never exists."""
@@ -308,18 +315,15 @@ class Engine:
 
     def release(self, answer: "Answer") -> None:
         """Frees the row of a running answer. The last running answer is swapped into it."""
-        row, last = self.running.index(answer), len(self.running) - 1
-        self.swap(row, last)
-        self.running[row] = self.running[last]
-        self.running.pop()
-        self.freed[last] = self.counters["steps"]
+        self.count -= 1
+        self.swap(self.rows.index(answer), self.count)
+        answer.freed = self.counters["steps"]
 
     def clear(self, answer: "Answer") -> None:
         """Ends an answer whose logits are not finite, and clears its row: behind a mask, 0 * NaN would still be NaN."""
-        row = self.running.index(answer)
-        self.held[row] = []
+        answer.done = 0
         for kv in self.cache.kv:
-            kv[:, row] = 0
+            kv[:, self.rows.index(answer)] = 0
         why = "the model gave non-finite logits: its weights or its dtype are broken (try --dtype fp32)"
         self.fail([answer], Refusal(500, why, code="non_finite_logits"))
 
@@ -361,6 +365,8 @@ class Answer:
         self.request, self.index, self.prompt = request, index, prompt
         self.choice = index % request.n
         self.made: list[int] = []
+        self.done = 0                               # ids of prompt and answer whose keys and values lie in its row
+        self.freed = 0                              # the step in which it ended
         self.text = ""
         self.shown = 0                              # characters of text that the client has got
         self.tokens: list[tuple[int, dict]] = []    # as in Event, those that the client has not got
@@ -368,6 +374,11 @@ class Answer:
         self.stops = set() if request.ignore_eos else request.served.model.stops()
         # A completion goes on with its prompt's text, " there" after "Once"; a reply stands by itself.
         self.stream = text.TextStream(request.served.tokenizer, [] if request.chat else prompt[-16:])
+
+    @property
+    def held(self) -> list[int]:
+        """The ids whose keys and values lie in its row."""
+        return (self.prompt + self.made)[:self.done]
 
     def take(self, token: int, logits: Tensor) -> None:
         """Adds the token that was drawn from logits (V). Puts text that may be shown into the request's queue, as
@@ -432,10 +443,8 @@ class Check(NamedTuple):
     fits: Callable[[object], bool]
 
 
-def number(low: float, high: float, above: bool = False) -> Check:
-    first = "above" if above else "from"
-    return Check(f"a number {first} {low} to {high}",
-                 lambda x: type(x) in (int, float) and low <= x <= high and not (above and x == low))
+def number(low: float, high: float) -> Check:
+    return Check(f"a number from {low} to {high}", lambda x: type(x) in (int, float) and low <= x <= high)
 
 
 def whole(low: int, high: int) -> Check:
@@ -464,7 +473,7 @@ SHARED = {
     "n": whole(1, MAX_CHOICES),
     "max_tokens": whole(1, 2**31),
     "temperature": number(0, 2),
-    "top_p": number(0, 1, above=True),
+    "top_p": Check("a number above 0 to 1", lambda x: number(0, 1).fits(x) and x > 0),
     "seed": whole(-2**63, 2**64),
     "stop": STOPS,
     "presence_penalty": number(-2, 2),
@@ -546,8 +555,9 @@ def read_prompts(prompt: object, served: Served) -> list[list[int]]:
     fits = 0 < len(several) <= MAX_CHOICES and all(map(is_prompt, several))
     words = f"text, ids from 0 to {last}, or a list of at most {MAX_CHOICES} of either"
     need(prompt, "prompt", Check(words, lambda _: fits))
-    # Special tokens in the text of a completion become their ids: its client words the chat.
-    return [served.tokenizer.encode(one) if isinstance(one, str) else one for one in several]
+    # Markers such as <|im_end|> in the text of a completion become their ids: its client words the chat.
+    prompts = [served.tokenizer.encode(one) if isinstance(one, str) else one for one in several]
+    return need(prompts, "prompt", Check("text of at least one token", all))
 
 
 def read_request(body: object, chat: bool, served: Served) -> Request:
@@ -671,8 +681,8 @@ METRICS = {
 def state(engine: Engine) -> dict:
     return {
         "status": "ok" if engine.end == math.inf else "shutting down",
-        "slots": len(engine.held),
-        "used": len(engine.running) + len(engine.reading),
+        "slots": len(engine.rows),
+        "used": engine.count + len(engine.reading),
         "waiting": engine.waiting.qsize(),
     }
 
@@ -763,16 +773,17 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "OPTIONS" and server.args.cors:
             return self.send(204, b"")
         path = unquote(self.path.partition("?")[0]).rstrip("/") or "/"
-        paths = ", ".join(server.pages | FORMS)
-        if path not in server.pages | FORMS:
+        page = server.pages.get(path)
+        if not page and path not in FORMS:
+            paths = ", ".join(server.pages | FORMS)
             raise Refusal(404, f"{shown(path)} is not here: there are {paths}")
-        methods = "POST" if path in FORMS else "GET, HEAD"
+        methods = "GET, HEAD" if page else "POST"
         if self.command not in methods:
             raise Refusal(405, f"{path} answers {methods}, not {shown(self.command)}", Allow=methods)
         if path not in ("/", "/health"):
             self.check_key()
-        if path in server.pages:
-            return self.send(*server.pages[path]())
+        if page:
+            return self.send(*page())
         # Browsers let a page of another site send other types without asking the server first (CORS).
         if self.headers.get_content_type() != "application/json" or "Content-Encoding" in self.headers:
             raise Refusal(415, "Content-Type must be application/json, without a Content-Encoding")
@@ -804,8 +815,8 @@ class Handler(BaseHTTPRequestHandler):
     def check_key(self) -> None:
         wanted = self.server.args.api_key
         scheme, _, key = self.headers.get("Authorization", "").partition(" ")
-        same = hmac.compare_digest(f"{scheme.lower()} {key}".encode(), f"bearer {wanted}".encode())  # in constant time
-        if wanted and not same:
+        given = f"{scheme.lower()} {key}"
+        if wanted and not hmac.compare_digest(given.encode(), f"bearer {wanted}".encode()):  # in constant time
             why = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
             raise Refusal(401, why, code="invalid_api_key", **{"WWW-Authenticate": "Bearer"})
 
@@ -1210,7 +1221,7 @@ def serve(server: Server) -> dict:
         print(f"warning: {host} can be reached from other machines, and without --api_key anybody may use it")
     slot = sum(kv.nbytes // kv.shape[3] for kv in engine.cache.kv)  # bytes of one slot of all rows
     size = slot * served.context / 1e9
-    print(f"{served.name}: {served.model.norm.weight.dtype} on {served.model.device}, {len(engine.held)} slots x "
+    print(f"{served.name}: {served.model.norm.weight.dtype} on {served.model.device}, {len(engine.rows)} slots x "
           f"{served.context} tokens, cache up to {size:.2f} GB")
     print(f"page   {server.url}/")
     print(f"client {server.url}/v1", flush=True)

@@ -343,9 +343,9 @@ def test_rows_hold_what_they_say():
             rng.choice(jobs).over = True
         if jobs:
             engine.step()
-        for answer, held in zip(engine.running, engine.held):
-            assert held == answer.prompt + answer.made[:-1]
-    for row, held in enumerate(engine.held):
+        for answer in engine.running:
+            assert answer.held == answer.prompt + answer.made[:-1]
+    for row, held in enumerate(answer.held for answer in engine.rows):
         alone = serve.KVCache(MODEL.config, 1, 256, torch.float32, "cpu")
         with torch.no_grad():
             MODEL.hidden(torch.tensor([held]), cache=alone)
