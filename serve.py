@@ -410,12 +410,12 @@ class Answer:
 def report(tokenizer: text.Tokenizer, logits: Tensor, token: int, count: int) -> dict:
     """Returns OpenAI's `logprobs` of a token and of the `count` likeliest at its place, by the model's logits (V)."""
     logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(count)
-    ids = [token, *best.indices.tolist()]
-    values = [logprobs[token].item(), *best.values.tolist()]
-    row, *top = [{"token": raw.decode("utf-8", "backslashreplace"), "logprob": max(value, -9999.0), "bytes": list(raw)}
-                 for raw, value in zip(map(tokenizer.token_bytes, ids), values)]
-    return row | {"top_logprobs": top}
+
+    def row(i: int) -> dict:
+        raw = tokenizer.token_bytes(i)
+        said = raw.decode("utf-8", "backslashreplace") or tokenizer.piece(i)  # special tokens add no text
+        return {"token": said, "logprob": max(logprobs[i].item(), -9999.0), "bytes": list(raw)}
+    return row(token) | {"top_logprobs": [row(i) for i in logprobs.topk(count).indices.tolist()]}
 
 
 def cut(said: str, start: int, stops: tuple[str, ...], over: bool) -> tuple[int, bool]:
@@ -557,7 +557,8 @@ def read_prompts(prompt: object, served: Served) -> list[list[int]]:
     need(prompt, "prompt", Check(words, lambda _: fits))
     # Markers such as <|im_end|> in the text of a completion become their ids: its client words the chat.
     prompts = [served.tokenizer.encode(one) if isinstance(one, str) else one for one in several]
-    return need(prompts, "prompt", Check("text of at least one token", all))
+    need(prompt, "prompt", Check("text of at least one token", lambda _: all(prompts)))
+    return prompts
 
 
 def read_request(body: object, chat: bool, served: Served) -> Request:
@@ -1043,7 +1044,8 @@ def ask(url: str, args: argparse.Namespace, prompt: list[int]) -> dict:
             last = line
     used = json.loads(last.removeprefix(b"data: ")).get("usage")
     if not used:
-        raise ValueError(f"{url} gives no usage but {last[:500]}")
+        said = last[:500].decode("utf-8", "replace")
+        raise ValueError(f"{url} gives no usage but {said}")
     return {"first": times[0], "last": times[-1], "tokens": used["completion_tokens"]}
 
 
@@ -1199,7 +1201,8 @@ def open_served(args: argparse.Namespace) -> Served:
 def say(served: Served, said: str) -> None:
     """Answers once, on the terminal."""
     prompt = text.encode_prompt([{"role": "user", "content": said}], served.tokenizer, served.template)
-    steps = served.model.generate_steps([prompt], served.context - len(prompt))
+    # 0.7 as on the page: at 1 a model of 135 M parameters loses its thread.
+    steps = served.model.generate_steps([prompt], served.context - len(prompt), temperature=0.7)
     for piece in served.tokenizer.stream(token for _, (token,) in steps):
         print(piece, end="", flush=True)
     print()

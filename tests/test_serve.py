@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -25,6 +26,7 @@ from queue import Empty
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FORKS
 
 import lora
 import quantize
@@ -36,6 +38,7 @@ from serve import Engine, Refusal, Request, Served, Server, common, cut, draw, u
 REAL = Path(__file__).parents[2] / "shared" / "real" / "stories260K"
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=44, vocab_size=1280, max_seq_len=256)
 TOKENIZER = text.Tokenizer(demo.FOLDER)
+BYTES = {int(piece[3:5], 16): i for i in range(TOKENIZER.vocab_size) if (piece := TOKENIZER.piece(i))[:3] == "<0x"}
 ALPACA = text.TEMPLATES["alpaca"]
 
 
@@ -107,7 +110,7 @@ def pieces_of(words: str) -> list[int]:
 
 def raw_bytes(words: str) -> list[int]:
     """The same text byte by byte, as the tokenizer falls back to it."""
-    return [TOKENIZER.sp.piece_to_id(f"<0x{byte:02X}>") for byte in words.encode()]
+    return [BYTES[byte] for byte in words.encode()]
 
 
 # ---- formulas: sampling, stop strings -------------------------------------------------------------------------------
@@ -703,6 +706,69 @@ def test_logprobs_of_impossible_tokens_are_json():
     close(server)
 
 
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory) -> Served:
+    """A random model with a byte-level tokenizer, whose answers end at <|im_end|>."""
+    folder = tmp_path_factory.mktemp("bytes")
+    (folder / "story.txt").write_text("Once there was a fox. 从前有一只狐狸。" * 20)
+    text.main(["train", str(folder / "story.txt"), str(folder), "--vocab_size", "300"])
+    MODEL.save_pretrained(folder)
+    return serve.open_served(serve.parse([str(folder), "--template", "chatml"]))
+
+
+def test_special_tokens_end_answers_and_never_show(byte_level):
+    """Bytes of one character, a special token that ends nothing, one that ends the answer."""
+    tokenizer = byte_level.tokenizer
+    first, end = tokenizer.bos_id, tokenizer.special("<|im_end|>")
+    words = [byte for char in "a狐🦊" for byte in tokenizer.encode(char, bos=False)]
+    assert end in byte_level.model.stops() and len(words) > 3
+    model = scripted([*words[:2], first, *words[2:], end, 5], 4)
+    model.stop_at(byte_level.model.stops())
+    one = job(ids(4), byte_level._replace(model=model), chat=True, stream=True, logprobs=1, max_tokens=30)
+    finish(engine_of(model), one)
+    got = events(one)
+    assert [event.text for event in got if event.text] == ["a", "狐", "🦊"] and got[-1].finish == "stop"
+    rows = [row for event in got for _, row in event.tokens]
+    assert b"".join(bytes(row["bytes"]) for row in rows).decode() == "a狐🦊"
+    assert {row["token"] for row in rows if not row["bytes"]} == {tokenizer.piece(first)}
+
+
+def test_markers_are_ids_in_a_prompt_and_text_in_a_message(byte_level):
+    end = byte_level.tokenizer.special("<|im_end|>")
+    said = "fox<|im_end|>"
+    completion = serve.read_request({"prompt": said}, False, byte_level)
+    chat = serve.read_request({"messages": [{"role": "user", "content": said}]}, True, byte_level)
+    asked = serve.read_request({"messages": [{"role": "user", "content": "fox"}]}, True, byte_level)
+    assert completion.prompts[0][-1] == end
+    assert chat.prompts[0].count(end) == asked.prompts[0].count(end)
+    assert "fox<|im_end|>" in "".join(map(byte_level.tokenizer.piece, chat.prompts[0])).replace("Ġ", " ")
+
+
+def test_smollm2_answers_as_transformers_does(smollm2, monkeypatch):
+    """A real chat model, over HTTP: prompt, answer and end of transformers, by both endpoints, streamed too. A prompt
+    of no token, which a tokenizer without BOS makes of no text, is refused."""
+    served = serve.open_served(serve.parse([str(smollm2 / "hf")]))
+    server = Server(Engine(served, 2), serve.parse(["--benchmark"]))
+    start(server.engine)
+    accept(server)
+    with quantize.packed(served.model):
+        for chat in json.loads((REAL.parent / "smollm2" / "chats.json").read_text()):
+            said = chat["answer"].removesuffix("<|im_end|>")
+            wish = {"messages": chat["messages"], "temperature": 0}
+            _, body, _ = ask(server, CHAT, wish)
+            choice = body["choices"][0]
+            assert choice["message"]["content"] == said and choice["finish_reason"] == "stop"
+            used = body["usage"]
+            counts = used["prompt_tokens"], used["completion_tokens"]
+            assert counts == (len(chat["ids"]), len(chat["greedy"]))
+            pieces = [chunk["choices"][0]["delta"]["content"] for chunk in stream(server, CHAT, wish)]
+            assert "".join(pieces) == said and len(pieces) > 1
+            _, body, _ = ask(server, COMPLETE, {"prompt": chat["prompt"], "temperature": 0, "max_tokens": 60})
+            assert body["choices"][0]["text"] == said and body["usage"]["prompt_tokens"] == counts[0]
+    assert ask(server, COMPLETE, {"prompt": ""})[1]["error"]["param"] == "prompt"
+    close(server)
+
+
 def test_clients_at_once_get_their_own_answers(server):
     """8 clients, five rounds."""
     questions = [f"Tell me the secret of client {i}: {'xyz'[i % 3] * i}" for i in range(8)]
@@ -1056,43 +1122,47 @@ def directory(tmp_path_factory) -> Path:
     return folder
 
 
-def started(*flags: str) -> tuple[subprocess.Popen, int]:
-    """A server in a process of its own, and its port."""
-    command, environment = [sys.executable, serve.__file__, *flags, "--http_port", "0"], {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=os.environ | environment)
-    for line in process.stdout:
-        if found := re.search(r"http://127\.0\.0\.1:(\d+)/v1", line):
-            return process, int(found.group(1))
-    raise AssertionError(process.stderr.read())
+def serve_into(file: Path, flags: tuple[str, ...]) -> None:
+    output = os.open(file, os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    serve.main([*flags, "--http_port", "0"])
 
 
-def test_sigterm_finishes_what_runs_and_refuses_the_rest(directory):
-    process, port = started(str(directory), "--max_batch", "1")
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+def started(file: Path, *flags: str) -> tuple[multiprocessing.Process, http.client.HTTPConnection]:
+    """A server in a process of its own, which writes into a file, and a client of it."""
+    process = FORKS.Process(target=serve_into, args=(file, flags))
+    process.start()
+    told = lambda: re.search(r"http://127\.0\.0\.1:(\d+)/v1", file.read_text() if file.exists() else "")
+    until(lambda: told() or not process.is_alive(), 60)
+    return process, http.client.HTTPConnection("127.0.0.1", int(told()[1]), timeout=30)
+
+
+def test_sigterm_finishes_what_runs_and_refuses_the_rest(directory, tmp_path):
+    process, client = started(tmp_path / "told", str(directory), "--max_batch", "1")
     wish = {"prompt": "Once", "max_tokens": 240, "ignore_eos": True, "stream": True}
     post(client, COMPLETE, wish | {"stream_options": {"include_usage": True}})
     response = client.getresponse()
     response.readline()
-    process.send_signal(signal.SIGTERM)
-    while "finishing" not in process.stdout.readline():
-        pass
+    process.terminate()
+    until(lambda: "finishing" in (tmp_path / "told").read_text())
     rest = response.read().decode()
     assert rest.endswith("data: [DONE]\n\n") and '"completion_tokens": 240' in rest
-    assert process.wait(30) == 0 and "finished" in process.stdout.read()
-    assert "Traceback" not in process.stderr.read()
+    process.join(30)
+    told = (tmp_path / "told").read_text()
+    assert process.exitcode == 0 and "finished" in told and "Traceback" not in told
 
 
-def test_a_second_signal_ends_at_once(directory):
-    process, port = started(str(directory))
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+def test_a_second_signal_ends_at_once(directory, tmp_path):
+    process, client = started(tmp_path / "told", str(directory))
     post(client, COMPLETE, {"prompt": "Once", "max_tokens": 250, "n": 32, "ignore_eos": True, "stream": True})
     client.getresponse().readline()
-    process.send_signal(signal.SIGINT)
-    while "finishing" not in process.stdout.readline():
-        pass
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130 and "finished" not in process.stdout.read()
+    os.kill(process.pid, signal.SIGINT)
+    until(lambda: "finishing" in (tmp_path / "told").read_text())
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130 and "finished" not in (tmp_path / "told").read_text()
     client.close()
 
 
@@ -1200,16 +1270,29 @@ def test_benchmark_quantiles(monkeypatch):
     assert row_of([1.0])["first_token_ms_p50"] == row_of([1.0])["first_token_ms_p95"] == pytest.approx(1.0)
 
 
-def test_benchmark_over_http(directory, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    flags = ["--concurrency", "1,3", "--prompt_tokens", "24", "--new_tokens", "6", "--rounds", "2", "--max_batch", "4"]
-    summary = serve.main([str(directory), "--benchmark", *flags, "--json", str(tmp_path / "b.json")])
+BENCHMARK = ["--benchmark", "--prompt_tokens", "24", "--new_tokens", "6", "--rounds", "2"]
+
+
+def test_benchmark_over_http(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve.multiprocessing, "get_context", lambda _: FORKS)  # a spawned process imports torch anew
+    flags = [*BENCHMARK, "--concurrency", "1,3", "--max_batch", "4", "--json", str(tmp_path / "b.json")]
+    summary = serve.main([str(directory), *flags])
     assert summary["prefix_tokens_reused"] < 8  # of 14 prompts of 24: each is read, none was asked before
     assert json.loads((tmp_path / "b.json").read_text()) == json.loads(json.dumps(summary))
     names = ("concurrency", "requests", "new_tokens", "prompt_tokens")
     assert [tuple(row[name] for name in names) for row in summary["rows"]] == [(1, 2, 6, 24), (3, 6, 6, 24)]
     assert {"dtype", "threads", "slots", "peak_memory_bytes"} <= set(summary)
-    assert "first token" in capfd.readouterr().out
+
+
+def test_benchmark_of_a_url(server, tmp_path, capsys):
+    """Any server with this interface; one that refuses is quoted."""
+    flags = [*BENCHMARK, "--concurrency", "2", "--json", str(tmp_path / "b.json")]
+    summary = serve.main([server.url, *flags])
+    assert summary["url"] == server.url and summary["rows"][0]["requests"] == 4
+    head, row = capsys.readouterr().out.splitlines()[-3:-1]
+    assert "5 %" in head and row.split()[:2] == ["2", "4"]
+    with pytest.raises(ValueError, match="together more than the model's context"):
+        serve.main([server.url, *flags, "--new_tokens", "1000"])
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -1329,6 +1412,10 @@ def status_of(answer: bytes) -> int:
     return int(re.match(rb"HTTP/1\.1 (\d+) ", answer).group(1))
 
 
+def post_head(path: str, length: int) -> bytes:
+    return POST.replace(b"/v1/completions", path.encode()) + b"Content-Length: %d\r\n\r\n" % length
+
+
 POST = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Connection: close\r\n")
 
@@ -1399,8 +1486,7 @@ def test_a_client_that_asks_before_it_sends_its_body(server):
 def test_malformed_requests_never_break_the_server(server, capfd):
     """10,000 of random types, sizes and encodings: each gets an answer below 500, no traceback is printed, and
     afterwards the server is as before."""
-    rng = random.Random(0)
-    connection, seen = connect(server), Counter()
+    rng, seen = random.Random(0), Counter()
 
     def value(depth: int = 0) -> object:
         kinds = [None, True, False, 0, -1, 1.5, 1e308, 2**70, "", "x" * rng.randint(0, 300), "\ud83d\x00\n", "狐狸🦊",
@@ -1427,11 +1513,9 @@ def test_malformed_requests_never_break_the_server(server, capfd):
             raw = bytes(rng.randrange(256) for _ in range(rng.randint(0, 200)))
         elif form < 0.25:
             raw = raw.decode().encode(rng.choice(["utf-16", "utf-32", "utf-7"]))
-        post(connection, path, raw)
-        response = connection.getresponse()
-        content = response.read()
-        seen[response.status] += 1
-        assert 400 <= response.status < 500 and json.loads(content)["error"]["message"], (raw, content)
+        answer = raw_request(server, post_head(path, len(raw)) + raw)
+        seen[status_of(answer)] += 1
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"], (raw, answer)
     assert set(seen) <= {400, 404} and not server.engine.running and not server.engine.waiting.qsize()
     assert ask(server, CHAT, HELLO)[0] == 200 and "Traceback" not in capfd.readouterr().err
 
