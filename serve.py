@@ -153,7 +153,7 @@ def common(a: list[int], b: list[int]) -> int:
 
 
 class Engine:
-    """Owns the model. Any thread may `submit` a Request and wait for its events. One thread calls `run` and computes."""
+    """Owns the model. Any thread may `submit` a Request and wait for its events. One calls `run`, and computes."""
 
     def __init__(self, served: Served, rows: int = 16, max_waiting: int = 256):
         self.served, self.model, self.max_waiting = served, served.model, max_waiting
@@ -534,12 +534,13 @@ def read(value: object, fields: dict[str, Check], at: str = "") -> dict:
 
 def read_messages(messages: list, served: Served) -> list[int]:
     """Returns the ids of the prompt that the template makes of OpenAI's messages."""
-    turns = [read(message, MESSAGE, f"messages[{i}]") for i, message in enumerate(messages)]
-    for i, turn in enumerate(turns):
-        turn["role"] = turn["role"].replace("developer", "system")
-        if isinstance(turn["content"], list):
-            parts = [need(part, f"messages[{i}].content[{j}]", PART) for j, part in enumerate(turn["content"])]
-            turn["content"] = "".join(part["text"] for part in parts)
+    turns = []
+    for i, message in enumerate(messages):
+        turn = read(message, MESSAGE, f"messages[{i}]")
+        said = turn["content"]
+        if isinstance(said, list):
+            said = "".join(need(part, f"messages[{i}].content[{j}]", PART)["text"] for j, part in enumerate(said))
+        turns.append({"role": turn["role"].replace("developer", "system"), "content": said})
     try:
         return text.encode_prompt(turns, served.tokenizer, served.template)
     except ValueError as error:
@@ -652,10 +653,12 @@ def usage(request: Request) -> dict:
     }
 
 
+# Some clients take these for the end of a line.
+LINE_ENDS = str.maketrans({"\x85": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"})
+
+
 def to_json(value: object) -> bytes:
-    said = json.dumps(value, ensure_ascii=False)
-    for separator in "\x85\u2028\u2029":  # some clients take these for the end of a line
-        said = said.replace(separator, f"\\u{ord(separator):04x}")
+    said = json.dumps(value, ensure_ascii=False).translate(LINE_ENDS)
     return said.encode("utf-8", "replace")  # half an emoji in a request cannot be said in UTF-8
 
 
@@ -964,10 +967,9 @@ class Server(socketserver.ThreadingTCPServer):
             raise OSError(f"{why}: choose another --http_host or --http_port") from None
         self.url = f"http://{host}:{self.server_address[1]}"
 
-    def process_request(self, request: socket.socket, client_address: tuple) -> None:
-        if threading.active_count() < MAX_THREADS:
-            return super().process_request(request, client_address)
-        self.shutdown_request(request)
+    def verify_request(self, request: socket.socket, client_address: tuple) -> bool:
+        """Whether a new connection may have a thread. If not, it is closed."""
+        return threading.active_count() < MAX_THREADS
 
     def service_actions(self) -> None:
         """Shuts the reading half of connections whose request takes too long, however steadily bytes arrive."""
@@ -1108,10 +1110,9 @@ def benchmark(server: Server) -> dict:
         engine.run()
     server.finish(2.0)
     rows, peak = measured.result(), run.peak_memory_bytes(model.device)
-    least, most = rows[0], max(rows, key=lambda row: row["concurrency"])
-    gain = most["tokens_per_second"] / least["tokens_per_second"]
+    gain = rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"]
     gigabytes = peak / 1e9
-    print(f"{most['concurrency']} clients get {gain:.2f} times the tokens of {least['concurrency']}; "
+    print(f"{rows[-1]['concurrency']} clients get {gain:.2f} times the tokens of {rows[0]['concurrency']}; "
           f"peak memory {gigabytes:.2f} GB")
     reused = engine.counters["prefix_tokens_reused"]
     return summary | {"rows": rows, "prefix_tokens_reused": reused, "peak_memory_bytes": peak}
@@ -1222,8 +1223,7 @@ def serve(server: Server) -> dict:
     host = server.server_address[0]
     if not ipaddress.ip_address(host).is_loopback and server.args.api_key is None:
         print(f"warning: {host} can be reached from other machines, and without --api_key anybody may use it")
-    slot = sum(kv.nbytes // kv.shape[3] for kv in engine.cache.kv)  # bytes of one slot of all rows
-    size = slot * served.context / 1e9
+    size = sum(kv.nbytes / kv.shape[3] for kv in engine.cache.kv) * served.context / 1e9
     print(f"{served.name}: {served.model.norm.weight.dtype} on {served.model.device}, {len(engine.rows)} slots x "
           f"{served.context} tokens, cache up to {size:.2f} GB")
     print(f"page   {server.url}/")
@@ -1236,10 +1236,9 @@ def serve(server: Server) -> dict:
 
 def main(argv: list[str] | None = None) -> dict | None:
     args = parse(argv)
-    run.keep_freed_memory()
+    world = run.start(args.device, "naive")
     if args.say is None:
-        told = vars(args) | {"api_key": args.api_key and "(given)"}
-        print("flags: " + " ".join(f"{key}={value}" for key, value in sorted(told.items())), flush=True)
+        run.say_flags(world, argparse.Namespace(**vars(args) | {"api_key": args.api_key and "(given)"}))
     if args.benchmark and args.directory.startswith("http://"):
         summary = {"url": args.directory, "rows": measure_url(args.directory, args)}
     else:

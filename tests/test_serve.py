@@ -475,8 +475,8 @@ def test_what_does_not_finish_in_time_is_told_so():
 # ---- the text of an answer ------------------------------------------------------------------------------------------
 
 def test_stop_string_across_tokens():
-    words = pieces_of("The fox found a heavy kite. The end of it.")
-    engine, one = engine_of(scripted(words, 4), 1), job(ids(4), stop=("kite. The e",), max_tokens=50, chat=True, stream=True)
+    words, wish = pieces_of("The fox found a heavy kite. The end of it."), dict(max_tokens=50, chat=True, stream=True)
+    engine, one = engine_of(scripted(words, 4), 1), job(ids(4), stop=("kite. The e",), **wish)
     finish(engine, one)
     got = events(one)
     assert "".join(event.text for event in got) == "The fox found a heavy "
