@@ -508,6 +508,8 @@ def test_llama3s_own_file(tmp_path, trained):
     tokenizer, size = Tokenizer(tmp_path), len(vocabulary)
     for text in (CORPUS, LINE):
         assert tokenizer.encode(text, False, special=False) == Tokenizer(trained).encode(text, False, special=False)
+    ranked = [vocabulary["".join(pair)] for pair in tokenizer.kind.ranks]
+    assert ranked == sorted(ranked) and set(ranked) == set(range(256, size))
     names = {0: "begin_of_text", 1: "end_of_text", 2: "reserved_special_token_0", 6: "start_header_id",
              7: "end_header_id", 8: "reserved_special_token_4", 9: "eot_id", 255: "reserved_special_token_250"}
     assert {i: tokenizer.piece(size + i) for i in names} == {i: f"<|{name}|>" for i, name in names.items()}
