@@ -4,8 +4,9 @@
     files of weights            <->  tensors   our name -> Stored(shape, dtype, read); the file is read by read() alone
 
 Two layouts are read. Hugging Face's is config.json with model.safetensors or pytorch_model.bin, whole or in shards with
-an index. Meta's is params.json with consolidated.00.pth, 01, ...: every matrix is cut into as many parts as there were
-GPUs. Hugging Face's layout with safetensors is written.
+an index, and generation_config.json, which may name more ids that end an answer. Meta's is params.json with
+consolidated.00.pth, 01, ...: every matrix is cut into as many parts as there were GPUs. Hugging Face's layout with
+safetensors is written.
 
 Our names are Meta's: tok_embeddings, layers.0.attention.wq, output. Hugging Face's files have other names for the same
 matrices, and another order of rows in two of them. Rotary embedding turns pairs of entries of a head. Meta's pairs are
@@ -426,13 +427,19 @@ KNOWN = {
 }
 
 
+@cache
+def note(sentence: str) -> None:
+    """Prints a sentence about a directory, once however often it is opened."""
+    print(f"note: {sentence}", file=sys.stderr)
+
+
 def fields_from_hf(config: dict, file: Path) -> dict:
     """Returns the fields of a config.json, with transformers' defaults for the keys that it lacks."""
     # rope_parameters is the name since transformers 5, which takes rope_scaling where a file has both.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     thetas = (rope.get("rope_theta"), config.get("rope_theta"), 10000.0)
     defaults = DEFAULTS | MISTRAL if config.get("model_type") == "mistral" else DEFAULTS
-    config = defaults | config | {"rope_type": rope.get("type", "default")} | rope
+    config = {"rope_type": rope.get("type", "default")} | rope | defaults | config
     config["rope_theta"] = next(theta for theta in thetas if theta is not None)
     check(config, OPTIONS, file, ": others are not supported")
     unknown = [key for key, value in config.items() if value and key not in KNOWN]
@@ -441,15 +448,17 @@ def fields_from_hf(config: dict, file: Path) -> dict:
     fields = {field: config[key] for field, key in KEYS.items()}
     if config.get("sliding_window"):  # up to its window, Mistral's sliding attention is plain attention
         fields["max_seq_len"] = min(fields["max_seq_len"], config["sliding_window"])
-    generation = file.with_name("generation_config.json")
-    also = read_json(generation).get("eos_token_id") if generation.exists() else None
+    beside = file.with_name("generation_config.json")
+    generation = read_json(beside) if beside.exists() else {}
+    check(generation, {"eos_token_id": IDS}, beside)
     dtype = config.get("dtype") or config["torch_dtype"] or read_tensors(file.parent)["tok_embeddings.weight"].dtype
     return fields | {
         "n_kv_heads": fields["n_kv_heads"] or fields["n_heads"],
         "head_dim": fields["head_dim"] or fields["dim"] // fields["n_heads"],
         "rope_scaling": tuple(rope[key] for key in SCALINGS[config["rope_type"]]),
         "dtype": str(dtype).removeprefix("torch."),
-        "eos_id": unite(fields["eos_id"], also),
+        "eos_id": unite(fields["eos_id"], generation.get("eos_token_id")),
+        # A language model's pad is not kept. It is often EOS, which a reward model trained from it must not pad with.
         "extra": {key: config[key] for key in ("reward_mean", "pad_token_id") if {key, "reward_mean"} <= config.keys()},
     }
 
@@ -564,12 +573,6 @@ def in_memory(tensor: Tensor | Stored, dtype: torch.dtype) -> Tensor:
     """Returns the tensor as it will be written."""
     tensor = tensor.read() if isinstance(tensor, Stored) else tensor.detach()
     return tensor.to("cpu", dtype).contiguous()
-
-
-@cache
-def note(sentence: str) -> None:
-    """Prints a sentence about a directory, once however often it is opened."""
-    print(f"note: {sentence}", file=sys.stderr)
 
 
 # ---- JSON, and files that are written whole --------------------------------------------------------------------------

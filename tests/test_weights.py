@@ -645,10 +645,16 @@ def test_every_eos_of_both_files_ends_an_answer_and_is_saved(config, generation,
         assert json.loads((tmp_path / "b" / name).read_text())["eos_token_id"] == written
 
 
+@pytest.mark.parametrize("eos", [["x"], [], {"a": 1}, 1.5, "2"])
+def test_a_broken_generation_config_is_named(eos, tmp_path):
+    (saved(tmp_path) / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert re.search("generation_config.json: eos_token_id is|does not describe a LLaMA", refusal(tmp_path))
+
+
 def test_keys_that_are_not_known_are_named_once(tmp_path, capsys):
     directory = configure(saved(tmp_path), alibi=True, rope_parameters={"ntk_alpha": 2, "rope_theta": 1e4}, flash=False)
     assert read_config(directory) == read_config(directory)
-    said = f"note: {directory / 'config.json'} has keys that are not known here, they change nothing (alibi, ntk_alpha)"
+    said = f"note: {directory / 'config.json'} has keys that are not known here, they change nothing (ntk_alpha, alibi)"
     assert capsys.readouterr().err == said + "\n"
 
 
