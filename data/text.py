@@ -192,7 +192,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises ValueError if the tokenizer has more pieces than the model's embedding has rows (vocab_size)."""
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model's embedding {vocab_size} rows: "
-                         "use the tokenizer.model that came with the model")
+                         "use the tokenizer that came with the model")
 
 
 # ---- sentencepiece --------------------------------------------------------------------------------------------------
