@@ -799,8 +799,8 @@ def shared(product: Product, layers: list[nn.Module]) -> list[Product]:
 
     def part(layer: nn.Module, x: Tensor) -> Tensor:
         if layer not in outputs or inputs[0] is not x:
-            inputs[:] = [x]
             outputs.update(zip(layers, torch.split_with_sizes_copy(product(x), sizes, -1)))  # (..., O of one layer)
+            inputs[:] = [x]
         y = outputs.pop(layer)
         if not outputs:
             inputs.clear()  # the input of a long text is large
