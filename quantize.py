@@ -72,7 +72,8 @@ class Quantized(NamedTuple):
 
     def dequantize(self) -> Tensor:
         g = self.group.long()
-        return (self.q.float() - self.zero.float()[:, g]) * self.scale[:, g]  # (O, I)
+        zero, scale = self.zero.float().T[g].T, self.scale.T[g].T  # (O, I) each, in memory as a Linear4 has its codes
+        return (self.q.float() - zero) * scale                     # (O, I)
 
 
 def nearest_code(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -259,6 +260,9 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return QuantizedProduct.apply(x, self)
 
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.quantized().dequantize().to(dtype)                                 # (O, I)
+
     def plain(self, dtype: torch.dtype) -> nn.Linear:
         """Returns a plain linear layer of the dequantized weights: adapters can be merged into it."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
@@ -288,15 +292,6 @@ class Linear4(QuantizedLinear):
         zero = unpack_int4(self.qzeros.T, self.out_features)                           # (O/8, G) -> (G, O)
         return Quantized(q, self.scales.float().T, zero.T, self.g_idx)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Returns W (O, I), a transposed view. `quantized().dequantize()` is the same, but transposes the codes."""
-        g = self.g_idx.long()                                                          # (I,)
-        zero = unpack_int4(self.qzeros.T, self.out_features)                           # (G, O)
-        q = (self.qweight[:, None] >> shifts(self.qweight.device)) & 15                # (I/8, 8, O)
-        q = q.flatten(0, 1)[:len(g)]                                                   # (I, O)
-        W = (q - zero[g]) * self.scales.float()[g]                                     # (I, O)
-        return W.to(dtype).T
-
 
 class Linear8(QuantizedLinear):
     """Eight bits, one scale a row: `weight` (O, I) int8, `scale` (O,) float32."""
@@ -309,7 +304,8 @@ class Linear8(QuantizedLinear):
 
     def quantized(self) -> Quantized:
         q, scale = (self.weight.short() + 128).to(torch.uint8), self.scale[:, None]    # (O, I), (O, 1)
-        return Quantized(q, scale, torch.full_like(scale, 128, dtype=torch.uint8), groups_of(self.in_features, -1))
+        group = groups_of(self.in_features, -1, q.device)                              # (I,)
+        return Quantized(q, scale, torch.full_like(scale, 128, dtype=torch.uint8), group)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return (self.weight * self.scale[:, None]).to(dtype)                           # (O, I)
