@@ -765,8 +765,9 @@ def fast_forward(layer: nn.Module, product: Product, x: Tensor) -> Tensor:
 
 
 def by_input(model: nn.Module) -> Iterable[list[nn.Module]]:
-    """Returns the linears of a model that are not packed yet, in lists of those that one call of a kernel can take: they
-    read the same input, in the same order. For one row a call costs as much as the arithmetic in it."""
+    """Returns the linears of a model that are not packed yet, in lists of those that can be one product: quantized ones
+    that read the same input, in the same order. For one row a call of a kernel costs as much as the arithmetic in it.
+    """
     lists = {}
     for name, layer in model.named_modules():
         parent, _, leaf = name.removesuffix(".base").rpartition(".")                   # base: of an adapter
