@@ -423,8 +423,10 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
 
 def evaluate(models: Models, prompts: list[list[int]], when: str, stage: Stage) -> dict:
     """Reward and KL of answers to these prompts, sampled with a fixed seed, and the demo's gold score."""
-    with quantize.packed(models.actor):
-        figures = sft.measure_demo(models.actor, stage)
+    figures = {}
+    if stage.is_demo:
+        with quantize.packed(models.actor):
+            figures = sft.measure_demo(models.actor, stage)
     answers = rollout(models.actor, prompts, ("evaluate", stage.args.seed), stage)
     means = objective(scoring(models, answers, stage.args), stage)
     figures |= {"reward": means["objective/scores"], "kl": means["objective/kl"]}

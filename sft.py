@@ -120,6 +120,7 @@ class Stage(NamedTuple):
     dtype: torch.dtype                  # of the computation
     tokenizer: Tokenizer
     template: text.Template
+    stops: list[int]                    # ids that end an answer: the tokenizer's EOS, and the template's end of a turn
     is_demo: bool
 
     def say(self, line: str) -> None:
@@ -281,7 +282,9 @@ def start(args: Namespace, is_demo: bool, defaults: dict, *inputs: Path) -> Stag
         run.check_save_path(args.save_path, [args.pretrain, base_of(args.pretrain), *inputs])
         tokenizer, name = open_tokenizer(args.pretrain, args.template, partial(run.say, world))
     run.resolve(args, defaults | {"template": name})
-    return Stage(args, world, run.choose_dtype(args.dtype, world.device), tokenizer, text.TEMPLATES[name], is_demo)
+    template = text.TEMPLATES[name]
+    stops = [tokenizer.eos_id, text.answer_end(tokenizer, template)]
+    return Stage(args, world, run.choose_dtype(args.dtype, world.device), tokenizer, template, stops, is_demo)
 
 
 def base_of(directory: Path) -> Path:
@@ -290,8 +293,8 @@ def base_of(directory: Path) -> Path:
 
 
 def open_llama(stage: Stage) -> Llama:
-    """Opens --pretrain to train it: an adapter is merged into its base. Answers end where the template ends them."""
-    args, tokenizer = stage.args, stage.tokenizer
+    """Opens --pretrain to train it: an adapter is merged into its base."""
+    args = stage.args
     if weights.quantization(base_of(args.pretrain)) is not None:
         if lora.is_adapter(args.pretrain):
             stage.say(f"note: {args.pretrain} is an adapter of a quantized model: merged they are a full-precision "
@@ -300,8 +303,8 @@ def open_llama(stage: Stage) -> Llama:
             raise ValueError(f"{args.pretrain} is quantized, its weights cannot be trained: give --lora_rank to train "
                              "adapters beside them")
     model = quantize.open_model(args.pretrain, stored_dtype(stage), stage.world.device, adapter="merge")
-    text.check_tokenizer(tokenizer, model.config.vocab_size)
-    model.stop_at([tokenizer.eos_id, text.answer_end(tokenizer, stage.template)])
+    text.check_tokenizer(stage.tokenizer, model.config.vocab_size)
+    model.stop_at(stage.stops)
     return model
 
 
@@ -372,9 +375,9 @@ def save_model(model: nn.Module, optimizer: zero.ZeRO2, base: str | None, stage:
 
 
 def measure_demo(model: Llama, stage: Stage) -> dict:
-    """Returns the demo's gold score of a model and samples, on every process; nothing where this is not the demo."""
-    first = stage.is_demo and stage.world.rank == 0
-    return run.broadcast_object(demo.measure(model, stage.tokenizer, stage.template) if first else {})
+    """Returns the demo's gold score of a model and samples, on every process."""
+    figures = demo.measure(model, stage.tokenizer, stage.template) if stage.world.rank == 0 else None
+    return run.broadcast_object(figures)
 
 
 def finish(figures: dict, measured: dict[str, str], stage: Stage) -> dict:
@@ -459,7 +462,7 @@ def open_model(stage: Stage) -> tuple[Llama, str | None]:
     config = replace(SHAPE, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     # The weights are drawn on the CPU, so that they are the same on every device.
     model = Llama(config, generator=torch.Generator().manual_seed(args.seed))
-    model.stop_at([text.answer_end(tokenizer, stage.template)])
+    model.stop_at(stage.stops)
     return model.to(stage.world.device), None
 
 

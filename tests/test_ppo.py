@@ -74,7 +74,7 @@ def resolved(base, out, *further) -> argparse.Namespace:
 
 
 def stage_of(args: argparse.Namespace, world: run.World = WORLD, dtype: torch.dtype = torch.float32) -> Stage:
-    return Stage(args, world, dtype, text.Tokenizer(demo.FOLDER), TEMPLATE, False)
+    return Stage(args, world, dtype, text.Tokenizer(demo.FOLDER), TEMPLATE, [2], False)
 
 
 def opened(base, out, *further) -> tuple[argparse.Namespace, Models]:

@@ -257,7 +257,7 @@ def test_answers_have_the_room_of_their_own_prompt(base):
     """One prompt of nearly --max_len must not leave all the others one token; prompts without room are passed over."""
     model, tokenizer = Llama.from_pretrained(base / "model"), Tokenizer(demo.FOLDER)
     args, plain = argparse.Namespace(max_len=48, seed=0), text.TEMPLATES["plain"]
-    stage = sft.Stage(args, data.run.World(0, 1, model.device), torch.float32, tokenizer, plain, False)
+    stage = sft.Stage(args, data.run.World(0, 1, model.device), torch.float32, tokenizer, plain, [2], False)
     short, long, full = ({"messages": [{"role": "user", "content": "fox " * n}]} for n in (2, 30, 60))
     lengths = [len(text.encode_prompt(r["messages"], tokenizer, plain)) for r in (short, long)]
     rows = rm.sample_answers(model, [full, full, long, short, short], stage, 2)
