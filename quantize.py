@@ -821,7 +821,7 @@ def int4_product(layer: Linear4) -> Product | None:
     order = torch.argsort(m.group, stable=True)
     columns, rows = (0, -I % (128 if cuda else 32)), (0, -O % (8 if cuda else 64))     # padding of I and of O
     group = F.pad(m.group[order], columns, value=len(layer.scales) - 1)                # (I,)
-    fitting = [size for size in (256, 128, 64, 32) if len(group) % size == 0 and one_value(group.view(-1, size))]
+    fitting = [size for size in (256, 128, 64, 32) if torch.equal(group[::size].repeat_interleave(size), group)]
     if not fitting:
         return None
     size = fitting[0]
@@ -847,11 +847,6 @@ def int4_product(layer: Linear4) -> Product | None:
         y = multiply(rows.bfloat16().contiguous(), weight, size, grid)[:, :O]          # (N, O)
         return y.to(x.dtype).view(*x.shape[:-1], O)                                    # (..., O)
     return product
-
-
-def one_value(runs: Tensor) -> bool:
-    """Whether each row of runs (G', size) is of one value."""
-    return bool((runs == runs[:, :1]).all())
 
 
 def int8_product(layer: Linear8) -> Product:
