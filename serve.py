@@ -1,12 +1,10 @@
 """A batching engine, and OpenAI's HTTP interface around it, with a page to talk to the model and to watch training.
 
     python serve.py out/ppo                                    then open http://127.0.0.1:7070; clients use .../v1
-    python serve.py out/ppo --say "Write a story about an owl and a book."        one answer on the terminal
+    python serve.py SMOLLM2_DIR --say "What is the capital of France?"                 one answer on the terminal
     python serve.py LLAMA_DIR --quant 4bit --api_key SECRET --http_host 0.0.0.0 --http_port 8080
     python serve.py out/ppo --benchmark --concurrency 1,4,16   real requests over HTTP; mid has random weights,
                                                                http://host:port is any server with this interface
-    curl 127.0.0.1:7070/v1/chat/completions -H 'Content-Type: application/json' \\
-         -d '{"messages": [{"role": "user", "content": "Write a story about a fox and a kite."}], "stream": true}'
 
 The engine repeats one step (Yu et al. 2022, "Orca": continuous batching). Answers begin and end at any step. A step is
 1. one forward call for one token of every answer that is being written, so the weights are read once for all of them;
@@ -59,7 +57,6 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import lora
@@ -113,8 +110,7 @@ class Request:
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """Returns the random number in (0, 1] of a token. It depends on no other row, and on no machine: Random hashes a
-    text by SHA-512."""
+    """Returns the random number in (0, 1] of a token. It depends on no other row: Random hashes a text by SHA-512."""
     return 1 - random.Random(f"{seed} {choice} {position}").random()
 
 
@@ -231,8 +227,7 @@ class Engine:
                 self.sample([answer], logits)
 
     def forward(self, answers: list["Answer"], most: int = 1) -> Tensor:
-        """Gives the model the next ids of answers in neighbouring rows, at most so many of each. Returns the logits of
-        the last ones (B, V)."""
+        """Reads the next ids of answers in neighbouring rows, at most so many of each. Returns the logits (B, V)."""
         first, done = self.rows.index(answers[0]), [answer.done for answer in answers]
         ids = [(answer.prompt + answer.made)[answer.done:answer.done + most] for answer in answers]
         tokens = torch.tensor(ids, device=self.model.device)                           # (B, T)
@@ -287,7 +282,7 @@ class Engine:
     def widen(self, slots: int) -> None:
         """Gives all rows so many slots, layer by layer, so that a second copy of the cache never exists."""
         for layer, kv in enumerate(self.cache.kv):                                     # (2, rows, K, old S, D)
-            self.cache.kv[layer] = F.pad(kv, (0, 0, 0, slots - kv.shape[3]))           # (2, rows, K, S, D)
+            self.cache.kv[layer] = torch.nn.functional.pad(kv, (0, 0, 0, slots - kv.shape[3]))  # (2, rows, K, S, D)
 
     def sample(self, answers: list["Answer"], logits: Tensor) -> None:
         """Gives each answer one token from its row of logits (B, V)."""
@@ -1089,8 +1084,7 @@ def measure_url(url: str, args: argparse.Namespace) -> list[dict]:
 
 
 def benchmark(server: Server) -> dict:
-    """Runs the engine until clients in a process of their own, which do not share our interpreter lock, have measured
-    it."""
+    """Runs the engine until clients have measured it. Their process does not share our interpreter lock."""
     args, engine, model = server.args, server.engine, server.served.model
     summary = {
         "model": server.served.name,
