@@ -351,8 +351,8 @@ def make_optimizer(model: nn.Module, stage: Stage) -> zero.ZeRO2:
 
 def say_memory(trained: list[nn.Module], frozen: list[nn.Module], tokens: int, stage: Stage) -> int:
     """Prints what a run with micro-batches of so many tokens needs of memory. Returns its peak in bytes."""
-    args, models = stage.args, [(model, model.config) for model in trained]
-    plan, peak = zero.run_plan(models, frozen, args.strategy, stage.world, tokens, stage.dtype, args.lora_rank,
+    args = stage.args
+    plan, peak = zero.run_plan(trained, frozen, args.strategy, stage.world, tokens, stage.dtype, args.lora_rank,
                                args.grad_checkpoint)
     stage.say(plan)
     return peak

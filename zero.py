@@ -54,7 +54,7 @@ Shapes: a bucket is flat, (N * n,), and made of N shards, (n,). naive and ddp ha
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -173,10 +173,10 @@ class ZeRO2:
 
     Per step: `backward(loss, last=...)` for each micro-batch, then `step(lr)`.
 
-    named_parameters: as of a module; frozen ones are left out, a tied one counts once. dtype: what the model computes
-    in (fp32, bf16, fp16). max_norm: clip the global gradient norm to it, 0 = never. fp16 scales the loss (Micikevicius
-    et al. 2018): doubled after GROWTH good steps, halved at an overflow, which skips the step on all processes alike.
-    trace: print a timeline of the first step.
+    named_parameters: as of a module, which names a tied one once; frozen ones are left out. dtype: what the model
+    computes in (fp32, bf16, fp16). max_norm: clip the global gradient norm to it, 0 = never. fp16 scales the loss
+    (Micikevicius et al. 2018): doubled after GROWTH good steps, halved at an overflow, which skips the step on all
+    processes alike. trace: print a timeline of the first step.
     """
 
     GROWTH = 1000          # good steps until the loss scale is tried at twice its value (torch's GradScaler waits 2000)
@@ -186,14 +186,13 @@ class ZeRO2:
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype = torch.float32,
                  betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.0,
                  max_norm: float = 1.0, bucket_elements: int = 2**20, strategy: str = "ddp", trace: bool = False):
-        name_of = {p: name for name, p in named_parameters if p.requires_grad and p.numel()}  # a tied one counts once
-        if not name_of:
+        self.params = {name: p for name, p in named_parameters if p.requires_grad and p.numel()}
+        if not self.params:
             raise ValueError("the model has no trainable parameter")
-        self.params = {name: p for p, name in name_of.items()}
         self.strategy = run.ALIASES.get(strategy, strategy)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.sharded = self.world > 1 and self.strategy.startswith("zero2")
-        self.device = next(iter(name_of)).device
+        self.device = next(iter(self.params.values())).device
         self.betas, self.eps, self.max_norm = betas, eps, max_norm
         self.trace = trace and self.rank == 0
         offload = self.strategy == "zero2_cpu" and self.device.type == "cuda"
@@ -209,7 +208,7 @@ class ZeRO2:
         self.complete = False                # backward was called with its last micro-batch
         self.unsent = deque()                # buckets of this micro-batch whose reduce-scatter has not begun
         self.pending = deque()               # reduce-scatters that run: (bucket, N parts of (n,), works)
-        for p in name_of:
+        for p in self.params.values():
             p.register_post_accumulate_grad_hook(self.on_gradient)
 
     # ---- phase 1: backward, reduce-scatter ----
@@ -407,11 +406,10 @@ class ZeRO2:
                                    "m": bucket.m[place], "v": bucket.v[place]}
         return {"pieces": saved} | {key: getattr(self, key) for key in self.COUNTS}
 
-    def load_state_dict(self, states: dict | list[dict]) -> None:
-        """Loads the state of one process, or the list of the states of all. Their number may differ from this run's.
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Loads the states of all processes that saved them, which may be more or fewer than this run has.
 
         Raises ValueError where they hold other parameters."""
-        states = [states] if isinstance(states, dict) else states
         other = sorted(set(self.params) ^ {name for state in states for name in state["pieces"]})
         if other:
             some = ", ".join(other[:5])
@@ -468,17 +466,15 @@ def fused_adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, low: Tensor, step: i
                 chunk: int = 2**18) -> None:
     """Does `adamw` in place, with g divided by divisor, and copies the new p to low, rounded to its dtype.
 
-    All are (n,). low may be p itself. On a CPU a chunk is still in the cache when the copy reads p again.
+    All are (n,). low may be p itself. On a CPU a chunk is in the cache when it is read again.
     """
-    if p.device.type == "mps":                                 # its kernel ignores grad_scale
-        g.div_(divisor)
-        divisor = 1.0
     t = torch.full((), float(step), device=p.device)           # torch.tensor would copy from the host: a GPU waits
-    scale = torch.full((), divisor, device=p.device) if divisor != 1.0 else None
     chunk = chunk if p.device.type == "cpu" else len(p)
     for p, g, m, v, low in zip(*(x.split(chunk) for x in (p, g, m, v, low))):       # (chunk,) each
+        if divisor != 1:
+            g.div_(divisor)                                    # mps ignores the kernel's own divisor, grad_scale
         torch._fused_adamw_([p], [g], [m], [v], [], [t], lr=lr, beta1=betas[0], beta2=betas[1], eps=eps,
-                            weight_decay=weight_decay, amsgrad=False, maximize=False, grad_scale=scale)
+                            weight_decay=weight_decay, amsgrad=False, maximize=False)
         low.copy_(p)
 
 
@@ -559,6 +555,14 @@ class Size(NamedTuple):
     rank: int = 0          # of adapters
 
 
+class Part(NamedTuple):
+    """What a process holds for one purpose."""
+    what: str
+    alive: str             # "always"; "forward": until backward begins; "backward": when it ends
+    device: int            # bytes there
+    cpu: int = 0           # bytes in CPU memory, beside a GPU
+
+
 def size_of(config: LlamaConfig, lora_rank: int = 0) -> Size:
     """Returns the size of a language model, with adapters of lora_rank beside all linears of its layers."""
     with torch.device("meta"):                                 # shapes without memory
@@ -570,65 +574,80 @@ def size_of(config: LlamaConfig, lora_rank: int = 0) -> Size:
     return Size(config, True, sum(numel) + adapters, adapters or sum(numel), largest, lora_rank)
 
 
-def activation_bytes(size: Size, tokens: int, element: int, grad_checkpoint: bool, gpu: bool = True) -> int:
-    """Returns the bytes that autograd keeps of the blocks: a norm's input and output; rotated queries, keys, values and
-    the attention's output; w1 x, silu(w1 x), w3 x and their product; the input of each B of an adapter. With gradient
-    checkpointing only the input of every block, and all of the block that is recomputed."""
-    c = size.config
-    C, F = c.dim, c.ffn_dim
-    Q, K = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    quotient = 0 if size.rank else 4                           # a CPU keeps fp32 input, and quotient for a trained norm
-    norm = element * C if gpu else (4 + quotient) * C
-    block = 2 * norm + element * (2 * C + 2 * Q + 2 * K + 4 * F + 7 * size.rank)
-    blocks = c.n_layers * element * C + block if grad_checkpoint else c.n_layers * block
-    return tokens * (blocks + norm)
-
-
 def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, grad_checkpoint: bool = False,
          micro_batches: int = 1, gpu: bool = True) -> dict[str, int]:
-    """Returns the bytes of one process, by what they are for. tokens: of a micro-batch. element: bytes of a number that
-    the model computes with."""
+    """Returns the bytes of one process by what they are for. On the device and in CPU memory alike
+
+        peak = what is alive always + max(what is alive in forward, what is alive in backward)
+
+    since backward frees activations while it computes gradients: the peak is where it begins, or where it ends.
+
+    tokens: of a micro-batch. element: bytes of a number that the model computes with.
+    """
     strategy = run.ALIASES.get(strategy, strategy)
-    shards = nproc if strategy.startswith("zero2") else 1
-    offload = strategy == "zero2_cpu" and gpu
-    mine = -(-size.trained // shards)
-    separate = element < 4 or offload                          # else the master is the weights themselves
-    state = {"gradient": 4 * mine, "master": 4 * mine * separate, "moments": 8 * mine}     # section 3.1, fp32 gradient
-    device = {"weights": element * size.total} | {key: n * (not offload) for key, n in state.items()}
-    # A bucket is sent as autograd's gradient, received in parts, and summed in fp32. The largest is one matrix.
-    device["buckets"] = element * size.largest + (element + 4) * size.largest // shards * (shards > 1)
-    device["activations"] = activation_bytes(size, tokens, element, grad_checkpoint, gpu)
-    # `sft.HeadLoss`, 512 rows at a time: logits and log-probabilities; the gradients of hidden states and head
+    offload = strategy == "zero2_cpu" and gpu                  # the optimizer state lies in CPU memory ...
+    here = not offload                                         # ... or on the device
+    N = nproc if strategy.startswith("zero2") else 1           # shards
+    P, Psi, L = size.total, size.trained, size.largest
+    n = -(-Psi // N)                                           # elements that this process owns
     V, C = size.config.vocab_size, size.config.dim
-    device["logits"] = 4 * (2 * min(tokens, 512) * V + tokens * C + V * C * (not size.rank)) * size.head
-    device["heap"] = HEAP * (not gpu)
-    # Activations are freed while gradients are computed: the peak is where backward begins, or where it ends.
-    begins = device["activations"] + device["logits"]
-    ends = device["gradient"] + device["buckets"]
-    peak = sum(device.values()) - min(begins, ends)
-    state["pinned"] = CopyStream.BUFFERS * 4 * -(-size.largest // shards)
-    cpu = {key: n * offload for key, n in state.items()}
-    rows = {f"device: {key}": n for key, n in device.items()} | {"device: peak at once": peak}
-    rows |= {f"cpu: {key}": n for key, n in cpu.items()} | {"cpu: all": sum(cpu.values())}
+    parts = [                                                  # of the state: ZeRO's section 3.1, gradient in fp32
+        Part("weights", "always", element * P),
+        Part("gradient", "backward", 4 * n * here, 4 * n * offload),
+        Part("master", "always", 4 * n * here * (element < 4), 4 * n * offload),    # in fp32 it is the weights
+        Part("moments", "always", 8 * n * here, 8 * n * offload),
+        # The largest bucket is one matrix: autograd's gradient, the parts from other processes, their sum in fp32.
+        Part("buckets", "backward", element * L + (element + 4) * L // N * (N > 1)),
+        Part("pinned", "always", 0, 4 * CopyStream.BUFFERS * -(-L // N) * offload),
+        Part("activations", "forward", activation_bytes(size, tokens, element, grad_checkpoint, gpu)),
+        # `sft.HeadLoss`: logits and probabilities of 512 rows, and the gradients of hidden states and head
+        Part("logits", "forward", 4 * size.head * (2 * min(tokens, 512) * V + tokens * C + V * C * (size.rank == 0))),
+        Part("heap", "always", HEAP * (not gpu)),
+    ]
+    rows = {}
+    for where, name_of_peak in (("device", "peak at once"), ("cpu", "all")):
+        held = Counter()
+        for part in parts:
+            rows[f"{where}: {part.what}"] = getattr(part, where)
+            held[part.alive] += getattr(part, where)
+        rows[f"{where}: {name_of_peak}"] = held["always"] + max(held["forward"], held["backward"])
     # Section 7: a reduce-scatter a micro-batch and an all-gather a step; ddp's fp32 all-reduce is one of each.
-    sent = size.trained * (nproc - 1) / nproc * (element * (micro_batches + 1) if shards > 1 else 8)
-    copied = mine * (micro_batches * (element if shards == 1 else 4) + element) * offload
+    sent = Psi * (nproc - 1) / nproc * (element * (micro_batches + 1) if N > 1 else 8)
+    copied = n * (micro_batches * (element if N == 1 else 4) + element) * offload
     return rows | {"sent a step": int(sent), "device <-> cpu a step": copied}
 
 
-def run_plan(trained: list[tuple[nn.Module, LlamaConfig]], frozen: list[nn.Module], strategy: str, world: run.World,
-             tokens: int, dtype: torch.dtype, lora_rank: int = 0, grad_checkpoint: bool = False) -> tuple[str, int]:
+def activation_bytes(size: Size, tokens: int, element: int, grad_checkpoint: bool, gpu: bool = True) -> int:
+    """Returns the bytes that autograd keeps of the blocks and the last norm. With gradient checkpointing it keeps only
+    the input of every block, and all of the block that is recomputed."""
+    c = size.config
+    C, F, r = c.dim, c.ffn_dim, size.rank
+    Q, K = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    quotient = 0 if r else 4                                   # a CPU keeps fp32 input, and quotient for a trained norm
+    norm = element * C if gpu else (4 + quotient) * C
+    kept = [
+        2 * norm,
+        element * 2 * C,                                       # what the norms put out
+        element * (2 * Q + 2 * K),                             # rotated queries and keys, values, attention's output
+        element * 4 * F,                                       # w1 x, silu(w1 x), w3 x and the product
+        element * 7 * r,                                       # the input of each B of an adapter
+    ]
+    L = c.n_layers
+    blocks = L * element * C + sum(kept) if grad_checkpoint else L * sum(kept)
+    return tokens * (blocks + norm)
+
+
+def run_plan(trained: list[nn.Module], frozen: list[nn.Module], strategy: str, world: run.World, tokens: int,
+             dtype: torch.dtype, lora_rank: int = 0, grad_checkpoint: bool = False) -> tuple[str, int]:
     """Returns the plan of a run in one line, and its peak in bytes. Of frozen models only the weights count."""
-    models = [model for model, _ in trained]
-    numel = [p.numel() for model in models for p in model.parameters() if p.requires_grad]
-    stored = {p.data_ptr(): p.nbytes for model in models + frozen for p in model.parameters()}      # some are shared
-    config = max((config for _, config in trained), key=lambda c: c.dim * c.n_layers)
-    head = any(hasattr(model, "output") for model in models)
+    numel = [p.numel() for model in trained for p in model.parameters() if p.requires_grad]
+    stored = {p.data_ptr(): p.nbytes for model in trained + frozen for p in model.parameters()}     # some are shared
+    config = max((model.config for model in trained), key=lambda c: c.dim * c.n_layers)
+    head = any(hasattr(model, "output") for model in trained)
     size = Size(config, head, sum(stored.values()) // dtype.itemsize, sum(numel), max(numel), lora_rank)
-    gpu = world.device.type == "cuda"
-    rows = plan(size, strategy, world.world, tokens, dtype.itemsize, grad_checkpoint, gpu=gpu)
-    figures = ", ".join(row.removeprefix("device: ") + " " + gb(n) for row, n in rows.items() if n >= 5e6)
-    return f"memory of a process: {figures}", rows["device: peak at once"]
+    rows = plan(size, strategy, world.world, tokens, dtype.itemsize, grad_checkpoint, gpu=world.device.type == "cuda")
+    shown = ", ".join(row.removeprefix("device: ") + " " + gb(n) for row, n in rows.items() if n >= 5e6)
+    return f"memory of a process: {shown}", rows["device: peak at once"]
 
 
 def gb(n: int) -> str:
@@ -640,16 +659,17 @@ def gb(n: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser, shapes = run.Parser("What a training run needs of memory."), " ".join(SHAPES)
-    parser.add_argument("--plan", metavar="MODEL",
-                        help=f"print the bytes that a process needs: a weights directory, or one of {shapes}")
-    parser.add_argument("--nproc", type=run.whole(1), default=1, help="processes")
-    parser.add_argument("--strategy", choices=run.STRATEGIES, help="only this one")
-    parser.add_argument("--batch_size", type=run.whole(1), default=4, help="examples a process and micro-batch")
-    parser.add_argument("--accumulation_steps", type=run.whole(1), default=1, help="micro-batches a step")
-    parser.add_argument("--max_len", type=run.whole(2), default=512, help="tokens of an example")
-    parser.add_argument("--lora_rank", type=run.whole(0), default=0, help="rank of adapters; 0 trains all weights")
-    parser.add_argument("--grad_checkpoint", action="store_true", help="recompute activations in backward")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="to compute in")
+    flag = parser.add_argument
+    flag("--plan", metavar="MODEL",
+         help=f"print the bytes that a process needs: a weights directory, or one of {shapes}")
+    flag("--nproc", type=run.whole(1), default=1, help="processes")
+    flag("--strategy", choices=run.STRATEGIES, help="only this one")
+    flag("--batch_size", type=run.whole(1), default=4, help="examples a process and micro-batch")
+    flag("--accumulation_steps", type=run.whole(1), default=1, help="micro-batches a step")
+    flag("--max_len", type=run.whole(2), default=512, help="tokens of an example")
+    flag("--lora_rank", type=run.whole(0), default=0, help="rank of adapters; 0 trains all weights")
+    flag("--grad_checkpoint", action="store_true", help="recompute activations in backward")
+    flag("--dtype", choices=["bf16", "fp32"], default="bf16", help="to compute in")
     args = parser.parse_args(argv)
     if args.plan is None:
         return parser.print_help()
@@ -661,15 +681,16 @@ def main(argv: list[str] | None = None) -> None:
     names = [args.strategy] if args.strategy else [usual, "zero2", "zero2_cpu"]
     plans = [plan(size, name, args.nproc, args.batch_size * args.max_len, element, args.grad_checkpoint,
                   args.accumulation_steps) for name in names]
-    table = {"": names} | {row: [gb(rows[row]) for rows in plans] for row in plans[0]}
     # A gigabyte is for the CUDA context, cuBLAS and what the allocator cannot use.
     needed = [rows["device: peak at once"] / 2**30 + 1 for rows in plans]
-    table["fits a card of"] = [next((f"{card} GB" for card in CARDS if gib <= card), "none") for gib in needed]
+    cards = [next((f"{card} GB" for card in CARDS if gib <= card), "none") for gib in needed]
+    table = {row: [rows[row] for rows in plans] for row in plans[0]}
+    cells = {"": names} | {row: map(gb, numbers) for row, numbers in table.items() if any(numbers)}
     billions, millions = size.total / 1e9, size.trained / 1e6
     print(f"LLaMA {args.plan}, {billions:.2f} G parameters, {millions:,.1f} M trained, {args.dtype}, "
           f"{args.nproc} processes, micro-batches of {args.batch_size} x {args.max_len} tokens: bytes of one process")
-    for row, cells in table.items():
-        print(f"  {row:<24}" + "".join(f"{cell:>12}" for cell in cells))
+    for row, columns in (cells | {"fits a card of": cards}).items():
+        print(f"  {row:<24}" + "".join(f"{column:>12}" for column in columns))
 
 
 if __name__ == "__main__":

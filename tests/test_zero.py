@@ -310,7 +310,7 @@ def test_fp16_loss_scale_halves_doubles_and_ends(monkeypatch):
     assert relative(optimizer.buckets[0].m, (1 - 0.9**3) * grads[0]) < 1e-2  # the moments know nothing of the scale
     optimizer.good_in_row = 2
     other = zero.ZeRO2(named(some((4, 4), (5,))[0]), torch.float16)
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict([optimizer.state_dict()])
     assert (other.scale, other.good_in_row, other.skipped, other.updates) == (65536, 2, 1, 3)
     optimizer.scale = 1.0
     feed(optimizer, params, [grads[0].half(), torch.full((5,), float("inf")).half()])
@@ -425,7 +425,7 @@ def test_state_goes_through_a_file_and_on(tmp_path, dtype):
         a.step(1e-2)
     torch.save(a.state_dict(), tmp_path / "state.pt")
     assert (tmp_path / "state.pt").stat().st_size < 1.1 * 12 * elements(first) + 20_000  # + names
-    b.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    b.load_state_dict([torch.load(tmp_path / "state.pt", weights_only=True)])
     assert equal(first.parameters(), second.parameters()) and next(second.parameters()).dtype == dtype
     for optimizer, model in ((a, first), (b, second)):
         optimizer.backward(lm(model, TOKENS))
@@ -507,14 +507,15 @@ def test_plan_of_a_directory(tmp_path, capsys):
 
 def test_plan_of_a_run_counts_shared_weights_once():
     model, world = llama(), run.World(0, 2, torch.device("cpu"))
-    trained = [(model, CONFIG)]
+    trained = [model]
     _, alone = zero.run_plan(trained, [], "zero2", world, 64, torch.float32)
     _, beside_itself = zero.run_plan(trained, [model], "zero2", world, 64, torch.float32)
     _, with_a_copy = zero.run_plan(trained, [llama()], "zero2", world, 64, torch.float32)
     assert alone == beside_itself == with_a_copy - 4 * elements(model)
     size = zero.size_of(CONFIG)
     assert alone == zero.plan(size, "zero2", 2, 64, element=4, gpu=False)["device: peak at once"]
-    text, _ = zero.run_plan([(model, SHAPES["7B"])], [], "zero2", world, 512, torch.float32)
+    model.config = SHAPES["7B"]
+    text, _ = zero.run_plan([model], [], "zero2", world, 512, torch.float32)
     parts = [rf"{part} \d+\.\d\d GB" for part in ("activations", "logits", "heap", "peak at once")]
     assert re.fullmatch(f"memory of a process: {', '.join(parts)}", text)
 
@@ -881,7 +882,7 @@ def some_state() -> dict:
 
 
 def load(model: Llama, state: dict) -> None:
-    zero.ZeRO2(model.named_parameters()).load_state_dict(state)
+    zero.ZeRO2(model.named_parameters()).load_state_dict([state])
 
 
 @pytest.mark.parametrize("refused, sentence", [
