@@ -922,6 +922,19 @@ def test_table_and_summary(tmp_path, capsys):
     assert again["perplexity"] == pytest.approx(summary["perplexity_after"], rel=1e-5)
 
 
+def test_a_template_is_needed_by_records_alone(tmp_path):
+    """A Jinja text that is not known stops a run with records, until --template names one; a plain text needs none."""
+    write_demo(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}?"}))
+    (tmp_path / "text").write_text("Once upon a time there was a fox. " * 40)
+    run_main(tmp_path, "--eval", "--text", tmp_path / "text", "--max_len", 64)
+    with pytest.raises(ValueError, match="none of ours: choose the one nearest to it by --template"):
+        run_main(tmp_path, "--eval", "--max_len", 64)
+    by_llama2, by_alpaca = (run_main(tmp_path, "--eval", "--max_len", 64, "--template", name)["perplexity"]
+                            for name in ("llama2", "alpaca"))
+    assert by_llama2 != by_alpaca
+
+
 def test_an_adapter_is_merged_before_it_is_quantized(tmp_path):
     base = write_demo(tmp_path / "base")
     beside = open_model(base)
