@@ -323,14 +323,7 @@ class ZeRO2:
         shards = bucket.flat.split(len(bucket.shard))                               # N of (n,)
         return exchange([bucket.shard] * self.world, shards, self.rank)
 
-    def refuse_other_gradients(self) -> None:
-        """Raises RuntimeError for a gradient between two calls of backward: it was never summed over processes."""
-        for name, p in self.params.items():
-            if p.grad is not None:
-                raise RuntimeError(f"{name} has a gradient that is not the optimizer's, as of a plain loss.backward(): "
-                                   "call optimizer.backward(loss) instead, after setting .grad to None")
-
-    # ---- skipped steps and the loss scale ----
+    # ---- skipped steps, the loss scale, what is refused and traced ----
 
     def count(self, first_broken: str | None) -> None:
         """Counts skipped steps and adapts the loss scale. All processes know the same norm, so all decide alike."""
@@ -360,6 +353,13 @@ class ZeRO2:
         if self.sharded:
             dist.all_reduce(broken)
         return next((name for name, n in zip(names, broken) if n), "the sum over all parameters")
+
+    def refuse_other_gradients(self) -> None:
+        """Raises RuntimeError for a gradient between two calls of backward: it was never summed over processes."""
+        for name, p in self.params.items():
+            if p.grad is not None:
+                raise RuntimeError(f"{name} has a gradient that is not the optimizer's, as of a plain loss.backward(): "
+                                   "call optimizer.backward(loss) instead, after setting .grad to None")
 
     def mark(self, what: str, bucket: Bucket | None = None) -> None:
         """Under trace, prints when an event of the first step happened, and how many bytes were being sent then."""
