@@ -197,7 +197,8 @@ class Parser(argparse.ArgumentParser):
                 if isinstance(value, list):
                     value = shown([path.name for path in value])
                 told += [] if value is None else [f"{prefix}{value}"]
-            action.help += f" ({'; '.join(told)})" if told else ""
+            if told:
+                action.help += " (" + "; ".join(told) + ")"
 
 
 def shown(value) -> str:
