@@ -493,7 +493,7 @@ def plan(models: Models, prompts: int, examples: int, stage: Stage) -> tuple[int
     ptx = f"{examples} examples, weight {args.ptx_coef}" if examples else "off"
     stage.say(f"{prompts} prompts | {updates} updates of {args.update_timesteps} x {args.experience_batch_size} x "
               f"{world.world} answers, {args.max_epochs} epochs | ptx {ptx} | {trained:,} parameters trained")
-    return updates, sft.say_memory(models[:2], list(models[2:]), args.train_batch_size * args.max_seq_len, stage)
+    return updates, sft.say_memory(list(models[:2]), list(models[2:]), args.train_batch_size * args.max_seq_len, stage)
 
 
 def describe(row: dict) -> str:

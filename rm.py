@@ -244,6 +244,9 @@ def main(argv: list[str] | None = None) -> dict:
     trunk.output = None
     model = RewardModel(trunk, torch.Generator(trunk.device).manual_seed(args.seed))
     model.config.extra["pad_token_id"] = stage.tokenizer.pad_id     # 6.
+    if stage.tokenizer.pad_id is None:
+        stage.say("note: every token of the tokenizer may stand in a text, so none can be padding: transformers will "
+                  "score one answer at a time")
     sft.set_up(model, args)
 
     def sums(micro: list) -> dict[str, Tensor]:

@@ -253,6 +253,20 @@ def test_padding_is_an_id_that_no_text_produces(base, tmp_path, own_tokenizer, r
     assert rank or config["eos_token_id"] == ends
 
 
+def test_a_tokenizer_without_padding_is_said(base, tmp_path, monkeypatch, capsys):
+    start = sft.start
+
+    def without(*rest):
+        stage = start(*rest)
+        stage.tokenizer.pad_id = None
+        return stage
+    monkeypatch.setattr(sft, "start", without)
+    run(base, tmp_path, "--max_steps", 1)
+    assert "none can be padding: transformers will score one answer at a time" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] is None
+    assert RewardModel.from_pretrained(tmp_path).reward_mean != 0
+
+
 def test_answers_have_the_room_of_their_own_prompt(base):
     """One prompt of nearly --max_len must not leave all the others one token; prompts without room are passed over."""
     model, tokenizer = Llama.from_pretrained(base / "model"), Tokenizer(demo.FOLDER)
