@@ -295,7 +295,7 @@ def test_a_long_prompt_does_not_stall_the_others(monkeypatch):
     alone = engine_of(rows=2)
     alone.submit(job(ids(100)))
     alone.step()
-    assert alone.counters["prompt_tokens"] == 100  # with nobody to wait, at once
+    assert (alone.counters["prompt_tokens"], alone.counters["steps"]) == (100, 1)  # with nobody to wait, at once
 
 
 def test_a_shared_beginning_is_computed_once():
@@ -1539,6 +1539,13 @@ def test_slow_clients_are_let_go(monkeypatch):
                         pass
     assert ask(server, "/health")[0] == 200
     close(server)
+
+
+def test_surplus_connections_are_closed(server, monkeypatch):
+    monkeypatch.setattr(serve, "MAX_THREADS", threading.active_count())
+    assert raw_request(server, get(b"/health")) == b""
+    monkeypatch.undo()
+    assert status_of(raw_request(server, get(b"/health"))) == 200
 
 
 def test_a_client_that_does_not_read_holds_no_row(monkeypatch):
