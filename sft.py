@@ -370,7 +370,7 @@ def save_model(model: nn.Module, optimizer: zero.ZeRO2, base: str | None, stage:
     if stage.world.rank == 0:
         for file in [file for pattern in leftover for file in path.glob(pattern)]:
             file.unlink()
-        stage.tokenizer.save(path, stage.args.template)
+        stage.tokenizer.save(path, stage.args.template, model.config.extra.get("pad_token_id"))
     run.barrier()
 
 

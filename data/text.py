@@ -73,9 +73,10 @@ from data import weights
 
 # ---- the tokenizer: text <-> ids ------------------------------------------------------------------------------------
 
+CONFIG_FILE, JINJA_FILE = "tokenizer_config.json", "chat_template.jinja"
 # What Hugging Face's directories say of a tokenizer. Of the first two, the first is read if both are there.
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", CONFIG_FILE, "special_tokens_map.json", "added_tokens.json",
+                   JINJA_FILE)
 
 
 class Tokenizer:
@@ -85,25 +86,27 @@ class Tokenizer:
         """path: a directory with a tokenizer, or its file: tokenizer.model (sentencepiece, or Llama 3's list of pieces)
         or tokenizer.json."""
         self.file = find_tokenizer(Path(path))
-        self.kind, self.name, self.content = open_kind(self.file)
+        self.kind, self.content = open_kind(self.file)
         self.fingerprint = hashlib.sha256(self.content).hexdigest()  # equal fingerprints mean equal ids
         self.vocab_size = max(self.kind.pieces) + 1
         self.bos_id, self.eos_id, self.pad_id = self.kind.bos_id, self.kind.eos_id, self.kind.pad_id
         first = self.piece(self.encode("a", bos=False)[0])
         self.space = b" " if first.startswith("▁") else b""  # encoding puts it before every text, decoding drops it
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = True) -> list[int]:
+    def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = True,
+               first: bool = True) -> list[int]:
         """The ids of a text.
 
         bos: what the tokenizer itself puts before a text goes there: BOS, or nothing (SmolLM2).
         eos: EOS goes behind it.
         special: special tokens that the text spells out become their ids. Otherwise they are text like any other, as
         what people say must be. (For a sentencepiece model they always are.)
+        first: no other text stands before it. Some tokenizer.json puts "▁" before the first text alone.
         """
         # No file has bytes for a lone surrogate (half an emoji in broken JSON), so it becomes U+FFFD first.
         valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         front = [self.bos_id] if bos and self.bos_id is not None else []
-        return front + self.kind.encode(valid, special) + [self.eos_id] * eos
+        return front + self.kind.encode(valid, special, first) + [self.eos_id] * eos
 
     def special(self, marker: str) -> int | None:
         """The id of an added token. "<s>" and "</s>" are BOS and EOS, whatever this tokenizer calls them."""
@@ -135,27 +138,30 @@ class Tokenizer:
             yield text.push(i)
         yield text.rest()
 
-    def save(self, directory: str | Path, template: str | None = None) -> None:
+    def save(self, directory: str | Path, template: str | None = None, pad_id: int | None = None) -> None:
         """Writes the tokenizer's files as they came, so that transformers gives a text the same ids. The template is
-        named in tokenizer_config.json. If another one came, its Jinja text is replaced."""
+        named in tokenizer_config.json. If another one came, its Jinja text is replaced.
+
+        pad_id: the id with which other programs must pad, if the model counts on it."""
         directory = Path(directory)
+        files = {name: self.file.with_name(name) for name in TOKENIZER_FILES}
+        contents = {name: file.read_bytes() for name, file in files.items() if file.exists()}
+        contents[self.kind.saved_as] = self.content
         for name in TOKENIZER_FILES:
-            came = self.file.with_name(name)
-            if name == self.name:
-                weights.write_file(directory / name, self.content)
-            elif came.exists():
-                weights.write_file(directory / name, came.read_bytes())
+            if name in contents:
+                weights.write_file(directory / name, contents[name])
             else:
                 (directory / name).unlink(missing_ok=True)  # another tokenizer's, from an earlier run
-        config_file, jinja_file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
-        config = weights.read_json(config_file) if config_file.exists() else dict(self.kind.config)
+        config = read_config(directory) or dict(self.kind.config)
+        if pad_id is not None:
+            config["pad_token"] = self.piece(pad_id)
         if template is not None:
             config["template"] = template
             if template != read_template(directory):
                 config["chat_template"] = TEMPLATES[template].jinja(self)
-                if jinja_file.exists():  # it counts more than the config's text
-                    weights.write_file(jinja_file, config["chat_template"].encode())
-        weights.write_json(config_file, config)
+                if JINJA_FILE in contents:  # it counts more than the config's text
+                    weights.write_file(directory / JINJA_FILE, config["chat_template"].encode())
+        weights.write_json(directory / CONFIG_FILE, config)
 
 
 class TextStream:
@@ -201,6 +207,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
 class SentencePiece:
     """A sentencepiece model, read by its library."""
 
+    saved_as = "tokenizer.model"
     byte_level = False
 
     def __init__(self, content: bytes, file: Path):
@@ -221,7 +228,7 @@ class SentencePiece:
                        "legacy": True, "bos_token": self.pieces[self.bos_id], "eos_token": self.pieces[self.eos_id],
                        "unk_token": self.pieces[self.pad_id]}
 
-    def encode(self, text: str, special: bool) -> list[int]:
+    def encode(self, text: str, special: bool, first: bool) -> list[int]:
         return self.sp.encode(text)
 
 
@@ -237,39 +244,37 @@ def learn(texts: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[s
 
     Of equally frequent pairs, the one whose left piece has the lower id comes first, then the right one's id decides.
     A pair that stands only once is not merged: learning ends there, even if there are fewer pieces than `size`.
+
+    Every merge looks through all pairs. The demo's 1.6 MB take 7 seconds to 2,000 pieces so (one core of 2.6 GHz). The
+    time grows with the number of merges times that of pairs, so a vocabulary of 100,000 would need a heap.
     """
     # 1. Equal words are merged alike, so each is kept once, with its count. It begins as single bytes.
     cut = regular(LLAMA3)
     counts = Counter(word for text in texts for word in cut.findall(text))
-    words = [[ALPHABET[byte] for byte in word.encode()] for word in counts]
+    words = [list(spell(word.encode())) for word in counts]
     times = list(counts.values())
     vocabulary = {byte: i for i, byte in enumerate(sorted(ALPHABET))}
     # 2. How often does each pair of neighbours stand in the text, and in which words?
-    pairs, where, changed = Counter(), defaultdict(set), set()
+    pairs, where = Counter(), defaultdict(set)
 
     def count(number: int, sign: int) -> None:
         for pair in pairwise(words[number]):
             pairs[pair] += sign * times[number]
             where[pair].add(number)
-            changed.add(pair)
 
     for number in range(len(words)):
         count(number, 1)
-    merges, heap = [], []
+    merges = []
     while len(vocabulary) < size:
-        # 3. The most frequent pair comes out of a heap. An entry with a count of earlier times is thrown away.
-        for left, right in changed:
-            if pairs[left, right] > 1:
-                heappush(heap, (-pairs[left, right], vocabulary[left], vocabulary[right], (left, right)))
-        while heap and -heap[0][0] != pairs[heap[0][-1]]:
-            heappop(heap)
-        if not heap:
+        # 3. The most frequent pair becomes a piece.
+        most = max(pairs.values(), default=0)
+        if most < 2:
             break
-        *_, best = heappop(heap)
-        # 4. It is merged. Counts change only in the words where it stands.
+        equals = [pair for pair, found in pairs.items() if found == most]
+        best = min(equals, key=lambda pair: [vocabulary[piece] for piece in pair])
         merges.append(best)
         vocabulary.setdefault("".join(best), len(vocabulary))
-        changed.clear()
+        # 4. It is merged. Counts change only in the words where it stands.
         for number in where.pop(best):
             count(number, -1)
             words[number] = merge(words[number], {best: 0})
@@ -327,6 +332,13 @@ def byte_alphabet() -> str:
 
 
 ALPHABET = byte_alphabet()
+BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]  # sentencepiece's names of the same
+
+
+def spell(content: bytes) -> str:
+    """Bytes as printable characters."""
+    return "".join(ALPHABET[byte] for byte in content)
+
 
 # ---- tokenizer.json -------------------------------------------------------------------------------------------------
 
@@ -353,50 +365,52 @@ class BytePairs:
     padding, offsets, pairs of texts, and the decoder, which undoes steps 4 and 3.
     """
 
+    saved_as = "tokenizer.json"
+
     def __init__(self, said: dict, config: dict):
         """said: the content of a tokenizer.json. config: that of tokenizer_config.json, which names EOS."""
         model, tokens = said["model"], said["added_tokens"]
         normalizers, cuts = steps(said.get("normalizer")), steps(said.get("pre_tokenizer"))
+        self.byte_level = any(step["type"] == "ByteLevel" for step in cuts)
+        check_model(model, self.byte_level)
+        for token in tokens:
+            if token["single_word"] or token["lstrip"] or token["rstrip"] or token["normalized"] and normalizers:
+                raise unknown(token)
         self.vocabulary: dict[str, int] = model["vocab"]
         merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.whole_words = model.get("ignore_merges")  # a word that is a piece stays one, whatever merges would make
-        self.byte_level = any(step["type"] == "ByteLevel" for step in cuts)
-        self.bytes = ALPHABET if self.byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
-        check_model(model, self.byte_level, complete=self.vocabulary.keys() >= set(self.bytes))
-        for token in tokens:
-            if token["single_word"] or token["lstrip"] or token["rstrip"] or token["normalized"] and normalizers:
-                raise unknown(token)
         self.added = {token["content"]: token["id"] for token in tokens}
         self.special = {token["id"] for token in tokens if token["special"]}
+        self.pieces = {i: piece for piece, i in (self.vocabulary | self.added).items()}
         ordinary = [content for content, i in self.added.items() if i not in self.special]
         self.searched = {True: one_of(self.added), False: one_of(ordinary)}  # by encode's `special`
-        self.pieces = {i: piece for piece, i in (self.vocabulary | self.added).items()}
         self.steps = [step_of(step) for step in normalizers + cuts]
         if not self.byte_level and not any(re.search("[^▁]▁", left + right) for left, right in merges):
             # No merge joins "▁" to what stands before it, so the text may be cut there, and its words are remembered.
             self.steps.append(cutter("▁+[^▁]*|[^▁]+"))
         self.remembered = lru_cache(maxsize=65536)(self.word_ids)
-        self.name_ends(steps(said.get("post_processor")), config)
+        self.name_ends(put_before(steps(said.get("post_processor"))), config)
 
-    def name_ends(self, processors: list[dict], config: dict) -> None:
+    def name_ends(self, bos: str | None, config: dict) -> None:
         """BOS is what the file puts before a text. What it puts behind a text is asked for by encode's `eos`."""
-        bos = [name for step in processors for name in put_before(step)]
-        self.bos_id = self.added[bos[0]] if bos else None
-        tokens = map(config.get, ("eos_token", "pad_token", "unk_token"))
+        tokens = [config.get(key) or "" for key in ("eos_token", "pad_token", "unk_token")]
         eos, *fillers = [token["content"] if isinstance(token, dict) else token for token in tokens]
         ids = self.vocabulary | self.added
-        self.eos_id = next((ids[name] for name in (eos, "</s>", "<|end_of_text|>") if name in ids), None)
-        if self.eos_id is None:
+        known = [ids[name] for name in (eos, "</s>", "<|end_of_text|>") if name in ids]
+        if not known:
             raise ValueError("tokenizer.json names no EOS: put the tokenizer_config.json of the release beside it")
-        # A reward model's padding is an id that no text produces, and never EOS.
-        fillers += [name for word in ("pad", "unk", "reserved", "") for name in self.added if word in name]
-        free = self.special - {self.bos_id, self.eos_id}
-        self.pad_id = next((ids[name] for name in fillers if ids.get(name) in free), None)
-        self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.pieces.get(self.bos_id),
-                       "eos_token": self.pieces[self.eos_id], "pad_token": self.pieces.get(self.pad_id)}
+        self.bos_id = ids[bos] if bos else None
+        self.eos_id = known[0]
+        # A reward model's padding is an id that no text produces, and never EOS: the config's, or the likeliest name.
+        names = [self.pieces[i] for i in sorted(self.special - {self.bos_id, self.eos_id})]
+        fillers += ["pad", "unk", "reserved"]
+        pad = min(names, key=lambda name: [filler not in name for filler in fillers], default=None)
+        self.pad_id = ids.get(pad)
+        self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos,
+                       "eos_token": self.pieces[self.eos_id], "pad_token": pad}
 
-    def encode(self, text: str, special: bool) -> list[int]:
+    def encode(self, text: str, special: bool, first: bool) -> list[int]:
         ids = []
         for place, part in enumerate(self.searched[special].split(text)):  # a text, a token, a text, ..., a text
             if place % 2 == 1:
@@ -404,29 +418,29 @@ class BytePairs:
                 continue
             words = [part] if part else []
             for step in self.steps:
-                words = [new for i, word in enumerate(words) for new in step(word, place == i == 0)]
+                words = [new for i, word in enumerate(words) for new in step(word, first and place == i == 0)]
             for word in words:
                 ids += self.remembered(word) if len(word) < 256 else self.word_ids(word)
         return ids
 
     def word_ids(self, word: str) -> list[int]:
         """The ids of a word. A byte without a symbol is dropped: SmolLM2 has none for some control characters."""
+        if self.byte_level:
+            word = spell(word.encode())
+        if self.whole_words and word in self.vocabulary:
+            return [self.vocabulary[word]]
         symbols = []
         for letter in word:
-            known = letter in self.vocabulary and not self.byte_level
-            symbols += [letter] if known else [self.bytes[byte] for byte in letter.encode()]
-        pieces = ["".join(symbols)]
-        if not (self.whole_words and pieces[0] in self.vocabulary):
-            pieces = merge([symbol for symbol in symbols if symbol in self.vocabulary], self.ranks)
-        return [self.vocabulary[piece] for piece in pieces]
+            symbols += [letter] if letter in self.vocabulary else [BYTE_PIECES[byte] for byte in letter.encode()]
+        known = [symbol for symbol in symbols if symbol in self.vocabulary]
+        return [self.vocabulary[piece] for piece in merge(known, self.ranks)]
 
 
 def steps(said: dict | None) -> list[dict]:
     """The steps of a normalizer, a pre-tokenizer or a post-processor: none, one, or those of a Sequence."""
     if said is None or said["type"] != "Sequence":
         return [said] if said else []
-    parts = next(value for value in said.values() if isinstance(value, list))
-    return [step for part in parts for step in steps(part)]
+    return next(value for value in said.values() if isinstance(value, list))
 
 
 def unknown(said: dict) -> ValueError:
@@ -434,12 +448,11 @@ def unknown(said: dict) -> ValueError:
     return ValueError(f"tokenizer.json has what is not known here: {shown}; a tokenizer.model beside it is read first")
 
 
-def check_model(model: dict, byte_level: bool, complete: bool) -> None:
-    """Refuses what gives other ids than these merges. complete: every byte has a symbol, so no character is unknown."""
-    refused = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
-    if not complete:
-        refused.append("unk_token")
+def check_model(model: dict, byte_level: bool) -> None:
+    """Refuses what gives other ids than these merges."""
+    complete = model["vocab"].keys() >= set(ALPHABET if byte_level else BYTE_PIECES)  # no character is unknown then
     covered = byte_level or complete and model["byte_fallback"]
+    refused = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"] + ["unk_token"] * (not complete)
     if model["type"] != "BPE" or not covered or any(map(model.get, refused)):
         raise unknown({key: value for key, value in model.items() if key not in ("vocab", "merges")})
 
@@ -454,12 +467,11 @@ def step_of(said: dict) -> Callable[[str, bool], list[str]]:
         case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
             return lambda text, first: [text.replace(old, new)]
         case {"type": "Metaspace", "replacement": "▁"}:
-            pattern = "▁?[^▁]+|▁" if said.get("split", True) else WHOLE
-            cut = cutter(pattern, "▁", said.get("prepend_scheme", "always"))
+            where = said.get("prepend_scheme", "always")
+            cut = cutter("▁?[^▁]+|▁" if said.get("split", True) else WHOLE, "▁" * (where != "never"), where == "always")
             return lambda text, first: cut(text.replace(" ", "▁"), first)
         case {"type": "ByteLevel"}:
-            pattern = GPT2 if said.get("use_regex", True) else WHOLE
-            return cutter(pattern, " ", "always" if said["add_prefix_space"] else "never")
+            return cutter(GPT2 if said.get("use_regex", True) else WHOLE, " " * said["add_prefix_space"])
         case {"type": "Digits", "individual_digits": bool(each)}:
             return cutter(r"\p{N}" if each else r"\p{N}+")
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
@@ -467,12 +479,13 @@ def step_of(said: dict) -> Callable[[str, bool], list[str]]:
     raise unknown(said)
 
 
-def cutter(pattern: str, front: str = "", when: str = "never") -> Callable[[str, bool], list[str]]:
-    """Cuts a text into what the pattern matches and what lies between. `front` is put before it, if it is not there."""
+def cutter(pattern: str, front: str = "", everywhere: bool = True) -> Callable[[str, bool], list[str]]:
+    """Cuts a text into what the pattern matches and what lies between. `front` is put before it, if it is not there:
+    before every text, or only where all text begins."""
     words = regular(f"({pattern})")
 
     def cut(text: str, first: bool) -> list[str]:
-        if when == "always" or when == "first" and first:
+        if first or everywhere:
             text = front + text.removeprefix(front)
         return [word for word in words.split(text) if word]
 
@@ -504,14 +517,18 @@ def one_of(contents: Iterable[str]) -> re.Pattern:
     return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
-def put_before(processor: dict) -> list[str]:
-    """The token that a step of the post-processor puts before a text."""
-    match processor:
-        case {"type": "ByteLevel"} | {"type": "TemplateProcessing", "single": [{"Sequence": _}, *_]}:
-            return []
-        case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(token)}}, {"Sequence": _}, *_]}:
-            return [token]
-    raise unknown(processor)
+def put_before(processors: list[dict]) -> str | None:
+    """The token that the steps of a post-processor put before a text."""
+    found = None
+    for step in processors:
+        match step:
+            case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(token)}}, {"Sequence": _}, *_]}:
+                found = token
+            case {"type": "ByteLevel"} | {"type": "TemplateProcessing", "single": [{"Sequence": _}, *_]}:
+                continue
+            case _:
+                raise unknown(step)
+    return found
 
 
 # ---- what becomes a tokenizer.json ----------------------------------------------------------------------------------
@@ -525,12 +542,10 @@ def from_llama3(lines: bytes) -> dict:
     """Llama 3's tokenizer.model, lines of a piece in base64 and its id, as the content of a tokenizer.json.
 
     The id is the rank too. There are no merges: any two pieces that make up a third may merge to it, at its rank."""
-    vocabulary = {}
-    for line in lines.splitlines():
-        piece, i = line.split()
-        vocabulary["".join(ALPHABET[byte] for byte in base64.b64decode(piece))] = int(i)
+    coded = [line.split() for line in lines.splitlines()]
+    vocabulary = {spell(base64.b64decode(piece)): int(i) for piece, i in coded}
     merges = [(piece[:cut], piece[cut:]) for piece in vocabulary for cut in range(1, len(piece))]
-    merges = [(left, right) for left, right in merges if left in vocabulary and right in vocabulary]
+    merges = [pair for pair in merges if vocabulary.keys() >= set(pair)]
     merges.sort(key=lambda pair: [vocabulary[piece] for piece in ("".join(pair), *pair)])
     reserved = itertools.count()
     names = [LLAMA3_SPECIAL.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256)]
@@ -540,22 +555,21 @@ def from_llama3(lines: bytes) -> dict:
 def byte_level_json(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: Sequence[str]) -> dict:
     """The content of a tokenizer.json like Llama 3's: its pattern, special tokens behind the vocabulary, and the first
     of them, BOS, before every text."""
+    bos, bos_id = special[0], len(vocabulary)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    tokens = [{"id": i, "content": content} | flags for i, content in enumerate(special, len(vocabulary))]
     split = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    bos = {"id": special[0], "ids": [len(vocabulary)], "tokens": [special[0]]}
-    front, *texts = [{kind: {"id": name, "type_id": 0}} for kind, name in (
-        ("SpecialToken", special[0]), ("Sequence", "A"), ("Sequence", "B"))]
+    front = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text, second = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
     return {
         "version": "1.0",
-        "added_tokens": tokens,
+        "added_tokens": [{"id": i, "content": name} | flags for i, name in enumerate(special, bos_id)],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [front, texts[0]],
-            "pair": [front, *texts],
-            "special_tokens": {special[0]: bos},
+            "single": [front, text],
+            "pair": [front, text, second],
+            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
         },
         "decoder": byte_level,
         "model": {"type": "BPE", "ignore_merges": True, "vocab": vocabulary, "merges": merges},
@@ -753,7 +767,8 @@ def encode_messages(messages: list[dict], tokenizer: Tokenizer, template: Templa
             # A reply that begins a line has no "▁" (Zephyr's): it is encoded after a line break, which is dropped.
             line_break = "\n" if is_target and tokenizer.space and before.endswith("\n") else ""
             dropped = len(tokenizer.encode(line_break, bos=False))
-            new = tokenizer.encode(line_break + text, bos=False, special=False)[dropped:]  # 1., 3.
+            first = is_target or not ids  # a reply is a text by itself
+            new = tokenizer.encode(line_break + text, bos=False, special=False, first=first)[dropped:]  # 1., 3.
         ids += new
         target += [is_target] * len(new)  # 2. replies alone, with their end
         before = text
@@ -921,8 +936,8 @@ def find_tokenizer(path: Path) -> Path:
                             "there")
 
 
-def open_kind(file: Path) -> tuple[SentencePiece | BytePairs, str, bytes]:
-    """What a tokenizer's file says, and the name and the bytes to save it under, so that transformers reads it."""
+def open_kind(file: Path) -> tuple[SentencePiece | BytePairs, bytes]:
+    """What a tokenizer's file says, and the bytes to save it as, so that transformers reads it."""
     content = file.read_bytes()
     if file.suffix == ".json":
         said = weights.read_json(file)
@@ -930,13 +945,17 @@ def open_kind(file: Path) -> tuple[SentencePiece | BytePairs, str, bytes]:
         said = from_llama3(content)
         content = json.dumps(said).encode()
     else:
-        return SentencePiece(content, file), "tokenizer.model", content
-    config = file.with_name("tokenizer_config.json")
+        return SentencePiece(content, file), content
     try:
-        kind = BytePairs(said, weights.read_json(config) if config.exists() else {})
+        return BytePairs(said, read_config(file.parent)), content
     except (LookupError, TypeError, AttributeError, re.error) as error:
         raise ValueError(f"{file} is not what a tokenizer's file should be: copy it again ({error!r})") from None
-    return kind, "tokenizer.json", content
+
+
+def read_config(directory: Path) -> dict:
+    """What a directory's tokenizer_config.json says: nothing, if there is none."""
+    file = directory / CONFIG_FILE
+    return weights.read_json(file) if file.exists() else {}
 
 
 # What a Jinja text has if it says what a template of ours says, and what it then has not. Any other text is unknown. To
@@ -953,46 +972,46 @@ KNOWN_BY = {
 }
 
 
-def find_template(directory: Path) -> tuple[str | None, Path | None]:
-    """The name of a directory's prompt template, and the file that says it. The name is None where the file's Jinja
-    text is unknown, and the file too where there is none."""
-    file = directory / "tokenizer_config.json"
-    config = weights.read_json(file) if file.exists() else {}
-    if config.get("template") in TEMPLATES:
-        return config["template"], file
-    text = config.get("chat_template") or ""
+def read_jinja(directory: Path) -> tuple[str, Path]:
+    """A directory's chat_template, "" if it has none, and the file where it stands."""
+    file = directory / JINJA_FILE
+    if file.exists():
+        return file.read_text("utf-8"), file
+    text = read_config(directory).get("chat_template") or ""
     if isinstance(text, list):  # of named ones
         text = {one["name"]: one["template"] for one in text}.get("default", "")
-    if (directory / "chat_template.jinja").exists():
-        file = directory / "chat_template.jinja"
-        text = file.read_text("utf-8")
-    said = text.replace("\\n", "\n")
-    for name, (has, has_not) in KNOWN_BY.items():
-        if all(words in said for words in has) and not any(words in said for words in has_not):
-            return name, file
-    return None, file if text else None
+    return text, directory / CONFIG_FILE
 
 
 def read_template(directory: str | Path) -> str | None:
     """The name of a directory's prompt template: as tokenizer_config.json says, or else as the Jinja text shows."""
-    name, _ = find_template(Path(directory))
-    return name
+    named = read_config(Path(directory)).get("template")
+    if named in TEMPLATES:
+        return named
+    text, _ = read_jinja(Path(directory))
+    said = text.replace("\\n", "\n")
+    for name, (has, has_not) in KNOWN_BY.items():
+        if all(words in said for words in has) and not any(words in said for words in has_not):
+            return name
+    return None
 
 
 def choose_template(directory: str | Path, asked: str | None, usual: str, say: Callable[[str], object]) -> str:
     """The name of the template to use with a directory: the one asked for, else the directory's own, else the usual.
     say takes a note where a template is replaced or the usual one is taken."""
-    own, file = find_template(Path(directory))
+    own = read_template(directory)
     if asked is not None:
         if own not in (None, asked):
             say(f"note: {directory} was trained with the template {own}, --template {asked} replaces it")
         return asked
-    if own is None and file is not None:
+    if own is not None:
+        return own
+    text, file = read_jinja(Path(directory))
+    if text:
         raise ValueError(f"{file} has a chat_template that is none of ours: choose the one nearest to it by --template "
                          + "|".join(TEMPLATES))
-    if own is None:
-        say(f"note: {directory} names no known prompt template, the {usual} one is used; --template chooses another")
-    return own or usual
+    say(f"note: {directory} names no known prompt template, the {usual} one is used; --template chooses another")
+    return usual
 
 
 # ---- python -m data.text train --------------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ def test_padding_is_an_id_that_no_text_produces(base, tmp_path, own_tokenizer, r
     """transformers scores a row at the last id that differs from pad_token_id: were it EOS, one token too early."""
     tokenizer = Tokenizer(own_tokenizer)
     Llama(LlamaConfig(**SIZES | {"vocab_size": 400, "eos_id": tokenizer.eos_id})).save_pretrained(tmp_path / "model")
-    tokenizer.save(tmp_path / "model", "chatml")
+    tokenizer.save(tmp_path / "model", "chatml", tokenizer.eos_id)  # as SmolLM2's: its pad_token is its EOS
     out = tmp_path / "out"
     run(base, out, "--pretrain", tmp_path / "model", "--max_steps", 1, "--max_len", 160, "--lora_rank", rank)
     if rank:
@@ -249,6 +249,7 @@ def test_padding_is_an_id_that_no_text_produces(base, tmp_path, own_tokenizer, r
         out = tmp_path / "merged"
     config = json.loads((out / "config.json").read_text())
     assert config["pad_token_id"] == tokenizer.pad_id == tokenizer.special("<|pad|>") != 0
+    assert json.loads((out / "tokenizer_config.json").read_text())["pad_token"] == "<|pad|>"  # other programs pad with it
     ends = [tokenizer.eos_id, tokenizer.special("<|im_end|>")]
     assert rank or config["eos_token_id"] == ends
 

@@ -40,7 +40,7 @@ class Bytes:
 
     bos_id, eos_id, space = 1, 2, b""
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = True) -> list[int]:
+    def encode(self, text: str, bos: bool = True, eos: bool = False, **more: bool) -> list[int]:
         return [1] * bos + [10 + byte for byte in text.encode()] + [2] * eos
 
     def special(self, marker: str) -> int | None:
@@ -772,7 +772,7 @@ def test_a_tokenizer_that_opens_texts_with_nothing():
     no target, be it BOS or not."""
     tokenizer = Bytes()
     tokenizer.bos_id = None
-    tokenizer.encode = lambda text, bos=True, eos=False, special=True: Bytes().encode(text, False, eos)
+    tokenizer.encode = lambda text, bos=True, eos=False, **more: Bytes().encode(text, False, eos)
     tokenizer.special = lambda marker: None if marker == "<s>" else Bytes().special(marker)
     for name in ("alpaca", "llama2", "llama3"):
         ids, target = encode_example(chat("a", "b"), Bytes(), TEMPLATES[name], 999)
@@ -808,6 +808,22 @@ def test_a_prompt_has_the_ids_of_its_whole_text(byte_level, said):
     for prompt in (messages, messages[:2], messages[1:2]):
         assert encode_prompt(prompt, tokenizer, template) == tokenizer.encode(
             wording(prompt, tokenizer, template), bos=False)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_text_behind_a_marker_begins_as_in_the_whole_text(scheme, tmp_path):
+    """prepend_scheme "first" puts "▁" before the first text of a prompt, and before none that follows a marker."""
+    tokenizer = sentencepiece_like(tmp_path, pre_tokenizer=METASPACE | {"prepend_scheme": scheme})
+    talk = chat("ab", "ab", " ab", "a")["messages"]
+    for name in ("zephyr", "plain"):
+        whole = wording(talk[:1], tokenizer, TEMPLATES[name])
+        assert encode_prompt(talk[:1], tokenizer, TEMPLATES[name]) == tokenizer.encode(whole)
+    ids, _ = encode_example({"messages": talk}, tokenizer, TEMPLATES["zephyr"], 999)
+    assert ids == tokenizer.encode(wording(talk, tokenizer, TEMPLATES["zephyr"]))
+    ids, _ = encode_example({"messages": talk}, tokenizer, TEMPLATES["plain"], 999)
+    front = "" if scheme == "never" else " "  # a reply is a text by itself
+    said = f"Human: ab\n\nAssistant:{front}ab</s>\n\nHuman:  ab\n\nAssistant:{front}a</s>"
+    assert ids == tokenizer.encode(said)
 
 
 @pytest.mark.lesson
