@@ -256,7 +256,6 @@ class QuantizedLinear(nn.Module):
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer)
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         return QuantizedProduct.apply(x, self)
 

@@ -341,6 +341,9 @@ def set_up(model: nn.Module, args: Namespace) -> None:
     if args.compile:
         for layer in trunk.layers:
             layer.compile()     # from the second batch length on, with dynamic shapes
+        for layer in trunk.modules():
+            if isinstance(layer, quantize.QuantizedLinear):     # compiled, it would keep what it dequantizes
+                layer.forward = torch.compiler.disable(layer.forward)
 
 
 def make_optimizer(model: nn.Module, stage: Stage) -> zero.ZeRO2:
