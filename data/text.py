@@ -71,6 +71,141 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import weights
 
+# ---- byte pair encoding ---------------------------------------------------------------------------------------------
+
+
+def learn(texts: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Learns byte pair encoding from texts: the pieces with their ids, and the merges, first to last.
+
+        words of the text            pairs                        merge
+        l o w ×5   w i d e s t ×3    (l, o) 5, (s, t) 3, ...      (l, o): "lo" becomes a piece
+        lo w ×5    w i d e s t ×3    (lo, w) 5, (s, t) 3, ...     (lo, w): "low" becomes a piece
+
+    Of equally frequent pairs, the one whose left piece has the lower id comes first, then the right one's id decides.
+    A pair that stands only once is not merged: learning ends there, even if there are fewer pieces than `size`.
+
+    Every merge looks through all pairs. To 2,000 pieces, the demo's 1.6 MB take 7 seconds on a core of an AMD EPYC. The
+    time grows with the number of merges times that of pairs: a vocabulary of 100,000 pieces would need a heap.
+    """
+    # 1. Equal words are merged alike, so each is kept once, with its count. It begins as single bytes.
+    cut = regular(LLAMA3)
+    counts = Counter(word for text in texts for word in cut.findall(text))
+    pieces = {word: list(spell(word.encode())) for word in counts}
+    vocabulary = {byte: i for i, byte in enumerate(sorted(ALPHABET))}
+    # 2. How often does each pair of neighbours stand in the text, and in which words?
+    pairs, where = Counter(), defaultdict(set)
+
+    def count(word: str, sign: int) -> None:
+        for pair in pairwise(pieces[word]):
+            pairs[pair] += sign * counts[word]
+            where[pair].add(word)
+
+    for word in counts:
+        count(word, 1)
+    merges = []
+    while len(vocabulary) < size:
+        # 3. The most frequent pair becomes a piece.
+        most = max(pairs.values(), default=0)
+        if most < 2:
+            break
+        equals = [pair for pair, found in pairs.items() if found == most]
+        best = min(equals, key=lambda pair: [vocabulary[side] for side in pair])
+        merges.append(best)
+        vocabulary.setdefault("".join(best), len(vocabulary))
+        # 4. It is merged. Counts change only in the words where it stands.
+        for word in where.pop(best):
+            count(word, -1)
+            pieces[word] = merge(pieces[word], {best: 0})
+            count(word, 1)
+    return vocabulary, merges
+
+
+def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Merges neighbours into pieces: always the pair of the lowest rank, and of equal pairs the leftmost.
+
+        s y s t e m s       ranks: (s, t) 0, (e, m) 1, (s, y) 2, (st, em) 3
+        s y st e m s        rank 0, although (s, y) stands before it: it was learnt first
+        s y st em s         rank 1
+        sy st em s          rank 2
+        sy stem s           rank 3, whose two pieces ranks 0 and 1 made
+
+    A search through all pairs for every merge would take n² steps for n symbols. So the pairs wait in a heap, lowest
+    rank first, and each piece knows its neighbours, so that none has to move.
+    """
+    end = len(symbols)
+    pieces = [*symbols, ""]  # the empty piece closes a ring, and has a rank with nobody
+    after = [*range(1, end + 1), 0]
+    before = [end, *range(end)]
+    heap = []
+
+    def offer(left: int) -> None:
+        rank = ranks.get((pieces[left], pieces[after[left]]))
+        if rank is not None:
+            heappush(heap, (rank, left))
+
+    for left in range(end):
+        offer(left)
+    while heap:
+        # 1. The lowest rank comes out. If an earlier merge has taken one of its two pieces, it is thrown away.
+        rank, left = heappop(heap)
+        right = after[left]
+        if ranks.get((pieces[left], pieces[right])) == rank:
+            # 2. The left piece takes the right one in.
+            pieces[left] += pieces[right]
+            pieces[right] = ""
+            after[left] = after[right]
+            before[after[right]] = left
+            # 3. It makes two new pairs with its neighbours.
+            offer(before[left])
+            offer(left)
+    return [piece for piece in pieces if piece]
+
+
+def byte_alphabet() -> str:
+    """GPT-2's printable character for each byte: its own in Latin-1 where that is printable, else one from U+0100 on.
+    A space is "Ġ", a line break "Ċ", byte 255 "ÿ"."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+ALPHABET = byte_alphabet()
+
+
+def spell(content: bytes) -> str:
+    """Bytes as printable characters."""
+    return "".join(ALPHABET[byte] for byte in content)
+
+
+# ---- words: no piece reaches over their ends ------------------------------------------------------------------------
+
+# How words are cut: GPT-2's pattern, and Llama 3's, in which a word may begin with any one sign, and a number has at
+# most three digits. In both, a space belongs to the word behind it.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Python's \s has \x1c-\x1f too
+
+
+@cache
+def regular(pattern: str) -> re.Pattern:
+    r"""A pattern of tokenizer.json for Python's re, which has no \p{..}, and another \s."""
+    if re.search(r"\\(?!p\{[LMNPSZC]\}|[sSrnt])", pattern):
+        raise unknown({"Regex": pattern})
+    pattern = pattern.replace(r"\S", r"[^\s]")
+    pattern = re.sub(r"(\\p\{.\}|\\s)(?![^\[]*\])", r"[\1]", pattern)  # a class outside of [...] needs its own
+    pattern = pattern.replace(r"\s", WHITE_SPACE)
+    return re.compile(re.sub(r"\\p\{(.)\}", lambda found: category(found[1]), pattern))
+
+
+@cache
+def category(name: str) -> str:
+    r"""The characters of a category of Unicode, such as L (letters) or N (numbers), for the inside of [...]."""
+    of_all = "".join(unicodedata.category(chr(code))[0] for code in range(sys.maxunicode + 1))
+    runs = [(run.start(), run.end() - 1) for run in re.finditer(f"{name}+", of_all)]
+    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in runs)
+
+
 # ---- the tokenizer: text <-> ids ------------------------------------------------------------------------------------
 
 CONFIG_FILE, JINJA_FILE = "tokenizer_config.json", "chat_template.jinja"
@@ -80,7 +215,12 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", CONFIG_FILE, "special_to
 
 
 class Tokenizer:
-    """One face for both kinds of files. BOS and EOS are added as ids, never as text."""
+    """One face for both kinds of files. BOS and EOS are added as ids, never as text.
+
+    The kind, a SentencePiece or a BytePairs, knows what a file says: the pieces by their ids; which of them it added
+    to those that were learnt; which are special, so that they have no text; whether their letters stand for bytes; and
+    `config`, a tokenizer_config.json for where none came.
+    """
 
     def __init__(self, path: str | Path):
         """path: a directory with a tokenizer, or its file: tokenizer.model (sentencepiece, or Llama 3's list of pieces)
@@ -90,8 +230,8 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(self.content).hexdigest()  # equal fingerprints mean equal ids
         self.vocab_size = max(self.kind.pieces) + 1
         self.bos_id, self.eos_id, self.pad_id = self.kind.bos_id, self.kind.eos_id, self.kind.pad_id
-        first = self.piece(self.encode("a", bos=False)[0])
-        self.space = b" " if first.startswith("▁") else b""  # encoding puts it before every text, decoding drops it
+        opening = self.piece(self.encode("a", bos=False)[0])
+        self.space = b" " if opening.startswith("▁") else b""  # encoding puts it before a text, decoding drops it
 
     def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = True,
                first: bool = True) -> list[int]:
@@ -124,8 +264,7 @@ class Tokenizer:
             return b""
         if self.kind.byte_level:
             return piece.encode() if piece in self.kind.added else bytes(map(ALPHABET.index, piece))
-        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
-        return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+        return BYTE_PIECES.get(piece) or piece.replace("▁", " ").encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. A byte that is not part of a character becomes U+FFFD."""
@@ -204,6 +343,10 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
 # ---- sentencepiece --------------------------------------------------------------------------------------------------
 
 
+# The pieces of single bytes.
+BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+
+
 class SentencePiece:
     """A sentencepiece model, read by its library."""
 
@@ -232,124 +375,9 @@ class SentencePiece:
         return self.sp.encode(text)
 
 
-# ---- byte pair encoding ---------------------------------------------------------------------------------------------
-
-
-def learn(texts: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Learns byte pair encoding from texts: the pieces with their ids, and the merges, first to last.
-
-        words of the text            pairs                        merge
-        l o w ×5   w i d e s t ×3    (l, o) 5, (s, t) 3, ...      (l, o): "lo" becomes a piece
-        lo w ×5    w i d e s t ×3    (lo, w) 5, (s, t) 3, ...     (lo, w): "low" becomes a piece
-
-    Of equally frequent pairs, the one whose left piece has the lower id comes first, then the right one's id decides.
-    A pair that stands only once is not merged: learning ends there, even if there are fewer pieces than `size`.
-
-    Every merge looks through all pairs. The demo's 1.6 MB take 7 seconds to 2,000 pieces so (one core of 2.6 GHz). The
-    time grows with the number of merges times that of pairs, so a vocabulary of 100,000 would need a heap.
-    """
-    # 1. Equal words are merged alike, so each is kept once, with its count. It begins as single bytes.
-    cut = regular(LLAMA3)
-    counts = Counter(word for text in texts for word in cut.findall(text))
-    words = [list(spell(word.encode())) for word in counts]
-    times = list(counts.values())
-    vocabulary = {byte: i for i, byte in enumerate(sorted(ALPHABET))}
-    # 2. How often does each pair of neighbours stand in the text, and in which words?
-    pairs, where = Counter(), defaultdict(set)
-
-    def count(number: int, sign: int) -> None:
-        for pair in pairwise(words[number]):
-            pairs[pair] += sign * times[number]
-            where[pair].add(number)
-
-    for number in range(len(words)):
-        count(number, 1)
-    merges = []
-    while len(vocabulary) < size:
-        # 3. The most frequent pair becomes a piece.
-        most = max(pairs.values(), default=0)
-        if most < 2:
-            break
-        equals = [pair for pair, found in pairs.items() if found == most]
-        best = min(equals, key=lambda pair: [vocabulary[piece] for piece in pair])
-        merges.append(best)
-        vocabulary.setdefault("".join(best), len(vocabulary))
-        # 4. It is merged. Counts change only in the words where it stands.
-        for number in where.pop(best):
-            count(number, -1)
-            words[number] = merge(words[number], {best: 0})
-            count(number, 1)
-    return vocabulary, merges
-
-
-def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Merges neighbours into pieces: always the pair of the lowest rank, and of equal pairs the leftmost.
-
-        s y s t e m s       ranks: (s, t) 0, (e, m) 1, (s, y) 2, (st, em) 3
-        s y st e m s        rank 0, although (s, y) stands before it: it was learnt first
-        s y st em s         rank 1
-        sy st em s          rank 2
-        sy stem s           rank 3, whose two pieces ranks 0 and 1 made
-
-    A search through all pairs for every merge would take n² steps for n symbols. So the pairs wait in a heap, lowest
-    rank first, and each piece knows its neighbours, so that none has to move.
-    """
-    end = len(symbols)
-    pieces = [*symbols, ""]  # the empty piece closes a ring, and has a rank with nobody
-    after = [*range(1, end + 1), 0]
-    before = [end, *range(end)]
-    heap = []
-
-    def offer(left: int) -> None:
-        rank = ranks.get((pieces[left], pieces[after[left]]))
-        if rank is not None:
-            heappush(heap, (rank, left))
-
-    for left in range(end):
-        offer(left)
-    while heap:
-        # 1. The lowest rank comes out. If an earlier merge has taken one of its two pieces, it is thrown away.
-        rank, left = heappop(heap)
-        right = after[left]
-        if ranks.get((pieces[left], pieces[right])) == rank:
-            # 2. The left piece takes the right one in.
-            pieces[left] += pieces[right]
-            pieces[right] = ""
-            after[left] = after[right]
-            before[after[right]] = left
-            # 3. It makes two new pairs with its neighbours.
-            offer(before[left])
-            offer(left)
-    return [piece for piece in pieces if piece]
-
-
-def byte_alphabet() -> str:
-    """GPT-2's printable character for each byte: its own in Latin-1 where that is printable, else one from U+0100 on.
-    A space is "Ġ", a line break "Ċ", byte 255 "ÿ"."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = itertools.count(0x100)
-    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
-
-
-ALPHABET = byte_alphabet()
-BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]  # sentencepiece's names of the same
-
-
-def spell(content: bytes) -> str:
-    """Bytes as printable characters."""
-    return "".join(ALPHABET[byte] for byte in content)
-
-
 # ---- tokenizer.json -------------------------------------------------------------------------------------------------
 
-# How words are cut: GPT-2's pattern, and Llama 3's, in which a word may begin with any one sign, and a number has at
-# most three digits. In both, a space belongs to the word behind it.
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-          r"|\s+(?!\S)|\s+")
 WHOLE = "(?s:.+)"  # all is one word
-WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Python's \s has \x1c-\x1f too
-
 
 class BytePairs:
     """What a tokenizer.json says. A text goes through five steps, and the file says what each of them does:
@@ -431,7 +459,7 @@ class BytePairs:
             return [self.vocabulary[word]]
         symbols = []
         for letter in word:
-            symbols += [letter] if letter in self.vocabulary else [BYTE_PIECES[byte] for byte in letter.encode()]
+            symbols += [letter] if letter in self.vocabulary else [f"<0x{byte:02X}>" for byte in letter.encode()]
         known = [symbol for symbol in symbols if symbol in self.vocabulary]
         return [self.vocabulary[piece] for piece in merge(known, self.ranks)]
 
@@ -490,25 +518,6 @@ def cutter(pattern: str, front: str = "", everywhere: bool = True) -> Callable[[
         return [word for word in words.split(text) if word]
 
     return cut
-
-
-@cache
-def regular(pattern: str) -> re.Pattern:
-    r"""A pattern of tokenizer.json for Python's re, which has no \p{..}, and another \s."""
-    if re.search(r"\\(?!p\{[LMNPSZC]\}|[sSrnt])", pattern):
-        raise unknown({"Regex": pattern})
-    pattern = pattern.replace(r"\S", r"[^\s]")
-    pattern = re.sub(r"(\\p\{.\}|\\s)(?![^\[]*\])", r"[\1]", pattern)  # a class outside of [...] needs its own
-    pattern = pattern.replace(r"\s", WHITE_SPACE)
-    return re.compile(re.sub(r"\\p\{(.)\}", lambda found: category(found[1]), pattern))
-
-
-@cache
-def category(name: str) -> str:
-    r"""The characters of a category of Unicode, such as L (letters) or N (numbers), for the inside of [...]."""
-    of_all = "".join(unicodedata.category(chr(code))[0] for code in range(sys.maxunicode + 1))
-    runs = [(run.start(), run.end() - 1) for run in re.finditer(f"{name}+", of_all)]
-    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in runs)
 
 
 def one_of(contents: Iterable[str]) -> re.Pattern:
@@ -728,9 +737,7 @@ TEMPLATES["llama3.1"] = TEMPLATES["llama3"]._replace(system=LLAMA31, opening=LLA
 def check_messages(messages: list[dict], last: str) -> list[dict]:
     """Returns messages if they are an optional system message, then user and assistant in turn up to the role `last`.
     ValueError with the reason otherwise, and for a blank user message. A blank reply is legal: it teaches EOS."""
-    turns = list(messages)
-    if turns and turns[0]["role"] == "system":
-        del turns[0]
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     for number, turn in enumerate(turns, 1):
         if turn["role"] != ("assistant", "user")[number % 2]:
             raise ValueError(f"turn {number} is the {turn['role']}'s, but user and assistant alternate, the user first")
