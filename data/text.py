@@ -208,10 +208,9 @@ def category(name: str) -> str:
 
 # ---- the tokenizer: text <-> ids ------------------------------------------------------------------------------------
 
-CONFIG_FILE, JINJA_FILE = "tokenizer_config.json", "chat_template.jinja"
+CONFIG_FILE, MAP_FILE, JINJA_FILE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 # What Hugging Face's directories say of a tokenizer. Of the first two, the first is read if both are there.
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", CONFIG_FILE, "special_tokens_map.json", "added_tokens.json",
-                   JINJA_FILE)
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", CONFIG_FILE, MAP_FILE, "added_tokens.json", JINJA_FILE)
 
 
 class Tokenizer:
@@ -281,26 +280,26 @@ class Tokenizer:
         """Writes the tokenizer's files as they came, so that transformers gives a text the same ids. The template is
         named in tokenizer_config.json. If another one came, its Jinja text is replaced.
 
-        pad_id: the id with which other programs must pad, if the model counts on it."""
-        directory = Path(directory)
-        files = {name: self.file.with_name(name) for name in TOKENIZER_FILES}
-        contents = {name: file.read_bytes() for name, file in files.items() if file.exists()}
+        pad_id: the id with which other programs must pad what this model reads."""
+        came, directory = self.file.parent, Path(directory)
+        contents = {name: (came / name).read_bytes() for name in TOKENIZER_FILES if (came / name).exists()}
         contents[self.kind.saved_as] = self.content
+        config = read_config(came) or dict(self.kind.config)
+        if template is not None:
+            config["template"] = template
+            if template != read_template(came):
+                config["chat_template"] = TEMPLATES[template].jinja(self)
+                if JINJA_FILE in contents:  # it counts more than the config's text
+                    contents[JINJA_FILE] = config["chat_template"].encode()
         for name in TOKENIZER_FILES:
             if name in contents:
                 weights.write_file(directory / name, contents[name])
             else:
                 (directory / name).unlink(missing_ok=True)  # another tokenizer's, from an earlier run
-        config = read_config(directory) or dict(self.kind.config)
-        if pad_id is not None:
-            config["pad_token"] = self.piece(pad_id)
-        if template is not None:
-            config["template"] = template
-            if template != read_template(directory):
-                config["chat_template"] = TEMPLATES[template].jinja(self)
-                if JINJA_FILE in contents:  # it counts more than the config's text
-                    weights.write_file(directory / JINJA_FILE, config["chat_template"].encode())
-        weights.write_json(directory / CONFIG_FILE, config)
+        padding = {"pad_token": self.piece(pad_id)} if pad_id is not None else {}
+        weights.write_json(directory / CONFIG_FILE, config | padding)
+        if padding and MAP_FILE in contents:  # it may count more than the config
+            weights.write_json(directory / MAP_FILE, weights.read_json(directory / MAP_FILE) | padding)
 
 
 class TextStream:
@@ -342,8 +341,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 # ---- sentencepiece --------------------------------------------------------------------------------------------------
 
-
-# The pieces of single bytes.
+# The pieces of single bytes, for characters that have none.
 BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
 
@@ -378,6 +376,7 @@ class SentencePiece:
 # ---- tokenizer.json -------------------------------------------------------------------------------------------------
 
 WHOLE = "(?s:.+)"  # all is one word
+
 
 class BytePairs:
     """What a tokenizer.json says. A text goes through five steps, and the file says what each of them does:
@@ -452,7 +451,7 @@ class BytePairs:
         return ids
 
     def word_ids(self, word: str) -> list[int]:
-        """The ids of a word. A byte without a symbol is dropped: SmolLM2 has none for some control characters."""
+        """The ids of a word. A symbol without a piece is dropped: SmolLM2 has none for some control characters."""
         if self.byte_level:
             word = spell(word.encode())
         if self.whole_words and word in self.vocabulary:
