@@ -189,7 +189,7 @@ WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 @cache
 def regular(pattern: str) -> re.Pattern:
-    r"""A pattern of tokenizer.json for Python's re, which has no \p{..}, and another \s."""
+    r"""A pattern of tokenizer.json for Python's re, which has no \p{..}, and another \s: \p{L}+ -> [A-Za-zªµº...]+"""
     if re.search(r"\\(?!p\{[LMNPSZC]\}|[sSrnt])", pattern):
         raise unknown({"Regex": pattern})
     pattern = pattern.replace(r"\S", r"[^\s]")
@@ -439,12 +439,12 @@ class BytePairs:
 
     def encode(self, text: str, special: bool, first: bool) -> list[int]:
         ids = []
-        for place, part in enumerate(self.searched[special].split(text)):  # a text, a token, a text, ..., a text
-            if place % 2 == 1:
+        for place, part in enumerate(self.searched[special].split(text)):
+            if place % 2 == 1:  # 1. a text, a token, a text, ..., a text
                 ids.append(self.added[part])
                 continue
             words = [part] if part else []
-            for step in self.steps:
+            for step in self.steps:  # 2., 3.
                 words = [new for i, word in enumerate(words) for new in step(word, first and place == i == 0)]
             for word in words:
                 ids += self.remembered(word) if len(word) < 256 else self.word_ids(word)
@@ -453,14 +453,14 @@ class BytePairs:
     def word_ids(self, word: str) -> list[int]:
         """The ids of a word. A symbol without a piece is dropped: SmolLM2 has none for some control characters."""
         if self.byte_level:
-            word = spell(word.encode())
+            word = spell(word.encode())  # 4.
         if self.whole_words and word in self.vocabulary:
             return [self.vocabulary[word]]
         symbols = []
         for letter in word:
             symbols += [letter] if letter in self.vocabulary else [f"<0x{byte:02X}>" for byte in letter.encode()]
         known = [symbol for symbol in symbols if symbol in self.vocabulary]
-        return [self.vocabulary[piece] for piece in merge(known, self.ranks)]
+        return [self.vocabulary[piece] for piece in merge(known, self.ranks)]  # 5.
 
 
 def steps(said: dict | None) -> list[dict]:
@@ -494,11 +494,13 @@ def step_of(said: dict) -> Callable[[str, bool], list[str]]:
         case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
             return lambda text, first: [text.replace(old, new)]
         case {"type": "Metaspace", "replacement": "▁"}:
-            where = said.get("prepend_scheme", "always")
-            cut = cutter("▁?[^▁]+|▁" if said.get("split", True) else WHOLE, "▁" * (where != "never"), where == "always")
+            pattern = "▁?[^▁]+|▁" if said.get("split", True) else WHOLE
+            scheme = said.get("prepend_scheme", "always")
+            cut = cutter(pattern, front="▁" if scheme != "never" else "", everywhere=scheme == "always")
             return lambda text, first: cut(text.replace(" ", "▁"), first)
         case {"type": "ByteLevel"}:
-            return cutter(GPT2 if said.get("use_regex", True) else WHOLE, " " * said["add_prefix_space"])
+            pattern = GPT2 if said.get("use_regex", True) else WHOLE
+            return cutter(pattern, front=" " if said["add_prefix_space"] else "")
         case {"type": "Digits", "individual_digits": bool(each)}:
             return cutter(r"\p{N}" if each else r"\p{N}+")
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
@@ -553,7 +555,7 @@ def from_llama3(lines: bytes) -> dict:
     coded = [line.split() for line in lines.splitlines()]
     vocabulary = {spell(base64.b64decode(piece)): int(i) for piece, i in coded}
     merges = [(piece[:cut], piece[cut:]) for piece in vocabulary for cut in range(1, len(piece))]
-    merges = [pair for pair in merges if vocabulary.keys() >= set(pair)]
+    merges = [(left, right) for left, right in merges if left in vocabulary and right in vocabulary]
     merges.sort(key=lambda pair: [vocabulary[piece] for piece in ("".join(pair), *pair)])
     reserved = itertools.count()
     names = [LLAMA3_SPECIAL.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256)]
