@@ -273,8 +273,10 @@ def test_a_trained_tokenizer(trained):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["nowhere.txt", "out", "--vocab_size", "300"], r"nowhere.txt cannot be read as text in UTF-8: name other files .*No such file"),
-    ([str(demo.FOLDER / "sft.jsonl.gz"), "out", "--vocab_size", "300"], r"sft.jsonl.gz cannot be read as text in UTF-8: name other files"),
+    (["nowhere.txt", "out", "--vocab_size", "300"],
+     r"nowhere.txt cannot be read as text in UTF-8: name other files .*No such file"),
+    ([str(demo.FOLDER / "sft.jsonl.gz"), "out", "--vocab_size", "300"],
+     r"sft.jsonl.gz cannot be read as text in UTF-8: name other files"),
     ([__file__, "out", "--vocab_size", "260"], r"--vocab_size 260 is less than 256 bytes and 5 special tokens"),
     ([__file__, "out"], r"the following arguments are required: --vocab_size"),
     ([__file__, "--vocab_size", "300"], r"the following arguments are required: out"),
