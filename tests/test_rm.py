@@ -249,7 +249,7 @@ def test_padding_is_an_id_that_no_text_produces(base, tmp_path, own_tokenizer, r
         out = tmp_path / "merged"
     config = json.loads((out / "config.json").read_text())
     assert config["pad_token_id"] == tokenizer.pad_id == tokenizer.special("<|pad|>") != 0
-    assert json.loads((out / "tokenizer_config.json").read_text())["pad_token"] == "<|pad|>"  # other programs pad with it
+    assert json.loads((out / "tokenizer_config.json").read_text())["pad_token"] == "<|pad|>"  # for other programs
     ends = [tokenizer.eos_id, tokenizer.special("<|im_end|>")]
     assert rank or config["eos_token_id"] == ends
 
