@@ -1,7 +1,7 @@
 """zero.py against torch's own AdamW and plain autograd, on one process and on two and four real ones (gloo).
 
-What several processes do is in the functions named `check_...`: the processes run them all in turn, and each is reported
-by a test of its own.
+What several processes do is in the functions named `check_...`: the processes run them all in turn, and each is
+reported by a test of its own.
 """
 
 import contextlib
