@@ -968,7 +968,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def service_actions(self) -> None:
         """Shuts the reading half of connections whose request takes too long, however steadily bytes arrive."""
-        for connection, end in list(self.reading.items()):
+        for connection, end in self.reading.copy().items():     # a copy in one step: other threads change the dict
             if time.monotonic() > end:
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RD)
