@@ -1,8 +1,10 @@
 """Stage 3, PPO and PPO-ptx: sample answers, score them with the reward model, and make the better ones likelier.
+At the end (6), what RLOO, GRPO, GSPO and CISPO change.
 
     python ppo.py                                       the demo: reads out/sft and out/rm, writes out/ppo
     torchrun --standalone --nproc_per_node=2 ppo.py
     python ppo.py --pretrain SFT_DIR --rm_path RM_DIR --prompt_dataset prompts.jsonl --pretrain_dataset alpaca.json
+    python ppo.py --algorithm grpo                      without a critic: writes out/grpo
     python ppo.py --max_steps 1 --show_tokens           an answer token by token: log-probabilities, KL, values, rewards
 
 Schulman et al. 2017, "PPO" (arXiv 1707.06347); Schulman et al. 2016, "GAE" (1506.02438); Ziegler et al. 2019
@@ -29,6 +31,18 @@ One update, with the papers' letters (x prompt, y response, beta = --kl_coef):
     5. for --max_epochs, in minibatches, with rho = pi / pi_old: maximise min(rho adv, clip(rho, 1 - eps, 1 + eps) adv);
        fit V to ret;  ptx: the SFT loss on a batch of --pretrain_dataset is mixed in
 
+The other algorithms draw --group_size answers to a prompt and need no critic:
+
+    --algorithm   advantage of an answer's tokens     loss, with eps = --clip         KL to ref   mean over
+    ppo           GAE, whitened                       a token's ratio, clipped        reward      tokens
+    rloo          reward - mean of the K - 1 others   the same                        reward      tokens
+    grpo          (reward - mean of K) / deviation    the same                        loss        an answer, answers
+    gspo          as grpo                             the answer's ratio, clipped     loss        answers
+    cispo         as grpo                             log pi, weight clipped          loss        tokens
+
+The two places of the KL have two gradients. With k1 in the reward it is that of KL(pi, ref). k3 in the loss is
+differentiated as it stands, as GRPO's paper does: its expectation is the gradient of KL(ref, pi).
+
 Departures and choices:
  a. `ptx_coef * ptx + (1 - ptx_coef) * policy` as Coati has it; InstructGPT: policy + gamma * ptx, so
     ptx_coef = gamma / (1 + gamma).
@@ -41,6 +55,8 @@ Departures and choices:
     processes.
  f. A response that reached the limit keeps its tokens; no EOS is invented. Its score is read where it stopped, less the
     penalty.
+ g. RLOO's paper takes one step a batch and sums over an answer's tokens. Here the sum is divided by the tokens of the
+    minibatch, and later steps are clipped as PPO's. The papers of GSPO and CISPO leave the KL out: --kl_coef 0.
 
 Letters: B rows, b rows of a micro-batch, T columns, R longest response, N response tokens of a batch, C channels,
 V vocabulary (in the steps above, V is the value).
@@ -52,7 +68,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain, count, islice
 from pathlib import Path
 from statistics import fmean
@@ -74,28 +90,38 @@ from sft import Stage
 
 class Models(NamedTuple):
     actor: Llama
-    critic: RewardModel
-    ref: Llama              # with LoRA the same object as actor
-    reward: RewardModel     # with LoRA the critic's trunk under a head of its own
+    critic: RewardModel | None      # None where the baseline is the mean of a group
+    ref: Llama                      # with LoRA the same object as actor
+    reward: RewardModel             # with LoRA the critic's trunk under a head of its own
+
+
+class Optimizers(NamedTuple):
+    actor: zero.ZeRO2
+    critic: zero.ZeRO2 | None
+
+
+def present(named: Models | Optimizers) -> dict:
+    """Returns the entries that there are, by name."""
+    return {name: entry for name, entry in named._asdict().items() if entry is not None}
+
+
+def trained(models: Models) -> list[nn.Module]:
+    return [model for model in models[:2] if model is not None]
 
 
 @contextmanager
 def frozen(models: Models) -> Iterator[None]:
     """Inside, ref and reward are what they were at the start: with LoRA, the adapters are off."""
-    if models.ref is not models.actor:
+    with ExitStack() as stack:
+        for model in trained(models) if models.ref is models.actor else []:
+            stack.enter_context(lora.disabled(model))
         yield
-    else:
-        with lora.disabled(models.actor), lora.disabled(models.critic):
-            yield
-
-
-class Optimizers(NamedTuple):
-    actor: zero.ZeRO2
-    critic: zero.ZeRO2
 
 
 class Experience(NamedTuple):
-    """Answers, and what is known of them. Step 1 fills the first four fields, steps 2 to 4 fill the others."""
+    """Answers, and what is known of them. Step 1 fills the first four fields, steps 2 to 4 fill the others.
+
+    Without a critic, value and ret stay None. The answers to one prompt are rows that follow one another."""
     tokens: Tensor                      # (B, T) prompt | response | padding
     prompt_len: Tensor                  # (B,)
     mask: Tensor                        # (B, R) True at response tokens
@@ -107,11 +133,12 @@ class Experience(NamedTuple):
     reward: Tensor | None = None        # (B, R)
     adv: Tensor | None = None           # (B, R)
     ret: Tensor | None = None           # (B, R)
+    alike: Tensor | None = None         # (B,) True where all answers to the prompt have the same reward
 
 
 def select(e: Experience, rows: Tensor) -> Experience:
     """Returns these rows (b,), without the columns of tokens that are padding in all of them."""
-    e = Experience(*(x[rows] for x in e if x is not None))      # fields are filled in order, so the None are the last
+    e = Experience(*(x if x is None else x[rows] for x in e))
     longest = (e.prompt_len + e.mask.sum(1)).max()
     return e._replace(tokens=e.tokens[:, :longest])             # (b, T)
 
@@ -123,11 +150,15 @@ def seeded(*purpose: object, device: torch.device | str = "cpu") -> torch.Genera
     return torch.Generator(device).manual_seed(random.Random(repr(purpose)).getrandbits(60))
 
 
-def rollout(actor: Llama, prompts: list[list[int]], purpose: tuple, stage: Stage, announce: bool = False) -> Experience:
-    """Step 1: answers this process's share of the prompts, --experience_batch_size at a time. purpose: see seeded."""
+def rollout(actor: Llama, prompts: list[list[int]], purpose: tuple, stage: Stage, group_size: int = 1,
+            announce: bool = False) -> Experience:
+    """Step 1: answers this process's share of the prompts, each group_size times. purpose: see seeded.
+
+    --experience_batch_size answers are drawn at a time."""
     args, stops = stage.args, actor.stops()
     rank, world, device, _ = stage.world
     prompts = prompts[rank::world] or prompts[:1]       # fewer prompts than processes: the first is answered again
+    prompts = [prompt for prompt in prompts for _ in range(group_size)]
     generator = seeded(*purpose, rank, device=device)   # no two rollouts and no two processes sample alike
     answers = []
     with quantize.packed(actor):
@@ -198,6 +229,24 @@ def token_rewards(kl: Tensor, score: Tensor, mask: Tensor, kl_coef: float) -> Te
     return torch.where(mask, -kl_coef * kl, 0.0) + is_last * score[:, None]
 
 
+@torch.no_grad()
+def scoring(models: Models, answers: Experience, args: argparse.Namespace) -> Experience:
+    """Steps 2 and 3, all by the training forward and nothing from the cache."""
+    parts = []
+    for rows in torch.arange(len(answers.tokens)).split(args.train_batch_size):                 # 2. scoring
+        e = select(answers, rows)
+        found = {"logp": logprobs(models.actor, e, args.temperature)}                           # (b, R)
+        if models.critic is not None:
+            found["value"] = critic_values(models.critic, e)                                    # (b, R)
+        with frozen(models):
+            found["ref_logp"] = logprobs(models.ref, e, args.temperature)                       # (b, R)
+            found["score"] = reward_scores(models.reward, e) - args.eos_penalty * ~e.ended      # (b,)
+        parts.append(found)
+    e = answers._replace(**{name: torch.cat([part[name] for part in parts]) for name in found})     # the same with B
+    kl_coef = 0.0 if ALGORITHMS[args.algorithm].kl_in_loss else args.kl_coef
+    return e._replace(reward=token_rewards(kl_k1(e.logp, e.ref_logp), e.score, e.mask, kl_coef))    # 3. rewards (B, R)
+
+
 # ---- 4. advantages --------------------------------------------------------------------------------------------------
 
 def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -228,29 +277,12 @@ def whiten(x: Tensor, mask: Tensor, all_reduce: Callable[[Tensor], Tensor] = lam
     return centred / (variance.sqrt() + 1e-8)
 
 
-@torch.no_grad()
-def scoring(models: Models, answers: Experience, args: argparse.Namespace) -> Experience:
-    """Steps 2 to 4, all by the training forward and nothing from the cache."""
-    parts = []
-    for rows in torch.arange(len(answers.tokens)).split(args.train_batch_size):                 # 2. scoring
-        e = select(answers, rows)
-        logp = logprobs(models.actor, e, args.temperature)                                      # (b, R)
-        value = critic_values(models.critic, e)                                                 # (b, R)
-        with frozen(models):
-            ref_logp = logprobs(models.ref, e, args.temperature)                                # (b, R)
-            score = reward_scores(models.reward, e) - args.eos_penalty * ~e.ended               # (b,)
-        parts.append((logp, ref_logp, value, score))
-    logp, ref_logp, value, score = map(torch.cat, zip(*parts))                                  # the same with B
-    reward = token_rewards(kl_k1(logp, ref_logp), score, answers.mask, args.kl_coef)            # 3. rewards (B, R)
-    adv, ret = gae(reward, value, answers.mask, args.gamma, args.lam)                           # 4. advantages (B, R)
-    return answers._replace(
-        logp=logp,
-        ref_logp=ref_logp,
-        value=value,
-        score=score,
-        reward=reward,
-        adv=adv,
-        ret=ret)
+def advantages(e: Experience, args: argparse.Namespace) -> Experience:
+    """Step 4. Without a critic the baseline comes from the group, see 6."""
+    if e.value is None:
+        return group_advantages(e, args)
+    adv, ret = gae(e.reward, e.value, e.mask, args.gamma, args.lam)             # (B, R), (B, R)
+    return e._replace(adv=adv, ret=ret)
 
 
 # ---- 5. update ------------------------------------------------------------------------------------------------------
@@ -260,19 +292,25 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def policy_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, clip: float, clip_high: float | None = None,
+                mean: Callable[[Tensor, Tensor], Tensor] = masked_mean) -> tuple[Tensor, Tensor]:
     """Clipped surrogate, to be minimised: mean over response tokens of max(-rho adv, -clip(rho) adv).
 
     rho = pi / pi_old, all (B, R). Returns the loss and clipfrac, the share of tokens where the clipped term is larger.
+    clip_high, where it is given, is the upper bound's own eps ("clip-higher" of DAPO, Yu et al. 2025, 2503.14476).
     Clipped and masked tokens have gradient 0. They leave the graph before the exponential: if it overflowed, backward
     would compute 0 * infinity, which is NaN."""
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     ratio = log_ratio.detach().exp()
-    clipped = -adv * ratio.clamp(1 - clip, 1 + clip)
+    clipped = -adv * clipped_ratio(ratio, clip, clip_high)
     is_clipped = clipped > -adv * ratio
     unclipped = -adv * log_ratio.masked_fill(is_clipped, 0.0).exp()
     worse = torch.where(is_clipped, clipped, unclipped)         # max(-rho adv, -clip(rho) adv)
-    return masked_mean(worse, mask), masked_mean(is_clipped.float(), mask)
+    return mean(worse, mask), mean(is_clipped.float(), mask)
+
+
+def clipped_ratio(ratio: Tensor, clip: float, clip_high: float | None) -> Tensor:
+    return ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
 
 
 def value_loss(value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, clip: float) -> Tensor:
@@ -285,16 +323,22 @@ def value_loss(value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, clip
     return 0.5 * masked_mean(worse, mask)
 
 
-def micro_batches(e: Experience, minibatch: Tensor, size: int) -> Iterator[tuple[Experience, float, bool]]:
-    """Cuts a minibatch into parts of `size` rows. Yields the part, its share of the tokens, and whether it is the last.
+def counts(mask: Tensor) -> Tensor:
+    """The numbers of tokens and of answers in mask (B, R), (2,): every answer has a first token."""
+    return torch.stack((mask.sum(), mask[:, 0].sum()))
 
-    A loss is a mean over the tokens of a part. Times the share, and summed over parts and processes, it is the mean
-    over the tokens of all processes. Every process has equally many rows, so equally many parts."""
-    tokens = run.all_reduce(e.mask[minibatch].sum())            # of all processes
+
+def micro_batches(e: Experience, minibatch: Tensor, size: int) -> Iterator[tuple[Experience, dict[str, float], bool]]:
+    """Cuts a minibatch into parts of `size` rows. Yields the part, its shares, and whether it is the last.
+
+    A loss is a mean over the tokens of a part, or over its answers. Times the part's share of these, and summed over
+    parts and processes, it is the mean over those of all processes. Every process has equally many rows, so equally
+    many parts."""
+    total = run.all_reduce(counts(e.mask[minibatch]))           # of all processes
     parts = minibatch.split(size)
     for rows in parts:
-        share = e.mask[rows].sum() / tokens
-        yield select(e, rows), share.item(), rows is parts[-1]
+        share = counts(e.mask[rows]) / total
+        yield select(e, rows), dict(zip(("tokens", "answers"), share.tolist())), rows is parts[-1]
 
 
 def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[list], schedule: float, step: int,
@@ -304,40 +348,49 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
     ptx: a stream of batches of examples. schedule: the share of each peak learning rate. Returns means over the
     minibatches, by their names in metrics.jsonl."""
     args, logged = stage.args, []
-    adv = whiten(e.adv, e.mask, run.all_reduce)                                     # 4. advantages
-    e = e._replace(adv=adv)
+    algorithm = ALGORITHMS[args.algorithm]
+    unit = "tokens" if args.no_length else algorithm.unit
+    if models.critic is not None and not args.no_whiten:
+        e = e._replace(adv=whiten(e.adv, e.mask, run.all_reduce))                   # 4. advantages
     for epoch in range(args.max_epochs):                                            # 5. update
         generator = seeded("minibatches", args.seed, step, epoch)
         order = torch.randperm(len(e.tokens), generator=generator)
         for minibatch in order.split(args.train_batch_size * args.accumulation_steps):
             sums = {"loss/ptx_avg": e.adv.new_zeros(())}
-            for old, share, last in micro_batches(e, minibatch, args.train_batch_size):
+            for old, shares, last in micro_batches(e, minibatch, args.train_batch_size):
+                tokens, share = shares["tokens"], shares[unit]
                 logp = logprobs(models.actor, old, args.temperature)                # (b, R)
-                pg_loss, clipfrac = policy_loss(logp, old.logp, old.adv, old.mask, args.clip)
+                pg_loss, clipfrac = algorithm.loss(logp, old.logp, old.adv, old.mask, args.clip, args.clip_high,
+                                                   MEANS[unit])
+                figures = {"loss/policy_avg": share * pg_loss.detach(), "policy/clipfrac_avg": share * clipfrac}
+                if algorithm.kl_in_loss:
+                    kl_loss = MEANS[unit](kl_k3(logp, old.ref_logp), old.mask)
+                    pg_loss = pg_loss + args.kl_coef * kl_loss
+                    figures["loss/kl_avg"] = share * kl_loss.detach()
                 optimizers.actor.backward((1 - args.ptx_coef) * share * pg_loss, last=last and not args.ptx_coef)
-                value = critic_values(models.critic, old)                           # (b, R)
-                vf_loss = value_loss(value, old.value, old.ret, old.mask, args.value_clip)
-                optimizers.critic.backward(args.vf_coef * share * vf_loss, last=last)
+                if models.critic is not None:
+                    value = critic_values(models.critic, old)                       # (b, R)
+                    vf_loss = value_loss(value, old.value, old.ret, old.mask, args.value_clip)
+                    optimizers.critic.backward(args.vf_coef * tokens * vf_loss, last=last)
+                    figures["loss/value_avg"] = tokens * vf_loss.detach()
                 logp = logp.detach()
                 if step == 1 and not logged:
                     check_ratio((logp - old.logp)[old.mask].abs(), stage)
-                figures = {
-                    "loss/policy_avg": pg_loss.detach(),
-                    "loss/value_avg": vf_loss.detach(),
-                    "policy/clipfrac_avg": clipfrac,
-                    "policy/approxkl_avg": masked_mean(kl_k3(old.logp, logp), old.mask),
-                    "val/ratio": masked_mean((logp - old.logp).exp(), old.mask),
-                    "policy/entropy_avg": masked_mean(-logp, old.mask),
+                figures |= {
+                    "policy/approxkl_avg": tokens * masked_mean(kl_k3(old.logp, logp), old.mask),
+                    "val/ratio": tokens * masked_mean((logp - old.logp).exp(), old.mask),
+                    "policy/entropy_avg": tokens * masked_mean(-logp, old.mask),
                 }
-                sums |= {name: sums.get(name, 0.0) + share * x for name, x in figures.items()}
+                sums |= {name: sums.get(name, 0.0) + x for name, x in figures.items()}
             if args.ptx_coef:
                 sums["loss/ptx_avg"] = ptx_backward(models.actor, optimizers.actor, next(ptx), stage)
             row = run.reduce_sums(sums)
             logged.append(row)
-            loss = row["loss/policy_avg"] + row["loss/value_avg"] + row["loss/ptx_avg"]
+            loss = sum(x for name, x in row.items() if name.startswith("loss/"))
             run.stop_if_broken(loss, step, schedule * args.lr, args)
             optimizers.actor.step(schedule * args.lr)
-            optimizers.critic.step(schedule * args.critic_lr)
+            if models.critic is not None:
+                optimizers.critic.step(schedule * args.critic_lr)
         means = {name: fmean(row[name] for row in logged) for name in row}
         early_stop = 0 < args.target_kl < means["policy/approxkl_avg"]              # the same on all processes
         if early_stop:
@@ -367,6 +420,86 @@ def ptx_backward(actor: Llama, optimizer: zero.ZeRO2, batch: list, stage: Stage)
     return loss.detach()
 
 
+# ---- 6. the other algorithms: what they change -----------------------------------------------------------------------
+
+def leave_one_out(reward: Tensor) -> Tensor:
+    """RLOO, Ahmadian et al. 2024 (2402.14740): reward (P, K) less the mean of the K - 1 others of its group."""
+    others = (reward.sum(1, keepdim=True) - reward) / (reward.shape[1] - 1)
+    return reward - others
+
+
+def group_centred(reward: Tensor) -> Tensor:
+    """Dr. GRPO, Liu et al. 2025 (2503.20783): reward (P, K) less the mean of its group."""
+    return reward - reward.mean(1, keepdim=True)
+
+
+def group_normalised(reward: Tensor) -> Tensor:
+    """GRPO, Shao et al. 2024 (2402.03300): (reward - mean) / deviation of its group, (P, K).
+
+    The deviation divides by K. Dr. GRPO's objection: it gives more weight to a prompt whose answers hardly differ."""
+    centred = group_centred(reward)
+    deviation = centred.square().mean(1, keepdim=True).sqrt()                       # (P, 1)
+    return centred / (deviation + 1e-8)
+
+
+def group_advantages(e: Experience, args: argparse.Namespace) -> Experience:
+    """Step 4 without a critic: every token of an answer has the advantage of the whole answer.
+
+    A group whose rewards are all alike teaches nothing. Rounding is kept from being divided by a deviation near 0."""
+    estimate = ALGORITHMS[args.algorithm].advantages
+    reward = e.reward.sum(1).view(-1, args.group_size)                              # (P, K)
+    adv = group_centred(reward) if args.no_std else estimate(reward)                # (P, K)
+    alike = torch.isclose(reward.amax(1, keepdim=True), reward, rtol=1e-5, atol=1e-5).all(1, keepdim=True)  # (P, 1)
+    adv = adv.masked_fill(alike, 0.0).view(-1, 1) * e.mask                          # (B, R)
+    return e._replace(adv=adv, alike=alike.expand_as(reward).flatten())
+
+
+def answer_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the answers of the mean over an answer's tokens, as GRPO has it: x, mask (B, R).
+
+    A token of a long answer counts less than one of a short answer (Dr. GRPO's other objection)."""
+    return (torch.where(mask, x, 0.0).sum(1) / mask.sum(1)).mean()
+
+
+def gspo_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, clip: float, clip_high: float | None,
+              mean: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """GSPO, Zheng et al. 2025 (2507.18071): PPO's loss with one ratio an answer, (pi(y) / pi_old(y))^(1 / |y|)."""
+    log_ratio = torch.where(mask, logp - old_logp, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True)    # (B, 1)
+    first = mask[:, :1]                                                             # (B, 1), True
+    return policy_loss(log_ratio, torch.zeros_like(log_ratio), adv[:, :1], first, clip, clip_high, mean)
+
+
+def cispo_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, clip: float, clip_high: float | None,
+               mean: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """CISPO, MiniMax 2025 (2506.13585): mean of -clip(rho) adv log pi, where clip(rho) is a weight without gradient.
+
+    A clipped token still learns, with a bounded weight; in PPO's loss it has no gradient."""
+    logp, adv = (torch.where(mask, x, 0.0) for x in (logp, adv))
+    ratio = (logp.detach() - old_logp).exp()
+    weight = clipped_ratio(ratio, clip, clip_high)
+    return mean(-weight * adv * logp, mask), mean((weight != ratio).float(), mask)
+
+
+MEANS = {"tokens": masked_mean, "answers": answer_mean}
+
+
+class Algorithm(NamedTuple):
+    advantages: Callable        # gae, or a function of the rewards of groups (P, K)
+    loss: Callable
+    kl_in_loss: bool            # k3 in the loss, or k1 in the reward
+    unit: str                   # what a loss is a mean over, see MEANS
+    preset: dict                # flags that are not PPO's
+
+
+ALGORITHMS = {
+    "ppo": Algorithm(gae, policy_loss, False, "tokens", {}),
+    "rloo": Algorithm(leave_one_out, policy_loss, False, "tokens", {"group_size": 4}),
+    "grpo": Algorithm(group_normalised, policy_loss, True, "answers", {"group_size": 8}),
+    "gspo": Algorithm(group_normalised, gspo_loss, True, "answers", {"group_size": 8, "clip": 3e-4, "clip_high": 4e-4}),
+    "cispo": Algorithm(group_normalised, cispo_loss, True, "tokens", {"group_size": 8, "clip": 1.0, "clip_high": 1.0}),
+}
+
+
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 def batches(items: list, lengths: list[int], size: int, seed: int, seen: int) -> Iterator[list]:
@@ -384,7 +517,7 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
     """The updates after meta["step"]. meta: what a checkpoint holds beside weights. Returns figures of the summary."""
     args, world, first = stage.args, stage.world, meta["step"]
     # Sizes are over all processes.
-    rollout_size = args.experience_batch_size * world.world     # prompts of a rollout
+    rollout_size = args.experience_batch_size // args.group_size * world.world      # prompts of a rollout
     size = args.update_timesteps * rollout_size                 # prompts of an update
     ptx_size = args.ptx_batch_size * world.world                # ptx examples of a minibatch
     asked = batches(prompts, [0] * len(prompts), size, args.seed, meta["prompts_seen"])     # not sorted by length
@@ -395,21 +528,22 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
         rollouts_left = args.num_episodes * args.max_timesteps - (step - 1) * args.update_timesteps
         chosen = next(asked)[:rollouts_left * rollout_size]             # the last update may have fewer
         announce = step == first + 1 and args.update_timesteps > 1      # minutes can pass before the first update
-        answers = rollout(models.actor, chosen, ("rollout", args.seed, step), stage, announce)      # 1. rollout
+        purpose = ("rollout", args.seed, step)
+        answers = rollout(models.actor, chosen, purpose, stage, args.group_size, announce)          # 1. rollout
         rolled = time.perf_counter()
-        e = scoring(models, answers, args)                                                          # 2. to 4.
+        e = advantages(scoring(models, answers, args), args)                                        # 2. to 4.
         scored = time.perf_counter()
         if args.show_tokens:
             stage.say(show_tokens(e, stage.tokenizer))
         schedule = sft.cosine_lr(step, updates, 1.0, args.warmup)
         means = objective(e, stage) | update(models, optimizers, e, ptx, schedule, step, stage)     # 5. update
         updated = time.perf_counter()
-        tokens = sum(map(len, chosen)) + means["response_length"] * len(chosen)
+        tokens = args.group_size * (sum(map(len, chosen)) + means["response_length"] * len(chosen))
         row = means | log.row(step, means["loss/policy_avg"], schedule * args.lr, tokens, began) | {
             "seconds/rollout": rolled - began,
             "seconds/scoring": scored - rolled,
             "seconds/update": updated - scored,
-            "skipped": sum(optimizer.skipped for optimizer in optimizers),
+            "skipped": sum(optimizer.skipped for optimizer in present(optimizers).values()),
         }
         log.append(row)
         log.progress(step, describe(row), step % args.log_interval == 0 or step <= 3)
@@ -417,7 +551,7 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
         meta["step"] = step
         meta["prompts_seen"] += size
         meta["ptx_seen"] += row["minibatches"] * ptx_size
-        run.save_checkpoint(args, world, meta, optimizers._asdict())
+        run.save_checkpoint(args, world, meta, present(optimizers))
     return {"steps": meta["step"]} | log.figures()
 
 
@@ -461,6 +595,8 @@ def objective(e: Experience, stage: Stage) -> dict[str, float]:
         "response_length": e.mask,
         "distinct_answers": e.score.new_tensor(distinct),
     }
+    if e.alike is not None:
+        sums["alike_groups"] = e.alike
     if stage.is_demo:   # only logged: the reward parts from the gold score in the end (Gao et al. 2022, 2210.10760)
         gold = [demo.gold(decode(x), decode(y), ended) for (x, y), ended in zip(ids, e.ended.tolist())]
         sums["objective/gold"] = e.score.new_tensor(gold)
@@ -472,10 +608,12 @@ def objective(e: Experience, stage: Stage) -> dict[str, float]:
 def show_tokens(e: Experience, tokenizer: text.Tokenizer) -> str:
     """The first answer as a table, a token a line."""
     prompt, response = split(e)[0]
-    columns = (e.logp, e.ref_logp, kl_k1(e.logp, e.ref_logp), e.value, e.reward, e.adv, e.ret)
-    table = torch.stack([x[0] for x in columns], 1).tolist()    # R rows of 7
-    lines = [f"prompt: {tokenizer.decode(prompt)}"]
-    lines.append(f"{'token':>16} mask    logp ref_logp      kl   value  reward     adv     ret")
+    columns = {"logp": e.logp, "ref_logp": e.ref_logp, "kl": kl_k1(e.logp, e.ref_logp), "value": e.value,
+               "reward": e.reward, "adv": e.adv, "ret": e.ret}
+    columns = {name: x[0] for name, x in columns.items() if x is not None}
+    table = torch.stack([*columns.values()], 1).tolist()        # R rows of 7, or of 5 without a critic
+    names = " ".join(f"{name:>7}" for name in columns)
+    lines = [f"prompt: {tokenizer.decode(prompt)}", f"{'token':>16} mask {names}"]
     pieces = [*map(tokenizer.piece, response), "(padding)"]
     for piece, real, row in zip(pieces, e.mask[0].tolist(), table):
         figures = " ".join(f"{x:7.3f}" for x in row)
@@ -489,18 +627,23 @@ def plan(models: Models, prompts: int, examples: int, stage: Stage) -> tuple[int
     args, world = stage.args, stage.world
     updates = math.ceil(args.num_episodes * args.max_timesteps / args.update_timesteps)
     updates = min(updates, args.max_steps or updates)
-    trained = sum(lora.trainable_report(model)[0] for model in models[:2])
+    learning = trained(models)
+    parameters = sum(lora.trainable_report(model)[0] for model in learning)
     ptx = f"{examples} examples, weight {args.ptx_coef}" if examples else "off"
     stage.say(f"{prompts} prompts | {updates} updates of {args.update_timesteps} x {args.experience_batch_size} x "
-              f"{world.world} answers, {args.max_epochs} epochs | ptx {ptx} | {trained:,} parameters trained")
-    return updates, sft.say_memory(list(models[:2]), list(models[2:]), args.train_batch_size * args.max_seq_len, stage)
+              f"{world.world} answers, {args.max_epochs} epochs | ptx {ptx} | {parameters:,} parameters trained")
+    return updates, sft.say_memory(learning, list(models[2:]), args.train_batch_size * args.max_seq_len, stage)
+
+
+OWN = {"loss/value_avg": "value loss", "alike_groups": "alike groups"}     # with a critic, and with groups
 
 
 def describe(row: dict) -> str:
     """The progress line of an update."""
+    own = "".join(f" | {name} {row[key]:.3f}" for key, name in OWN.items() if key in row)
     return (f"score {row['objective/scores']:+.3f} | kl {row['objective/kl']:.2f} | "
-            f"clipfrac {row['policy/clipfrac_avg']:.3f} | value loss {row['loss/value_avg']:.3f} | "
-            f"length {row['response_length']:.0f} | eos {row['eos_rate']:.2f}")
+            f"clipfrac {row['policy/clipfrac_avg']:.3f}{own} | length {row['response_length']:.0f} | "
+            f"eos {row['eos_rate']:.2f}")
 
 
 def warn(row: dict, stage: Stage) -> None:
@@ -535,46 +678,63 @@ def print_table(args: argparse.Namespace, summary: dict, world: run.World) -> No
 
 # ---- models and data ------------------------------------------------------------------------------------------------
 
-def frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy that is not trained. Parameters alone are cast: bf16 rotary tables could not tell far positions apart."""
-    model = copy.deepcopy(model).requires_grad_(False)
+def freeze(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Makes a model one that is not trained, and returns it.
+
+    Parameters alone are cast: bf16 rotary tables could not tell far positions apart."""
+    model.requires_grad_(False)
     for p in model.parameters():
         p.data = p.data.to(dtype)
     return model
 
 
 def open_models(stage: Stage) -> tuple[Models, str | None]:
-    """The four models, and the base that an adapter of the actor will name (None where all weights are trained)."""
+    """The models, and the base that an adapter of the actor will name (None where all weights are trained)."""
     args, tokenizer = stage.args, stage.tokenizer
     judge, _ = sft.open_tokenizer(args.rm_path, args.template, stage.say)
     if judge.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{args.rm_path} has another tokenizer than {args.pretrain}: its ids mean other text, train "
                          "the reward model from this model")
     actor = sft.open_llama(stage)
-    critic = RewardModel.from_pretrained(args.rm_path, sft.stored_dtype(stage), stage.world.device, args.rm_pretrain)
-    text.check_tokenizer(tokenizer, critic.config.vocab_size)
+    reward = RewardModel.from_pretrained(args.rm_path, sft.stored_dtype(stage), stage.world.device, args.rm_pretrain)
+    text.check_tokenizer(tokenizer, reward.config.vocab_size)
     base = sft.base_for_adapter(actor, stage)
-    if args.lora_rank:
-        ref, reward = actor, RewardModel(critic.trunk)
-        reward.score = frozen_copy(critic.score, stage.dtype)
+    ref = actor if args.lora_rank else freeze(copy.deepcopy(actor), stage.dtype)
+    critic = reward if ALGORITHMS[args.algorithm].advantages is gae else None
+    if critic is None:
+        freeze(reward, stage.dtype)
+    elif args.lora_rank:
+        reward = RewardModel(critic.trunk)
+        reward.score = freeze(copy.deepcopy(critic.score), stage.dtype)
     else:
-        ref, reward = frozen_copy(actor, stage.dtype), frozen_copy(critic, stage.dtype)
+        reward = freeze(copy.deepcopy(critic), stage.dtype)
     models = Models(actor, critic, ref, reward)
-    for model in models[:2] if args.lora_rank else models:
+    for model in trained(models) if args.lora_rank else present(models).values():
         sft.set_up(model, args)
-    for model in models:
+    for model in present(models).values():
         model.eval()    # dropout off, see departure d
     return models, base
 
 
 def check_lengths(args: argparse.Namespace, models: Models) -> None:
     """Raises ValueError if an answer does not fit into --max_seq_len, or that not into the models' context."""
-    context = min(models.actor.config.max_seq_len, models.critic.config.max_seq_len)
+    context = min(models.actor.config.max_seq_len, models.reward.config.max_seq_len)
     if args.max_seq_len > context:
         raise ValueError(f"--max_seq_len {args.max_seq_len} is beyond the models' context of {context} tokens")
     if args.max_input_len >= args.max_seq_len:
         raise ValueError(f"--max_input_len {args.max_input_len} leaves no room for an answer within "
                          f"--max_seq_len {args.max_seq_len}")
+
+
+def check_groups(args: argparse.Namespace) -> None:
+    """Raises ValueError if --group_size is too small for the algorithm, or does not divide the answers of a rollout."""
+    size, answers = args.group_size, args.experience_batch_size
+    if size == 1 and args.algorithm != "ppo":
+        raise ValueError(f"--group_size 1 leaves --algorithm {args.algorithm} nothing to compare an answer with: "
+                         "give at least 2, or take ppo")
+    if answers % size:
+        raise ValueError(f"--experience_batch_size {answers} are answers in groups of --group_size {size}: make it a "
+                         "multiple")
 
 
 def encode_prompts(found: list[dict], stage: Stage) -> list[list[int]]:
@@ -617,12 +777,14 @@ FLAGS = (
     ("max_input_len",          whole(1),               96,    64,    "longest prompt in tokens; longer are left out"),
     ("max_seq_len",            whole(2),               128,   160,   "longest prompt with answer in tokens"),
     ("eval_size",              whole(1),               64,    64,    "prompts to measure reward and KL on"),
+    ("group_size",             whole(1),               1,     1,     "answers a prompt, drawn together"),
     ("temperature",            number(0, above=True),  1.0,   1.0,   "of sampling, and of the log-probabilities"),
     ("eos_penalty",            number(),               1.0,   1.0,   "less score for an answer that never ended"),
     ("kl_coef",                number(),               0.1,   0.05,  "beta: weight of the KL to the SFT model"),
     ("gamma",                  number(0, 1),           1.0,   1.0,   "discount"),
     ("lam",                    number(0, 1),           0.95,  0.95,  "lambda of GAE"),
     ("clip",                   number(0, 1),           0.2,   0.2,   "eps: the ratio is kept within 1 +- eps"),
+    ("clip_high",              number(0),              None,  None,  "eps above 1, if not --clip (DAPO: 0.28)"),
     ("value_clip",             number(0, 10),          0.4,   0.4,   "a new value counts within this of the old"),
     ("target_kl",              number(),               0.1,   0.1,   "no more epochs above this KL a token (0: off)"),
     ("critic_lr",              number(0, 1),           9e-6,  5e-4,  "the critic's peak learning rate"),
@@ -635,6 +797,7 @@ FINETUNE = {name: usual for name, _, usual, _, _ in FLAGS} | {
     "accumulation_steps": 1,
     "weight_decay": 0.0,
 }
+CORRECTIONS = {"no_std": ("grpo", "gspo", "cispo"), "no_length": ("grpo",), "no_whiten": ("ppo",)}
 DEMO = FINETUNE | {name: value for name, _, _, value, _ in FLAGS} | {
     "lr": 3e-4,
     "prompt_dataset": [demo.FOLDER / "prompts.jsonl"],
@@ -652,11 +815,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "are ignored (data/records.py)")
     parser.add_argument("--pretrain_dataset", type=Path, nargs="+", help="records for ptx, instruction, chat or text "
                         "(without it, ptx_coef is 0)")
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="ppo", help="advantages and loss; all but ppo do "
+                        "without a critic and need --group_size above 1")
+    parser.add_argument("--no_std", action="store_true", help="grpo, gspo, cispo: do not divide advantages by the "
+                        "group's deviation (Dr. GRPO)")
+    parser.add_argument("--no_length", action="store_true", help="grpo: do not divide an answer's loss by its length: "
+                        "the mean is over all tokens (DAPO, Dr. GRPO)")
+    parser.add_argument("--no_whiten", action="store_true", help="ppo: leave advantages as GAE gives them")
     parser.add_argument("--show_tokens", action="store_true", help="print the first answer of an update by tokens")
     for name, kind, _, _, meaning in FLAGS:
         parser.add_argument(f"--{name}", type=kind, help=meaning)
-    parser.tell(FINETUNE, DEMO)
+    parser.set_defaults(save_path=None)
+    parser.tell(FINETUNE | {"save_path": "out/ALGORITHM"}, DEMO)
     args = parser.parse_args(argv)
+    for flag, algorithms in CORRECTIONS.items():
+        if getattr(args, flag) and args.algorithm not in algorithms:
+            parser.error(f"--{flag} changes {', '.join(algorithms)}: --algorithm {args.algorithm} has no such step")
+    args.save_path = args.save_path or Path("out", args.algorithm)
     args.pretrain = args.pretrain or run.finished(Path("out/sft"), "sft", "--pretrain")
     args.rm_path = args.rm_path or run.finished(Path("out/rm"), "rm", "--rm_path")
     return args
@@ -668,7 +843,9 @@ def main(argv: list[str] | None = None) -> dict:
     is_demo = args.prompt_dataset is None and demo.is_demo(args.pretrain)
     if args.prompt_dataset is None and not is_demo:
         raise ValueError("--prompt_dataset is missing: name the prompts to answer")
-    stage = sft.start(args, is_demo, DEMO if is_demo else FINETUNE, args.rm_path)
+    preset = DEMO if is_demo else FINETUNE
+    stage = sft.start(args, is_demo, preset | ALGORITHMS[args.algorithm].preset, args.rm_path)
+    check_groups(args)
 
     # models and data
     models, base = open_models(stage)
@@ -680,14 +857,14 @@ def main(argv: list[str] | None = None) -> dict:
         held = encode_prompts([records.normalise(record, "prompt") for record in unseen], stage)
     held = held[:args.eval_size]
     run.say_flags(stage.world, args)
-    marks = run.fingerprint(nn.ModuleList(models[:2]), [prompts, examples], args.seed)
-    optimizers = Optimizers(*(sft.make_optimizer(model, stage) for model in models[:2]))
+    marks = run.fingerprint(nn.ModuleList(trained(models)), [prompts, examples], args.seed)
+    optimizers = Optimizers(*(None if model is None else sft.make_optimizer(model, stage) for model in models[:2]))
     updates, planned = plan(models, len(prompts), len(examples), stage)
 
     # training
     with run.resumable(args):
         if args.resume:
-            meta = run.load_checkpoint(args, stage.world, marks, optimizers._asdict())
+            meta = run.load_checkpoint(args, stage.world, marks, present(optimizers))
         else:
             stage.say(f"answering {len(held)} prompts, to compare with afterwards")
             before = evaluate(models, held, "before", stage)
@@ -696,7 +873,7 @@ def main(argv: list[str] | None = None) -> dict:
         sft.save_model(models.actor, optimizers.actor, base, stage)
         figures |= evaluate(models, held, "after", stage)
     figures["kl"] = figures.pop("kl_after")
-    figures["skipped"] = sum(optimizer.skipped for optimizer in optimizers)
+    figures["skipped"] = sum(optimizer.skipped for optimizer in present(optimizers).values())
     figures["planned_memory_bytes"] = planned
     summary = run.write_summary(args, stage.world, figures)
     if stage.world.rank == 0:

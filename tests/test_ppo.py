@@ -1,6 +1,7 @@
 """ppo.py: every formula against a hand-made table or a second way to compute it, then runs of tiny models."""
 
 import argparse
+import copy
 import json
 import math
 import shutil
@@ -278,6 +279,114 @@ def test_a_ratio_that_overflows_unclipped_is_not_hidden():
     assert loss.item() == math.inf and logp.grad.item() == math.inf
 
 
+# ---- the other algorithms -------------------------------------------------------------------------------------------
+
+@pytest.mark.lesson
+@pytest.mark.parametrize("estimate, expected", [
+    # the groups are (1, 2, 6), of mean 3 and variance (4 + 1 + 9) / 3, and (0, 0, 3), of mean 1 and variance 2
+    (ppo.leave_one_out, [[1 - 4, 2 - 3.5, 6 - 1.5], [-1.5, -1.5, 3]]),
+    (ppo.group_centred, [[-2, -1, 3], [-1, -1, 2]]),
+    (ppo.group_normalised, [[x / math.sqrt(14 / 3) for x in (-2, -1, 3)], [x / math.sqrt(2) for x in (-1, -1, 2)]])])
+def test_group_advantages_by_hand(estimate, expected):
+    found = estimate(T([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]]))
+    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float32), atol=1e-6)
+
+
+@pytest.mark.lesson
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_a_group_that_is_alike_teaches_nothing(base, tmp_path, algorithm):
+    """Equal rewards differ by rounding: divided by their deviation, that would be an advantage as good as any."""
+    args = resolved(base, tmp_path, "--algorithm", algorithm, "--group_size", 2)
+    reward = T([[0.0, 0.7], [0.3, 0.4 + 1e-6], [1.0, 2.0], [4.0, 0.0]])     # rows of the answers to two prompts
+    mask = T([[True, True], [True, True], [True, True], [True, False]])
+    e = Experience(T([[1]]), T([1]), mask, T([True]), reward=reward)
+    e = ppo.advantages(e, args)
+    assert e.alike.tolist() == [True, True, False, False] and e.ret is None
+    assert torch.allclose(e.adv, T([[0.0, 0.0], [0.0, 0.0], [-1.0, -1.0], [1.0, 0.0]]), atol=1e-6)
+
+
+LOSSES = {
+    # adv 1 and ratio 2 at two tokens, adv -1 and ratio 1.1 at one. clip 0.2, clip_high 0.5
+    "ppo": -(1.5 + 1.5) / 3 + 1.1 / 3,
+    "grpo": (-1.5 + 1.1) / 2,
+    "gspo": (-1.5 + 1.1) / 2,
+    "cispo": (-1.5 * (math.log(2) + math.log(2)) + 1.1 * math.log(1.1)) / 3,
+}
+
+
+@pytest.mark.lesson
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_two_answers_by_hand(name):
+    algorithm = ppo.ALGORITHMS[name]
+    logp = T([[2.0, 2.0], [1.1, math.nan]]).log()
+    mask, adv = T([[True, True], [True, False]]), T([[1.0, 1.0], [-1.0, math.nan]])
+    loss, clipfrac = algorithm.loss(logp, torch.zeros(2, 2), adv, mask, 0.2, 0.5, ppo.MEANS[algorithm.unit])
+    assert loss.item() == pytest.approx(LOSSES[name])
+    assert clipfrac.item() == pytest.approx(2 / 3 if algorithm.unit == "tokens" else 1 / 2)
+
+
+@pytest.mark.lesson
+def test_gspo_has_the_geometric_mean_of_the_ratios():
+    """And each token a share of its gradient: s adv / |y|, none where s is clipped."""
+    logp = T([[2.0, 1.0, 0.25], [8.0, 1.0, 5.0]]).log().requires_grad_()
+    mask, adv = T([[True] * 3, [True, True, False]]), T([[1.0] * 3, [3.0] * 3])
+    loss, clipfrac = ppo.gspo_loss(logp, torch.zeros(2, 3), adv, mask, 0.3, 0.4, ppo.answer_mean)
+    loss.backward()
+    s = (2 * 1 * 0.25) ** (1 / 3)       # 0.794; the other, 8 ^ (1 / 2), is clipped
+    assert loss.item() == pytest.approx(-(s + 3 * 1.4) / 2) and clipfrac.item() == 0.5
+    assert torch.allclose(logp.grad, T([[-s / 3 / 2] * 3, [0.0] * 3]))
+
+
+@pytest.mark.lesson
+def test_cispo_still_teaches_a_clipped_token():
+    """With the bound as its weight; PPO gives it no gradient, GSPO none to its whole answer."""
+    logp = T([[2.0, 0.5, 1.1]]).log().requires_grad_()
+    mask, adv = T([[True] * 3]), T([[1.0] * 3])
+    ppo.cispo_loss(logp, torch.zeros(1, 3), adv, mask, 0.2, 0.5, ppo.masked_mean)[0].backward()
+    assert torch.allclose(logp.grad, T([[-1.5, -0.8, -1.1]]) / 3)
+
+
+@pytest.mark.lesson
+@pytest.mark.parametrize("name", ["gspo", "cispo"])
+@pytest.mark.parametrize("garbage", [1e4, -math.inf, math.nan])
+@pytest.mark.parametrize("where", range(3))
+def test_masked_places_reach_no_loss(name, where, garbage):
+    mask, algorithm = T([[True, True, False], [True, False, False]]), ppo.ALGORITHMS[name]
+    results, given = [], [*torch.randn(3, 2, 3, generator=drawn(4))]
+    for filled in (given[where], torch.where(mask, given[where], garbage)):
+        logp, old_logp, adv = (filled if i == where else x for i, x in enumerate(given))
+        logp = logp.clone().requires_grad_()
+        loss, _ = algorithm.loss(logp, old_logp, adv, mask, 1.0, 9.0, ppo.MEANS[algorithm.unit])
+        loss.backward()
+        results.append((loss.item(), logp.grad))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    assert results[0][1][mask].any() and not results[0][1][~mask].any()
+
+
+@pytest.mark.lesson
+def test_answer_mean_counts_every_answer_the_same():
+    x, mask = T([[1.0, 3.0, 5.0], [7.0, math.nan, math.nan]]), T([[True] * 3, [True, False, False]])
+    assert ppo.answer_mean(x, mask).item() == (3 + 7) / 2 and ppo.masked_mean(x, mask).item() == 16 / 4
+
+
+@pytest.mark.lesson
+def test_whose_gradient_each_kl_is():
+    """By enumeration of a vocabulary of 5. k1 as a reward: that of KL(pi, ref). k3 in the loss: that of KL(ref, pi)."""
+    theta, ref = torch.randn(2, 5, generator=drawn(3), dtype=torch.float64)
+    theta, ref = theta.requires_grad_(), ref.log_softmax(-1)
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss, theta)[0]
+    logp = theta.log_softmax(-1)
+    pi = logp.detach().exp()                    # the policy that samples has no gradient
+    k1_rewarded = gradient((pi * ppo.kl_k1(logp, ref).detach() * logp).sum())       # REINFORCE's: reward times log pi
+    k3_in_loss = gradient((pi * ppo.kl_k3(logp := theta.log_softmax(-1), ref)).sum())
+    reverse = gradient(F.kl_div(ref, theta.log_softmax(-1), log_target=True, reduction="sum"))
+    forward = gradient(F.kl_div(theta.log_softmax(-1), ref, log_target=True, reduction="sum"))
+    assert torch.allclose(k1_rewarded, reverse) and torch.allclose(k3_in_loss, forward)
+    assert (reverse - forward).abs().max() > 0.05
+
+
 # ---- places in a row ------------------------------------------------------------------------------------------------
 
 @pytest.mark.lesson
@@ -322,7 +431,7 @@ def test_scoring_does_what_the_five_steps_say(base, tmp_path):
         for p in models.actor.parameters():
             p += 0.01 * torch.randn(p.shape, generator=drawn(6))
     answers = rolled()
-    e = ppo.scoring(models, answers, args)
+    e = ppo.advantages(ppo.scoring(models, answers, args), args)
     assert torch.equal(e.tokens, answers.tokens) and e.ended.tolist() == [True, True, False, True]
     loaded, reference = RewardModel.from_pretrained(base / "rm"), Llama.from_pretrained(base / "model")
     with torch.no_grad():
@@ -349,7 +458,8 @@ def test_parts_of_a_batch_are_scored_as_the_whole(base, tmp_path):
     args, models = opened(base, tmp_path)
     whole, parts = (ppo.scoring(models, rolled(), argparse.Namespace(**vars(args) | {"train_batch_size": size}))
                     for size in (4, 1))
-    for a, b in zip(whole, parts):
+    assert whole.adv is whole.ret is None       # step 4 is for whole groups
+    for a, b in zip(ppo.present(whole).values(), ppo.present(parts).values()):
         assert a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-5)
 
 
@@ -357,7 +467,7 @@ def test_parts_of_a_batch_are_scored_as_the_whole(base, tmp_path):
 
 def fixed(args: argparse.Namespace, models: Models) -> Experience:
     """Four scored answers, with advantages far from equal."""
-    e = ppo.scoring(models, rolled(), args)
+    e = ppo.advantages(ppo.scoring(models, rolled(), args), args)
     adv, ret = (torch.randn(e.adv.shape, generator=drawn(seed)) * e.mask for seed in (7, 8))
     return e._replace(adv=adv, ret=ret)
 
@@ -371,12 +481,13 @@ def update(models: Models, e: Experience, examples: list, args: argparse.Namespa
            schedule: float = 0.0) -> tuple[dict, dict]:
     """One update -> what it logs, and the gradient of its last minibatch by model and name. eps 1e-3, because Adam's
     usual one blows rounding errors of a gradient near 0 up to whole steps."""
-    optimizers = Optimizers(*(zero.ZeRO2(model.named_parameters(), torch.float32, eps=1e-3, max_norm=0.0)
-                              for model in models[:2]))
+    optimizers = [zero.ZeRO2(model.named_parameters(), torch.float32, eps=1e-3, max_norm=0.0)
+                  for model in ppo.trained(models)]
+    optimizers = Optimizers(*optimizers, *[None] * (2 - len(optimizers)))
     if not examples:
         args.ptx_coef = 0.0     # as read_ptx does
     found = {"actor": {}, "critic": {}}
-    for name, optimizer in optimizers._asdict().items():
+    for name, optimizer in ppo.present(optimizers).items():
         keep_gradients(optimizer, found[name])
     figures = ppo.update(models, optimizers, e, stream(examples, args, world), schedule, 1, stage_of(args, world))
     return figures, found
@@ -464,6 +575,90 @@ def test_micro_batches_change_nothing(base, tmp_path):
     for figures, found in others:
         assert figures == pytest.approx(expected, rel=1e-5, abs=1e-6)
         assert all(close(found[name], expected_gradients[name]) for name in ("actor", "critic"))
+
+
+EVERYTHING_OFF = {
+    "ppo": ("--no_whiten", "--lam", 1),
+    "rloo": (),
+    "grpo": ("--no_std", "--no_length"),
+    "gspo": ("--no_std",),
+    "cispo": ("--no_std",),
+}
+
+
+def sampled(name: str, base, tmp_path, *more) -> tuple[argparse.Namespace, Models, Experience]:
+    """Two groups of two scored answers, of 4, 2, 6 and 1 tokens."""
+    size = 1 if name == "ppo" else 2
+    args, models = opened(base, tmp_path, "--algorithm", name, "--group_size", size, "--max_epochs", 1, *more)
+    return args, models, ppo.advantages(ppo.scoring(models, rolled(), args), args)
+
+
+@pytest.mark.lesson
+@pytest.mark.parametrize("name", ppo.ALGORITHMS)
+def test_with_everything_off_the_update_is_reinforce(base, tmp_path, name):
+    """-mean of (return - baseline) grad log pi. The baseline: the value, the other's reward, the group's mean."""
+    args, models, e = sampled(name, base, tmp_path, "--kl_coef", 0, "--train_batch_size", 4, *EVERYTHING_OFF[name])
+    _, found = update(models, e, [], args)
+    model = Llama.from_pretrained(base / "model")
+    logp, score = ppo.logprobs(model, e), e.score
+    others = score[[1, 0, 3, 2]]
+    baseline = {"ppo": e.value, "rloo": others[:, None]}.get(name, ((score + others) / 2)[:, None])
+    surrogate = (score[:, None] - baseline) * logp * e.mask     # the reward comes at the end: each token's return is it
+    lengths = e.mask.sum(1)
+    expected = (surrogate.sum(1) / lengths).mean() if name == "gspo" else surrogate.sum() / lengths.sum()
+    (-expected).backward()
+    for parameter, p in model.named_parameters():
+        difference = (found["actor"][parameter] - p.grad.flatten()).abs().max()
+        assert difference < 1e-6 * (1 + p.grad.abs().max()) and p.grad.any(), parameter
+
+
+@pytest.mark.lesson
+def test_grpos_loss_is_that_of_the_paper(base, tmp_path):
+    """Mean over answers of the mean over tokens of min(rho adv, clip(rho) adv) - beta k3; the policy has moved."""
+    args, models, e = sampled("grpo", base, tmp_path, "--kl_coef", 0.3, "--train_batch_size", 4, "--clip_high", 0.5)
+    noise = 0.3 * torch.randn(2, *e.mask.shape, generator=drawn(10)) * e.mask
+    e = e._replace(logp=e.logp + noise[0], ref_logp=e.ref_logp + noise[1])
+    optimizer, found = zero.ZeRO2(models.actor.named_parameters(), torch.float32, max_norm=0.0), {}
+    keep_gradients(optimizer, found)
+    args.ptx_coef = 0.0
+    figures = ppo.update(models, Optimizers(optimizer, None), e, iter([]), 0.0, 2, stage_of(args))
+    model = Llama.from_pretrained(base / "model")
+    terms, kls = [], []
+    for logp, old, ref, adv, mask in zip(ppo.logprobs(model, e), e.logp, e.ref_logp, e.adv, e.mask):
+        ratio = (logp - old)[mask].exp()
+        terms.append(torch.minimum(ratio * adv[mask], ratio.clamp(0.8, 1.5) * adv[mask]).mean())
+        log_ratio = (ref - logp)[mask]
+        kls.append((log_ratio.exp() - log_ratio - 1).mean())
+    policy, kl = -sum(terms) / 4, sum(kls) / 4
+    (policy + 0.3 * kl).backward()
+    assert figures["loss/policy_avg"] == pytest.approx(policy.item(), rel=1e-4)
+    assert figures["loss/kl_avg"] == pytest.approx(kl.item(), rel=1e-4) and 0 < figures["policy/clipfrac_avg"] < 1
+    for name, p in model.named_parameters():
+        assert (found[name] - p.grad.flatten()).abs().max() < 1e-6 * (1 + p.grad.abs().max()), name
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_micro_batches_change_no_mean_over_answers(base, tmp_path, name):
+    results = []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        args, models, e = sampled(name, base, tmp_path, "--train_batch_size", size,
+                                  "--accumulation_steps", accumulation)
+        results.append(update(models, e, [], args))
+    (expected, expected_gradients), *others = results
+    for figures, found in others:
+        assert figures == pytest.approx(expected, rel=1e-5, abs=1e-6) and figures["minibatches"] == 1
+        assert close(found["actor"], expected_gradients["actor"])
+
+
+def test_answers_to_a_prompt_are_drawn_together(base, tmp_path):
+    """Rows that follow one another, and no two alike; the prompts are shared as without groups."""
+    args, models = opened(base, tmp_path, "--experience_batch_size", 4)
+    for rank in (0, 1):
+        stage = stage_of(args, run.World(rank, 2, WORLD.device))
+        e = ppo.rollout(models.actor, PROMPTS, ("rollout", 0, 1), stage, 3)
+        prompts, answers = zip(*ppo.split(e))
+        assert list(prompts) == [prompt for prompt in PROMPTS[rank::2] for _ in range(3)]
+        assert len(set(map(str, answers))) == 6
 
 
 def test_ratio_that_is_not_one_stops_the_run(base, tmp_path, capsys):
@@ -577,7 +772,8 @@ def spied(monkeypatch) -> list:
 
     def open_models(*rest):
         models, base = real(*rest)
-        before = [{name: p.detach().clone() for name, p in model.named_parameters()} for model in models]
+        before = [{name: p.detach().clone() for name, p in model.named_parameters()}
+                  for model in ppo.present(models).values()]
         found.append(SimpleNamespace(models=models, before=before, ratios=[]))
         return models, base
 
@@ -629,6 +825,30 @@ def test_a_run_changes_actor_and_critic_alone(base, tmp_path, monkeypatch, dtype
     assert json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))["template"] == "alpaca"
 
 
+@pytest.mark.parametrize("more", [(), ("--lora_rank", 2)], ids=["full", "lora"])
+@pytest.mark.parametrize("name", [name for name in ppo.ALGORITHMS if name != "ppo"])
+def test_a_run_without_a_critic(base, tmp_path, monkeypatch, capsys, name, more):
+    """There is none in memory, its loss is not logged, and the reward model learns nothing."""
+    found = spied(monkeypatch)
+    summary = main(base, tmp_path, "--algorithm", name, "--group_size", 2, *more)
+    models, before = found[0].models, found[0].before
+    assert models.critic is None and not any(p.requires_grad for p in models.reward.parameters())
+    assert found[0].ratios[0] < 1e-5 and (models.ref is models.actor) == bool(more)
+    now = dict(models.actor.named_parameters())
+    moved = [name for name in now if not torch.equal(now[name], before[0][name])]
+    assert moved and all(now[name].requires_grad for name in moved)
+    assert same(dict(models.reward.named_parameters()), before[-1])
+    reward = RewardModel.from_pretrained(base / "rm")
+    assert torch.equal(models.reward.score.weight, reward.score.weight) and models.reward.reward_mean == 0.3
+    kl = {"loss/kl_avg"} if name != "rloo" else set()
+    table = metrics(tmp_path)
+    assert all(row.keys() == NAMES - {"loss/value_avg"} | {"alike_groups"} | kl for row in table) and len(table) == 3
+    assert 0 < abs(table[-1]["objective/kl"]) and "| alike groups 0.000 |" in capsys.readouterr().out
+    if name != "rloo":      # the KL is not in the reward
+        assert all(row["objective/rlhf_reward"] == pytest.approx(row["objective/scores"]) for row in table)
+    assert summary["reward_before"] != summary["reward_after"]
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_critic_starts_as_the_reward_model(base, tmp_path, rank):
     """Its value at the last token is the score, reward mean included."""
@@ -657,7 +877,7 @@ def test_adapter_off_is_the_reference(base, tmp_path, monkeypatch):
             assert p.requires_grad == trains and torch.equal(p, old[name]) != trains, name
     assert torch.equal(models.reward.score.weight, before[3]["score.weight"])
     args = resolved(base, tmp_path, "--train_batch_size", 4, "--eos_penalty", 0)
-    e = ppo.scoring(models, answers, args)
+    e = ppo.advantages(ppo.scoring(models, answers, args), args)
     assert torch.equal(e.ref_logp, expected) and torch.equal(e.score, score)
     assert (e.logp - expected).abs().max() > 1e-4
     table = metrics(tmp_path)
@@ -670,7 +890,7 @@ def test_adapter_off_is_the_reference(base, tmp_path, monkeypatch):
         assert torch.allclose(ppo.logprobs(loaded, answers), e.logp, atol=1e-6)
     for layer in lora.adapters(models.actor).values():  # noise in B: KL > 0
         layer.lora_B.data.normal_(std=0.05, generator=drawn(9))
-    e = ppo.scoring(models, answers, args)
+    e = ppo.advantages(ppo.scoring(models, answers, args), args)
     assert ppo.masked_mean(ppo.kl_k3(e.logp, e.ref_logp), e.mask) > 1e-3 and torch.equal(e.ref_logp, expected)
 
 
@@ -685,8 +905,9 @@ def kill_in(monkeypatch, step: int) -> None:
     monkeypatch.setattr(ppo, "update", update)
 
 
-def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch):
-    more = ("--num_episodes", 6, "--save_interval", 3, "--pretrain_dataset", base / "ptx.json", *PTX)
+@pytest.mark.parametrize("algorithm", [(), ("--algorithm", "grpo", "--group_size", 2)], ids=["ppo", "grpo"])
+def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch, algorithm):
+    more = ("--num_episodes", 6, "--save_interval", 3, "--pretrain_dataset", base / "ptx.json", *PTX, *algorithm)
     whole = main(base, tmp_path / "whole", *more)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="with the same command and --resume"):
         kill_in(patch, 5)
@@ -771,12 +992,12 @@ def test_toy_reward_is_raised(base, tmp_path, monkeypatch, kl_coef):
     small, scores, kl = LlamaConfig(**SIZES | {"vocab_size": 16}), [], []
     actor = Llama(small, generator=drawn(1)).eval()
     critic = RewardModel(Llama(small, head=False, generator=drawn(2)), drawn(2)).eval()
-    models = Models(actor, critic, *(ppo.frozen_copy(model, torch.float32) for model in (actor, critic)))
+    models = Models(actor, critic, *(ppo.freeze(copy.deepcopy(model), torch.float32) for model in (actor, critic)))
     optimizers = Optimizers(*(zero.ZeRO2(model.named_parameters(), torch.float32) for model in (actor, critic)))
     stage = stage_of(args)
     for step in range(1, 16):
         answers = ppo.rollout(actor, [[1, 4, 5], [1, 6]] * 16, ("rollout", 0, step), stage)
-        e = ppo.scoring(models, answers, args)
+        e = ppo.advantages(ppo.scoring(models, answers, args), args)
         figures = ppo.objective(e, stage) | ppo.update(models, optimizers, e, iter([]), 1.0, step, stage)
         scores.append(figures["objective/scores"])
         kl.append(figures["objective/kl"])
@@ -863,11 +1084,26 @@ def train_in_each_way(base: Path, out: Path) -> None:
         main(base, out / strategy, *ptx, "--eval_size", 3, "--strategy", strategy)
     torch.save([p.data for model in actors[-1][0][:2] for p in model.parameters()], out / f"actor-{world.rank}.pt")
     args, models = opened(base, out / "none", "--train_batch_size", 2, "--ptx_coef", 0.3, "--ptx_batch_size", 1)
-    e = Experience(*(x[world.rank::2] for x in fixed(args, models)))
+    e = ppo.select(fixed(args, models), torch.arange(world.rank, 4, 2))
     figures, gradients = update(models, e, encoded(base), args, world, 1.0)
     parameters = [p.data for model in models[:2] for p in model.parameters()]
     torch.save((figures, gradients, parameters), out / f"update-{world.rank}.pt")
+    learnt = {name: learn(name, base, out / name, world) for name in ppo.ALGORITHMS}
+    torch.save(learnt, out / f"algorithms-{world.rank}.pt")
+    main(base, out / "grpo", "--algorithm", "grpo", "--group_size", 2, "--num_episodes", 1)
     run.stop()
+
+
+def learn(name: str, base: Path, out: Path, world: run.World) -> tuple:
+    """Advantages, loss and actor of an update by an algorithm, a process of two has every other group."""
+    size = 1 if name == "ppo" else 2
+    mine = torch.arange(4).view(-1, size)[world.rank::world.world].flatten()
+    args, models = opened(base, out, "--algorithm", name, "--group_size", size, "--max_epochs", 2, "--kl_coef", 0.2,
+                          "--train_batch_size", len(mine))
+    e = ppo.select(rolled(), mine)
+    e = ppo.advantages(ppo.scoring(models, e, args), args)
+    figures, _ = update(models, e, [], args, world, 3.0)
+    return mine, e.adv, figures, [p.data for p in models.actor.parameters()]
 
 
 def test_two_processes(base, tmp_path, start):
@@ -894,6 +1130,15 @@ def test_two_processes(base, tmp_path, start):
         assert figures == pytest.approx(figures_of_rank, rel=1e-4, abs=1e-6) and figures["minibatches"] == 2
         assert all((p - q).abs().max() < 1e-6 for p, q in zip(parameters_of_rank, parameters))
         assert all(close(found_of_rank[name], found[name]) for name in ("actor", "critic"))
+    halves = [torch.load(tmp_path / f"algorithms-{rank}.pt") for rank in (0, 1)]
+    for name in ppo.ALGORITHMS:
+        _, adv, figures, parameters = learn(name, base, tmp_path / "none", WORLD)
+        for half in halves:
+            rows, adv_of_half, figures_of_half, parameters_of_half = half[name]
+            assert (adv[rows] - adv_of_half).abs().max() < 1e-5 and adv.any(), name
+            assert figures == pytest.approx(figures_of_half, rel=1e-4, abs=1e-5), name
+            assert all((p - q).abs().max() < 1e-5 for p, q in zip(parameters_of_half, parameters)), name
+    assert len(metrics(tmp_path / "grpo")) == 1
     start = Llama.from_pretrained(base / "model")
     assert max((p - q).abs().max() for p, q in zip(start.parameters(), models.actor.parameters())) > 1e-4
 
@@ -921,6 +1166,11 @@ def test_two_processes(base, tmp_path, start):
     (["--save_path", "{}/rm"], "--save_path .* is read too, the run would overwrite its own input: name another"),
     (["--save_path", "{}/model"], "--save_path .* is read too, the run would overwrite its own input: name another"),
     (["--prompt_dataset", "{}/none.json"], "none.json does not exist"),
+    (["--algorithm", "rloo", "--group_size", "1"], "--group_size 1 leaves --algorithm rloo nothing to compare"),
+    (["--group_size", "3"], "--experience_batch_size 4 are answers in groups of --group_size 3: make it a multiple"),
+    (["--no_std"], "--no_std changes grpo, gspo, cispo: --algorithm ppo has no such step"),
+    (["--no_length", "--algorithm", "gspo"], "--no_length changes grpo: --algorithm gspo has no such step"),
+    (["--no_whiten", "--algorithm", "rloo"], "--no_whiten changes ppo: --algorithm rloo has no such step"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_bad_input_is_a_sentence(base, tmp_path, more, message):
     """The ids of another tokenizer would be scored as other text."""
