@@ -49,17 +49,22 @@ from model import Llama, LlamaConfig
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
 
-def lm_loss(model: Llama, tokens: Tensor, target: Tensor) -> Tensor:
-    """Returns the sum of -log p over the target tokens.
+def target_states(model: Llama, tokens: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the hidden state from which each target token is predicted (N, C), and the tokens' ids (N,), row by row.
 
     tokens (B, T) are ids, padded on the right. target (B, T) is True at target tokens, never in column 0. Both may be
     on the CPU: then the targets are found without waiting for the GPU.
     """
-    # 1. The head sees the hidden states before target tokens only: no logits are computed for prompts or padding.
     index = target[:, 1:].flatten().nonzero().flatten()                 # (N,) targets, among B * (T - 1) places
     answer = tokens[:, 1:].flatten()[index].to(model.device)            # (N,) their ids
     h = model.hidden(tokens.to(model.device))[:, :-1].flatten(0, 1)     # (B * (T - 1), C) one place before each token
-    h = h.index_select(0, index.to(model.device))                       # (N, C)
+    return h.index_select(0, index.to(model.device)), answer            # (N, C), (N,)
+
+
+def lm_loss(model: Llama, tokens: Tensor, target: Tensor) -> Tensor:
+    """Returns the sum of -log p over the target tokens; tokens and target (B, T) as in target_states."""
+    # 1. The head sees the hidden states before target tokens only: no logits are computed for prompts or padding.
+    h, answer = target_states(model, tokens, target)                    # (N, C), (N,)
     if torch.is_grad_enabled() and isinstance(model.output, nn.Linear):
         return HeadLoss.apply(h, model.output.weight, answer)
     return quantize.head_nll(model.output, h, answer)                   # evaluation, or a head with adapters
@@ -136,6 +141,7 @@ class Task(NamedTuple):
     sums: Callable[[list], dict[str, Tensor]]           # micro-batch -> sums over it: "loss" and what `figures` needs
     names: tuple[str, ...] = ("loss",)                  # names of these sums
     figures: Callable[[dict], dict] = lambda sums: {}   # sums over a batch -> the stage's own metrics
+    prepare: Callable[[], object] = lambda: None        # called while the weights are still those of the start
 
     def lengths(self, examples: list) -> list[int]:
         """Returns the length of the longest row of each example, by which micro-batches are sorted."""
@@ -185,7 +191,8 @@ def train(model: nn.Module, task: Task, stage: Stage) -> tuple[zero.ZeRO2, dict]
     args, world, loss = stage.args, stage.world, None
     marks = run.fingerprint(model, task.examples, args.seed)
     torch.manual_seed(args.seed * 1000 + world.rank)            # dropout: each process has its own
-    optimizer = make_optimizer(model, stage)
+    optimizer = make_optimizer(model, stage)                    # from here on the weights have the compute dtype
+    task.prepare()
     batch = args.batch_size * args.accumulation_steps * world.world
     if args.resume:     # 4.
         meta = run.load_checkpoint(args, world, marks, {"optimizer": optimizer})
@@ -388,7 +395,7 @@ def finish(figures: dict, measured: dict[str, str], stage: Stage) -> dict:
 
     Returns the summary."""
     summary = run.write_summary(stage.args, stage.world, figures)
-    told = [wording.format(summary[name]) for name, wording in measured.items() if summary[name] is not None]
+    told = [wording.format(summary[name]) for name, wording in measured.items() if summary.get(name) is not None]
     seconds, memory = summary["seconds"], run.peak_text(summary, stage.world)
     stage.say(f"wrote {stage.args.save_path}: " + ", ".join([*told, f"{seconds:.0f} s", memory]))
     return summary

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import data.run
 import lora
 import ppo
+import quantize
 import rm
 import sft
 from data import demo, records, text
@@ -106,8 +107,8 @@ def test_padding_of_one_side_changes_nothing(monkeypatch):
         if filler is not None:
             monkeypatch.setattr(text, "pad", padded)
         model = tiny()
-        chosen, rejected, _ = rm.score_rankings(model, [ranking])
-        rm.log_sig(chosen, rejected).sum().backward()
+        chosen, rejected = rm.score_rows(model, ranking)
+        rm.log_sig(chosen, rejected).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         results.append(((chosen.item(), rejected.item()), gradient))
     (scores, gradient), *others = results
@@ -123,21 +124,24 @@ def test_rankings_are_pairs_of_equal_weight_in_all():
     assert (better.tolist(), worse.tolist()) == ([0, 0, 1, 3], [1, 2, 2, 4])
     assert weight.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1])
     model, rankings = tiny(), [[[1, 40 + i, 2] for i in range(k)] for k in (4, 2, 3)]
-    chosen, rejected, weight = rm.score_rankings(model, rankings)
+    scores = rm.score_rows(model, [row for ranking in rankings for row in ranking])
+    loss = rm.ranking_sums(scores, rankings, "log_exp")["loss"]
     expected = 0.0
     for ranking in rankings:
         scores = [plain_score(model, row) for row in ranking]
         places = [(i, j) for i in range(len(scores)) for j in range(i + 1, len(scores))]
         terms = [math.log1p(math.exp(scores[j] - scores[i])) for i, j in places]
         expected += sum(terms) / len(terms)
-    assert (rm.log_exp(chosen, rejected) * weight).sum().item() == pytest.approx(expected, rel=1e-6)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.lesson
 def test_a_tie_is_not_right():
     """With a tie counted as right, a model that gives every text the same score has an accuracy of 1."""
-    sums = rm.pair_sums(torch.tensor([1.0, 1.0, 0.0, 3.0]), torch.tensor([0.0, 1.0, 1.0, 1.0]))
-    assert rm.pair_figures({name: x.item() for name, x in sums.items()}) == {"accuracy": 0.5, "margin": 0.5}
+    scores = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 3.0, 1.0])
+    sums = rm.ranking_sums(scores, 4 * [[[1, 40, 2], [1, 41, 2]]], "log_sig")
+    figures = rm.ranking_figures({name: x.item() for name, x in sums.items()})
+    assert figures == {"accuracy": 0.5, "margin": 0.5, "chosen": 1.25}
 
 
 @pytest.mark.lesson
@@ -336,6 +340,171 @@ def test_two_processes_are_one_with_twice_the_batch(base, tmp_path, start):
     assert one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-4)
 
 
+# ---- DPO ------------------------------------------------------------------------------------------------------------
+
+def dpo(base, out, *further) -> dict:
+    return run(base, out, "--loss_fn", "dpo", *further)
+
+
+def tiny_policy(vocab_size: int = 60) -> Llama:
+    sizes = SIZES | {"vocab_size": vocab_size}
+    return Llama(LlamaConfig(**sizes), generator=torch.Generator().manual_seed(4)).eval()
+
+
+def responses(*rows: list[int], prompt: int = 2) -> list[rm.Response]:
+    return [rm.Response(row, [i >= prompt for i in range(len(row))]) for row in rows]
+
+
+def plain_logprob(policy: Llama, ids: list[int], prompt: int) -> torch.Tensor:
+    """log pi(y | x) of one row, from the logits of all its places, in fp64."""
+    logp = policy(torch.tensor([ids]))[0].double().log_softmax(-1)
+    return sum(logp[i - 1, ids[i]] for i in range(prompt, len(ids)))
+
+
+@pytest.mark.lesson
+@pytest.mark.parametrize("loss_fn, sft_coef, expected", [
+    ("dpo", 0.0, 0.4740770),    # -log sigmoid(0.1 * (2 - -3)) = log(1 + exp(-0.5))
+    ("ipo", 0.0, 0.0),          # at a difference of 1 / (2 * 0.1) = 5 nats ipo has what it wants
+    ("dpo", 0.5, 2.9740770),    # + 0.5 * 20 / 4
+    ("ipo", 2.0, 10.0),         # + 2 * 20 / 4
+])
+def test_policy_losses_by_hand(monkeypatch, loss_fn, sft_coef, expected):
+    """log pi -20 and -33, log ref -22 and -30: log-ratios 2 and -3. The better response has 4 tokens, the other 6."""
+    better, worse = responses([1, 40, 5, 6, 7, 2], [1, 40, 5, 6, 7, 8, 9, 2])
+    better.reference, worse.reference = -22.0, -30.0
+    monkeypatch.setattr(rm, "logprobs", lambda policy, rows: torch.tensor([-20.0, -33.0]))
+    args = argparse.Namespace(loss_fn=loss_fn, beta=0.1, sft_coef=sft_coef)
+    sums = rm.policy_sums(None, [[better, worse]], args)
+    assert sums["loss"].item() == pytest.approx(expected, abs=1e-6)
+    assert sums["margin"].item() == pytest.approx(0.5) and sums["chosen"].item() == pytest.approx(0.2)
+
+
+@pytest.mark.lesson
+def test_ipo_is_equation_17_times_beta_squared():
+    for beta, better, worse in ((0.1, 2.0, -3.0), (0.5, -4.0, 1.0), (2.0, 3.0, 2.0)):
+        paper = (better - worse - 1 / (2 * beta)) ** 2
+        ours = rm.ipo(torch.tensor([beta * better]), torch.tensor([beta * worse])).item()
+        assert ours == pytest.approx(beta ** 2 * paper, abs=1e-5)
+
+
+@pytest.mark.lesson
+def test_logprobs_are_of_the_response_alone():
+    """Prompt tokens counted, the end marker forgotten, a mean for the sum, padding of a shorter row."""
+    policy, prompts = tiny_policy(), [2, 3, 2]
+    rows = [[1, 40, 5, 2], [1, 40, 41, 6, 7, 8, 9, 2], [1, 40, 3, 3, 2]]
+    some = [response for row, prompt in zip(rows, prompts) for response in responses(row, prompt=prompt)]
+    found = rm.logprobs(policy, some)
+    expected = [plain_logprob(policy, row, prompt).item() for row, prompt in zip(rows, prompts)]
+    assert found.dtype == torch.float32 and found.tolist() == pytest.approx(expected, abs=1e-5)
+    short = rm.logprobs(policy, responses(*([1, 40, i] for i in range(60)))).exp()
+    assert short.sum().item() == pytest.approx(1, abs=1e-5)  # over all responses of one token
+    tokenizer = Tokenizer(demo.FOLDER)
+    record = records.normalise(demo.preference_records(1, 1)[0], "preference")
+    for max_len in (160, 50):
+        ranking = rm.encode_responses(record, tokenizer, TEMPLATE, max_len)
+        for response, words in zip(ranking, record["responses"]):
+            ids = [i for i, learnt in zip(response.ids, response.target) if learnt]
+            assert ids == tokenizer.encode(words, False, True)[:len(ids)] and len(response) <= max_len
+            assert max_len == 50 or ids[-1] == 2
+
+
+@pytest.mark.lesson
+@pytest.mark.parametrize("loss_fn", ["dpo", "ipo"])
+def test_gradient_is_the_papers(loss_fn):
+    """Rafailov et al., section 4: -beta sigmoid(-margin) (grad log pi(better) - grad log pi(worse)); for ipo the factor
+    is 2 beta (margin - 1/2)."""
+    policy, beta = tiny_policy(), 0.3
+    rows = [[1, 40, 5, 6, 2], [1, 40, 7, 2]]
+    ranking = responses(*rows)
+    ranking[0].reference, ranking[1].reference = -10.0, -12.0
+    args = argparse.Namespace(loss_fn=loss_fn, beta=beta, sft_coef=0.0)
+    rm.policy_sums(policy, [ranking], args)["loss"].backward()
+    found = [p.grad.clone() for p in policy.parameters()]
+    gradients = []
+    for row in rows:
+        policy.zero_grad()
+        logp = plain_logprob(policy, row, 2)
+        logp.backward()
+        gradients.append((logp.item(), [p.grad.clone() for p in policy.parameters()]))
+    (better, plus), (worse, minus) = gradients
+    margin = beta * (better + 10.0 - worse - 12.0)
+    factor = -beta / (1 + math.exp(margin)) if loss_fn == "dpo" else 2 * beta * (margin - 0.5)
+    assert abs(margin) > 0.05
+    for ours, a, b in zip(found, plus, minus):
+        assert (ours - factor * (a - b)).abs().max() < 2e-5 * (a - b).abs().max()
+
+
+@pytest.mark.parametrize("loss_fn, start", [("dpo", math.log(2)), ("ipo", 0.25)])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_policy_is_trained_and_written(base, tmp_path, monkeypatch, rank, loss_fn, start):
+    """The reference must stay the model of the start, whatever the policy has become; what is written is a language
+    model that stage 3 and the server open."""
+    seen, real = [], rm.policy_sums
+    monkeypatch.setattr(rm, "policy_sums", lambda policy, some, args: (seen.append(some), real(policy, some, args))[1])
+    before, out = weights(base / "model"), tmp_path / "out"
+    summary = dpo(base, out, "--loss_fn", loss_fn, "--lora_rank", rank, "--lr", 3e-3, "--max_epochs", 5, "--beta", 0.1,
+                  "--weight_decay", 0)
+    found, plain = losses(out), Llama.from_pretrained(base / "model")
+    assert found[0] == pytest.approx(start, abs=1e-5) == summary["eval_loss_before"] and found[-1] < 0.8 * start
+    assert losses(out, "accuracy")[-1] > 0.6 and losses(out, "margin")[-1] > 0.3
+    for response in [response for some in seen for ranking in some for response in ranking]:
+        with torch.no_grad():
+            logp = plain_logprob(plain, response.ids, response.target.index(True)).item()
+        assert response.reference == pytest.approx(logp, abs=1e-4)
+    assert same(before, weights(base / "model"))
+    trained = quantize.open_model(out)
+    tokens = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        assert (trained(tokens) - plain(tokens)).abs().max() > 1e-2
+    if rank:
+        config = lora.read_adapter_config(out)
+        assert config["task_type"] == "CAUSAL_LM" and lora.base_path(out).samefile(base / "model")
+    else:
+        assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    summary = dpo(base, tmp_path / "again", "--pretrain", out, "--max_steps", 1)
+    assert summary["eval_loss_before"] == pytest.approx(math.log(2), abs=1e-5)
+    with pytest.raises(ValueError, match="not .*a reward model"):
+        RewardModel.from_pretrained(out)
+
+
+def test_a_policy_resumes_to_the_bit(base, tmp_path, monkeypatch):
+    """A reference made of the policy that is resumed would give another loss."""
+    more = ("--lora_rank", 4, "--lora_dropout", 0.3, "--save_interval", 2, "--max_epochs", 2, "--lr", 1e-2)
+    dpo(base, tmp_path / "whole", *more)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_in(patch, 6)
+        dpo(base, tmp_path / "cut", *more)
+    dpo(base, tmp_path / "cut", *more, "--resume")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and len(losses(tmp_path / "cut")) == 10
+    assert same(*(weights(tmp_path / name, "adapter_model.safetensors") for name in ("whole", "cut")))
+
+
+def dpo_to_the_end(base: Path, out: Path, *more) -> None:
+    dpo(base, out, *more)
+    data.run.stop()
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "ddp"])
+def test_a_policy_of_two_processes_is_that_of_one(base, tmp_path, start, strategy):
+    rankings = demo.preference_records(6, 11)
+    write(tmp_path / "pref.json", [r | {"responses": r["responses"][:2 + i % 3]} for i, r in enumerate(rankings)])
+    more = ["--dataset", tmp_path / "pref.json", "--eval_size", 1, "--max_epochs", 2, "--sft_coef", 0.5]
+    for process in start(2, dpo_to_the_end, base, tmp_path / "two", *more, "--strategy", strategy).wait():
+        assert process.code == 0, process.err
+    dpo(base, tmp_path / "one", *more, "--batch_size", 1, "--accumulation_steps", 8, "--strategy", "naive")
+    for key in ("loss", "margin", "chosen", "grad_norm"):
+        two = losses(tmp_path / "two", key)
+        assert losses(tmp_path / "one", key) == pytest.approx(two, rel=1e-3, abs=2e-5), key
+    one, two = (weights(tmp_path / name) for name in ("one", "two"))
+    assert len(losses(tmp_path / "one")) == 4 and all((one[name] - two[name]).abs().max() < 1e-4 for name in one)
+
+
+def test_a_bf16_policy_starts_at_ln_2(base, tmp_path):
+    """A reference of the file's fp32 weights would be another model than the one that is trained in bf16."""
+    summary = dpo(base, tmp_path, "--dtype", "bf16", "--max_steps", 1, "--batch_size", 8, "--beta", 5)
+    assert summary["eval_loss_before"] == pytest.approx(math.log(2), abs=5e-2)
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 BAD = {
@@ -345,11 +514,26 @@ BAD = {
     "another loss": (["--loss_fn", "none"], "invalid choice: 'none'"),
     "missing weights": (["--pretrain", "{}/nowhere"], "nowhere does not exist"),
     "over its input": (["--save_path", "{}/model"], "overwrite its own input"),
+    "beta of a reward model": (["--beta", "0.1"], "--beta and --sft_coef are for a policy: give --loss_fn dpo or ipo"),
+    "answers of a reward model": (["--sft_coef", "1"], "--beta and --sft_coef are for a policy"),
+    "beta of 0": (["--loss_fn", "dpo", "--beta", "0"], "must be above 0"),
+    "a policy for ppo to score with": (["--loss_fn", "dpo", "--save_path", "out/rm"], "is a reward model's directory"),
+    "a policy over a reward model": (["--loss_fn", "ipo", "--save_path", "{}/rm"], "is a reward model's directory"),
+    "over its adapter": (["--loss_fn", "dpo", "--save_path", "{}/rm-adapter"], "is a reward model's directory"),
+    "a policy from a reward model": (["--loss_fn", "dpo", "--pretrain", "{}/rm"], "is a reward model, it has no words"),
+    "or from its adapter": (["--loss_fn", "dpo", "--pretrain", "{}/rm-adapter"], "is a reward model, it has no words"),
 }
 
 
+@pytest.fixture(scope="module")
+def judges(base):
+    """Reward models as rm/ and rm-adapter/ in base."""
+    run(base, base / "rm", "--max_steps", 1)
+    run(base, base / "rm-adapter", "--max_steps", 1, "--lora_rank", 2)
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_a_sentence(base, tmp_path, case):
+def test_bad_input_is_a_sentence(base, judges, tmp_path, case):
     more, message = BAD[case]
     with pytest.raises((ValueError, OSError), match=message) as caught:
         run(base, tmp_path, *(flag.replace("{}", str(base)) for flag in more))
