@@ -5,6 +5,7 @@ At the end (6), what RLOO, GRPO, GSPO and CISPO change.
     torchrun --standalone --nproc_per_node=2 ppo.py
     python ppo.py --pretrain SFT_DIR --rm_path RM_DIR --prompt_dataset prompts.jsonl --pretrain_dataset alpaca.json
     python ppo.py --algorithm grpo                      without a critic: writes out/grpo
+    python ppo.py --algorithm grpo --reward_fn data/demo.py:reward      a rule judges the answers, no reward model
     python ppo.py --max_steps 1 --show_tokens           an answer token by token: log-probabilities, KL, values, rewards
 
 Schulman et al. 2017, "PPO" (arXiv 1707.06347); Schulman et al. 2016, "GAE" (1506.02438); Ziegler et al. 2019
@@ -57,6 +58,7 @@ Departures and choices:
     penalty.
  g. RLOO's paper takes one step a batch and sums over an answer's tokens. Here the sum is divided by the tokens of the
     minibatch, and later steps are clipped as PPO's. The papers of GSPO and CISPO leave the KL out: --kl_coef 0.
+    GSPO's paper clips at 3e-4 and 4e-4, for answers of thousands of tokens; the demo's have 40.
 
 Letters: B rows, b rows of a micro-batch, T columns, R longest response, N response tokens of a batch, C channels,
 V vocabulary (in the steps above, V is the value).
@@ -65,11 +67,16 @@ V vocabulary (in the steps above, V is the value).
 import argparse
 import copy
 import math
+import multiprocessing
 import random
+import re
+import runpy
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, count, islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -92,7 +99,7 @@ class Models(NamedTuple):
     actor: Llama
     critic: RewardModel | None      # None where the baseline is the mean of a group
     ref: Llama                      # with LoRA the same object as actor
-    reward: RewardModel             # with LoRA the critic's trunk under a head of its own
+    reward: "RewardModel | Rules"   # with LoRA the critic's trunk under a head of its own
 
 
 class Optimizers(NamedTuple):
@@ -100,13 +107,17 @@ class Optimizers(NamedTuple):
     critic: zero.ZeRO2 | None
 
 
-def present(named: Models | Optimizers) -> dict:
-    """Returns the entries that there are, by name."""
-    return {name: entry for name, entry in named._asdict().items() if entry is not None}
+def present(optimizers: Optimizers) -> dict:
+    """Returns the optimizers that there are, by name."""
+    return {name: optimizer for name, optimizer in optimizers._asdict().items() if optimizer is not None}
+
+
+def modules(models: tuple) -> list[nn.Module]:
+    return [model for model in models if isinstance(model, nn.Module)]
 
 
 def trained(models: Models) -> list[nn.Module]:
-    return [model for model in models[:2] if model is not None]
+    return modules((models.actor, models.critic))
 
 
 @contextmanager
@@ -116,6 +127,11 @@ def frozen(models: Models) -> Iterator[None]:
         for model in trained(models) if models.ref is models.actor else []:
             stack.enter_context(lora.disabled(model))
         yield
+
+
+class Prompt(NamedTuple):
+    ids: list[int]
+    record: dict        # as records.read_records gives it
 
 
 class Experience(NamedTuple):
@@ -133,12 +149,13 @@ class Experience(NamedTuple):
     reward: Tensor | None = None        # (B, R)
     adv: Tensor | None = None           # (B, R)
     ret: Tensor | None = None           # (B, R)
+    asked: list[dict] | None = None     # B records, what --reward_fn judges by
     alike: Tensor | None = None         # (B,) True where all answers to the prompt have the same reward
 
 
 def select(e: Experience, rows: Tensor) -> Experience:
     """Returns these rows (b,), without the columns of tokens that are padding in all of them."""
-    e = Experience(*(x if x is None else x[rows] for x in e))
+    e = Experience(*(x[rows] if isinstance(x, Tensor) else None for x in e))
     longest = (e.prompt_len + e.mask.sum(1)).max()
     return e._replace(tokens=e.tokens[:, :longest])             # (b, T)
 
@@ -150,7 +167,7 @@ def seeded(*purpose: object, device: torch.device | str = "cpu") -> torch.Genera
     return torch.Generator(device).manual_seed(random.Random(repr(purpose)).getrandbits(60))
 
 
-def rollout(actor: Llama, prompts: list[list[int]], purpose: tuple, stage: Stage, group_size: int = 1,
+def rollout(actor: Llama, prompts: list[Prompt], purpose: tuple, stage: Stage, group_size: int = 1,
             announce: bool = False) -> Experience:
     """Step 1: answers this process's share of the prompts, each group_size times. purpose: see seeded.
 
@@ -158,20 +175,20 @@ def rollout(actor: Llama, prompts: list[list[int]], purpose: tuple, stage: Stage
     args, stops = stage.args, actor.stops()
     rank, world, device, _ = stage.world
     prompts = prompts[rank::world] or prompts[:1]       # fewer prompts than processes: the first is answered again
-    prompts = [prompt for prompt in prompts for _ in range(group_size)]
+    ids, asked = zip(*(prompt for prompt in prompts for _ in range(group_size)))
     generator = seeded(*purpose, rank, device=device)   # no two rollouts and no two processes sample alike
     answers = []
     with quantize.packed(actor):
-        for some in text.chunks(prompts, args.experience_batch_size):
+        for some in text.chunks(ids, args.experience_batch_size):
             room = [args.max_seq_len - len(prompt) for prompt in some]
             answers += actor.generate(some, room, args.temperature, generator=generator)
             if announce:
-                stage.say(f"rollout: {len(answers)} of {len(prompts)} answers")
-    tokens, _ = text.pad([prompt + answer for prompt, answer in zip(prompts, answers)])     # (B, T)
+                stage.say(f"rollout: {len(answers)} of {len(ids)} answers")
+    tokens, _ = text.pad([prompt + answer for prompt, answer in zip(ids, answers)])         # (B, T)
     _, mask = text.pad(answers)                                                             # (B, R)
-    prompt_len = torch.tensor([len(prompt) for prompt in prompts])                          # (B,)
+    prompt_len = torch.tensor([len(prompt) for prompt in ids])                              # (B,)
     ended = torch.tensor([answer[-1] in stops for answer in answers])                       # (B,)
-    return Experience(*(x.to(device) for x in (tokens, prompt_len, mask, ended)))
+    return Experience(*(x.to(device) for x in (tokens, prompt_len, mask, ended)), asked=list(asked))
 
 
 # ---- 2. scoring -----------------------------------------------------------------------------------------------------
@@ -232,7 +249,9 @@ def token_rewards(kl: Tensor, score: Tensor, mask: Tensor, kl_coef: float) -> Te
 @torch.no_grad()
 def scoring(models: Models, answers: Experience, args: argparse.Namespace) -> Experience:
     """Steps 2 and 3, all by the training forward and nothing from the cache."""
-    parts = []
+    parts, judged = [], None
+    if isinstance(models.reward, Rules):
+        judged = models.reward.scores(answers)                                                  # (B,)
     for rows in torch.arange(len(answers.tokens)).split(args.train_batch_size):                 # 2. scoring
         e = select(answers, rows)
         found = {"logp": logprobs(models.actor, e, args.temperature)}                           # (b, R)
@@ -240,7 +259,8 @@ def scoring(models: Models, answers: Experience, args: argparse.Namespace) -> Ex
             found["value"] = critic_values(models.critic, e)                                    # (b, R)
         with frozen(models):
             found["ref_logp"] = logprobs(models.ref, e, args.temperature)                       # (b, R)
-            found["score"] = reward_scores(models.reward, e) - args.eos_penalty * ~e.ended      # (b,)
+            score = reward_scores(models.reward, e) if judged is None else judged[rows]         # (b,)
+        found["score"] = score - args.eos_penalty * ~e.ended                                    # (b,)
         parts.append(found)
     e = answers._replace(**{name: torch.cat([part[name] for part in parts]) for name in found})     # the same with B
     kl_coef = 0.0 if ALGORITHMS[args.algorithm].kl_in_loss else args.kl_coef
@@ -495,9 +515,92 @@ ALGORITHMS = {
     "ppo": Algorithm(gae, policy_loss, False, "tokens", {}),
     "rloo": Algorithm(leave_one_out, policy_loss, False, "tokens", {"group_size": 4}),
     "grpo": Algorithm(group_normalised, policy_loss, True, "answers", {"group_size": 8}),
-    "gspo": Algorithm(group_normalised, gspo_loss, True, "answers", {"group_size": 8, "clip": 3e-4, "clip_high": 4e-4}),
+    "gspo": Algorithm(group_normalised, gspo_loss, True, "answers", {"group_size": 8, "clip": 3e-3, "clip_high": 4e-3}),
     "cispo": Algorithm(group_normalised, cispo_loss, True, "tokens", {"group_size": 8, "clip": 1.0, "clip_high": 1.0}),
 }
+
+
+# ---- rewards that a program verifies --------------------------------------------------------------------------------
+
+LONGEST_CALL = 10    # seconds; a function that takes longer may never end
+
+
+class Rule(NamedTuple):
+    file: Path
+    name: str
+    weight: float
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.name}={self.weight}"
+
+
+def rule(given: str) -> Rule:
+    """The type of --reward_fn."""
+    found = re.fullmatch(r"(.+\.py):(\w+)(?:=(.+))?", given)
+    if found is None or not Path(found[1]).is_file():
+        raise argparse.ArgumentTypeError(f"must be FILE.py:NAME or FILE.py:NAME=WEIGHT, with a file that there is, "
+                                         f"not {given}")
+    return Rule(Path(found[1]), found[2], number(-math.inf)(found[3] or "1"))
+
+
+def answer_calls(rules: list[Rule], pipe: Connection) -> None:
+    """The child process. Sends None once the functions are there, then a float for each call; or what went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is for the parent
+    given, result = None, None
+    with suppress(EOFError):                                # when the parent has ended
+        while True:
+            try:
+                if given is None:
+                    functions = [runpy.run_path(str(rule.file))[rule.name] for rule in rules]
+                else:
+                    number_of_rule, *rest = given
+                    result = float(functions[number_of_rule](*rest))
+            except Exception as error:
+                result = f"raised {type(error).__name__}: {error}"
+            pipe.send(result)
+            given = pipe.recv()
+
+
+class Rules:
+    """The functions of --reward_fn, (prompt, answer, record) -> float. They run in a child process, which can be ended.
+
+    prompt is the user's last message, answer has no special tokens, record is the JSON value with "ended" added."""
+
+    def __init__(self, rules: list[Rule], tokenizer: text.Tokenizer):
+        self.rules, self.tokenizer = rules, tokenizer
+        spawn = multiprocessing.get_context("spawn")        # a fork would copy locks that threads hold
+        self.pipe, end = spawn.Pipe()
+        self.child = spawn.Process(target=answer_calls, args=(rules, end), daemon=True)
+        self.child.start()
+        end.close()
+        self.result(60, "--reward_fn")
+
+    def result(self, seconds: float, place: str) -> float | None:
+        """What the child sends. Raises ValueError, and ends the child, if it is no number."""
+        found = f"took more than {seconds} seconds"
+        if self.pipe.poll(seconds):
+            try:
+                found = self.pipe.recv()
+            except EOFError:
+                found = "ended its process"
+        if isinstance(found, float) and not math.isfinite(found):
+            found = f"returned {found}"
+        if isinstance(found, str):
+            self.child.kill()
+            raise ValueError(f"{place}: {found}; mend the function or leave the record out")
+        return found
+
+    def scores(self, e: Experience) -> Tensor:
+        """The weighted sum of the functions, (B,)."""
+        scores = []
+        for (_, response), asked, ended in zip(split(e), e.asked, e.ended.tolist()):
+            prompt, answer = asked["messages"][-1]["content"], self.tokenizer.decode(response)
+            total = 0.0
+            for i, rule in enumerate(self.rules):
+                self.pipe.send((i, prompt, answer, asked["record"] | {"ended": ended}))
+                total += rule.weight * self.result(LONGEST_CALL, f"{asked['place']}: --reward_fn {rule}")
+            scores.append(total)
+        return torch.tensor(scores, device=e.tokens.device)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -538,7 +641,7 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
         schedule = sft.cosine_lr(step, updates, 1.0, args.warmup)
         means = objective(e, stage) | update(models, optimizers, e, ptx, schedule, step, stage)     # 5. update
         updated = time.perf_counter()
-        tokens = args.group_size * (sum(map(len, chosen)) + means["response_length"] * len(chosen))
+        tokens = args.group_size * (sum(len(prompt.ids) for prompt in chosen) + means["response_length"] * len(chosen))
         row = means | log.row(step, means["loss/policy_avg"], schedule * args.lr, tokens, began) | {
             "seconds/rollout": rolled - began,
             "seconds/scoring": scored - rolled,
@@ -555,7 +658,7 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
     return {"steps": meta["step"]} | log.figures()
 
 
-def evaluate(models: Models, prompts: list[list[int]], when: str, stage: Stage) -> dict:
+def evaluate(models: Models, prompts: list[Prompt], when: str, stage: Stage) -> dict:
     """Reward and KL of answers to these prompts, sampled with a fixed seed, and the demo's gold score."""
     figures = {}
     if stage.is_demo:
@@ -632,7 +735,7 @@ def plan(models: Models, prompts: int, examples: int, stage: Stage) -> tuple[int
     ptx = f"{examples} examples, weight {args.ptx_coef}" if examples else "off"
     stage.say(f"{prompts} prompts | {updates} updates of {args.update_timesteps} x {args.experience_batch_size} x "
               f"{world.world} answers, {args.max_epochs} epochs | ptx {ptx} | {parameters:,} parameters trained")
-    return updates, sft.say_memory(learning, list(models[2:]), args.train_batch_size * args.max_seq_len, stage)
+    return updates, sft.say_memory(learning, modules(models[2:]), args.train_batch_size * args.max_seq_len, stage)
 
 
 OWN = {"loss/value_avg": "value loss", "alike_groups": "alike groups"}     # with a critic, and with groups
@@ -662,8 +765,8 @@ def print_table(args: argparse.Namespace, summary: dict, world: run.World) -> No
             (args.rm_path, "accuracy", "held-out accuracy"),
             (args.save_path, "gold", "gold score"),
             (args.save_path, "reward", "reward")):
-        file = directory / "summary.json"
-        found = weights.read_json(file) if file.exists() else {}
+        file = directory and directory / "summary.json"     # None: no reward model
+        found = weights.read_json(file) if file and file.exists() else {}
         after = found.get(f"{name}_after", found.get(name))
         if after is not None:
             place, before = str(directory)[-23:], found[f"{name}_before"]
@@ -688,37 +791,49 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def open_models(stage: Stage) -> tuple[Models, str | None]:
-    """The models, and the base that an adapter of the actor will name (None where all weights are trained)."""
-    args, tokenizer = stage.args, stage.tokenizer
+def open_judges(stage: Stage) -> tuple[RewardModel | None, "RewardModel | Rules"]:
+    """The critic, if the algorithm has one, and what gives the rewards."""
+    args, dtype, device = stage.args, sft.stored_dtype(stage), stage.world.device
+    has_critic = ALGORITHMS[args.algorithm].advantages is gae
+    if args.reward_fn:
+        critic, reward = None, Rules(args.reward_fn, stage.tokenizer)
+        if has_critic:      # no reward model to start as: the actor's trunk, and a new head
+            trunk = quantize.open_model(args.pretrain, dtype, device, head=False, adapter="merge")
+            critic = RewardModel(trunk, seeded("critic", args.seed, device=device))
+        return critic, reward
     judge, _ = sft.open_tokenizer(args.rm_path, args.template, stage.say)
-    if judge.fingerprint != tokenizer.fingerprint:
+    if judge.fingerprint != stage.tokenizer.fingerprint:
         raise ValueError(f"{args.rm_path} has another tokenizer than {args.pretrain}: its ids mean other text, train "
                          "the reward model from this model")
+    critic = RewardModel.from_pretrained(args.rm_path, dtype, device, args.rm_pretrain)
+    text.check_tokenizer(stage.tokenizer, critic.config.vocab_size)
+    if not has_critic:
+        return None, freeze(critic, stage.dtype)
+    if not args.lora_rank:
+        return critic, freeze(copy.deepcopy(critic), stage.dtype)
+    reward = RewardModel(critic.trunk)
+    reward.score = freeze(copy.deepcopy(critic.score), stage.dtype)
+    return critic, reward
+
+
+def open_models(stage: Stage) -> tuple[Models, str | None]:
+    """The models, and the base that an adapter of the actor will name (None where all weights are trained)."""
+    args = stage.args
     actor = sft.open_llama(stage)
-    reward = RewardModel.from_pretrained(args.rm_path, sft.stored_dtype(stage), stage.world.device, args.rm_pretrain)
-    text.check_tokenizer(tokenizer, reward.config.vocab_size)
+    critic, reward = open_judges(stage)
     base = sft.base_for_adapter(actor, stage)
     ref = actor if args.lora_rank else freeze(copy.deepcopy(actor), stage.dtype)
-    critic = reward if ALGORITHMS[args.algorithm].advantages is gae else None
-    if critic is None:
-        freeze(reward, stage.dtype)
-    elif args.lora_rank:
-        reward = RewardModel(critic.trunk)
-        reward.score = freeze(copy.deepcopy(critic.score), stage.dtype)
-    else:
-        reward = freeze(copy.deepcopy(critic), stage.dtype)
     models = Models(actor, critic, ref, reward)
-    for model in trained(models) if args.lora_rank else present(models).values():
+    for model in trained(models) if args.lora_rank else modules(models):
         sft.set_up(model, args)
-    for model in present(models).values():
+    for model in modules(models):
         model.eval()    # dropout off, see departure d
     return models, base
 
 
 def check_lengths(args: argparse.Namespace, models: Models) -> None:
     """Raises ValueError if an answer does not fit into --max_seq_len, or that not into the models' context."""
-    context = min(models.actor.config.max_seq_len, models.reward.config.max_seq_len)
+    context = min(model.config.max_seq_len for model in modules(models))
     if args.max_seq_len > context:
         raise ValueError(f"--max_seq_len {args.max_seq_len} is beyond the models' context of {context} tokens")
     if args.max_input_len >= args.max_seq_len:
@@ -728,22 +843,22 @@ def check_lengths(args: argparse.Namespace, models: Models) -> None:
 
 def check_groups(args: argparse.Namespace) -> None:
     """Raises ValueError if --group_size is too small for the algorithm, or does not divide the answers of a rollout."""
-    size, answers = args.group_size, args.experience_batch_size
-    if size == 1 and args.algorithm != "ppo":
-        raise ValueError(f"--group_size 1 leaves --algorithm {args.algorithm} nothing to compare an answer with: "
-                         "give at least 2, or take ppo")
+    size, answers, algorithm = args.group_size, args.experience_batch_size, args.algorithm
+    if size == 1 and algorithm != "ppo":
+        raise ValueError(f"--group_size 1 leaves --algorithm {algorithm} nothing to compare an answer with: give at "
+                         "least 2, or take ppo")
     if answers % size:
-        raise ValueError(f"--experience_batch_size {answers} are answers in groups of --group_size {size}: make it a "
-                         "multiple")
+        raise ValueError(f"--experience_batch_size {answers} is no multiple of --group_size {size}: make it one")
 
 
-def encode_prompts(found: list[dict], stage: Stage) -> list[list[int]]:
-    """Prompt records as ids, without those that are too long."""
+def encode_prompts(found: list[dict], stage: Stage) -> list[Prompt]:
+    """Prompt records and their ids, without those that are too long."""
     limit = stage.args.max_input_len
-    prompts = [text.encode_prompt(record["messages"], stage.tokenizer, stage.template) for record in found]
-    kept = [prompt for prompt in prompts if len(prompt) <= limit]
+    prompts = [Prompt(text.encode_prompt(record["messages"], stage.tokenizer, stage.template), record)
+               for record in found]
+    kept = [prompt for prompt in prompts if len(prompt.ids) <= limit]
     if not kept:
-        shortest = min(map(len, prompts))
+        shortest = min(len(prompt.ids) for prompt in prompts)
         raise ValueError(f"all {len(prompts)} prompts have more than --max_input_len {limit} tokens, the shortest "
                          f"{shortest}: raise it")
     if dropped := len(prompts) - len(kept):
@@ -810,6 +925,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = run.training_parser("Stage 3: PPO and PPO-ptx. Without flags, the demo: reads out/sft and out/rm, writes "
                                  "out/ppo.", "out/ppo")
     parser.add_argument("--rm_path", type=Path, help="the reward model that rm.py wrote")
+    parser.add_argument("--reward_fn", type=rule, nargs="+", metavar="FILE.py:NAME[=WEIGHT]", help="functions (prompt, "
+                        "answer, record) -> float that give the reward instead of --rm_path")
     parser.add_argument("--rm_pretrain", type=Path, help="base of a reward model that is an adapter, if it has moved")
     parser.add_argument("--prompt_dataset", type=Path, nargs="+", help="prompts to answer: any record form, answers "
                         "are ignored (data/records.py)")
@@ -833,7 +950,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{flag} changes {', '.join(algorithms)}: --algorithm {args.algorithm} has no such step")
     args.save_path = args.save_path or Path("out", args.algorithm)
     args.pretrain = args.pretrain or run.finished(Path("out/sft"), "sft", "--pretrain")
-    args.rm_path = args.rm_path or run.finished(Path("out/rm"), "rm", "--rm_path")
+    if args.reward_fn and args.rm_path:
+        parser.error("--reward_fn gives the reward instead of --rm_path: name one of them")
+    if not args.reward_fn:
+        args.rm_path = args.rm_path or run.finished(Path("out/rm"), "rm", "--rm_path")
     return args
 
 
@@ -844,7 +964,10 @@ def main(argv: list[str] | None = None) -> dict:
     if args.prompt_dataset is None and not is_demo:
         raise ValueError("--prompt_dataset is missing: name the prompts to answer")
     preset = DEMO if is_demo else FINETUNE
-    stage = sft.start(args, is_demo, preset | ALGORITHMS[args.algorithm].preset, args.rm_path)
+    preset = preset | ALGORITHMS[args.algorithm].preset
+    if args.reward_fn:
+        preset["eos_penalty"] = 0.0     # a function judges itself an answer that never ended
+    stage = sft.start(args, is_demo, preset, *filter(None, [args.rm_path]))
     check_groups(args)
 
     # models and data
@@ -854,10 +977,11 @@ def main(argv: list[str] | None = None) -> dict:
     examples, held = read_ptx(stage), prompts
     if is_demo:     # pairs of things that never occur together in the files
         unseen = demo.prompt_records(0, held=True)
-        held = encode_prompts([records.normalise(record, "prompt") for record in unseen], stage)
+        held = encode_prompts([records.normalise(record, "prompt") | {"record": record, "place": "a held-out prompt"}
+                               for record in unseen], stage)
     held = held[:args.eval_size]
     run.say_flags(stage.world, args)
-    marks = run.fingerprint(nn.ModuleList(trained(models)), [prompts, examples], args.seed)
+    marks = run.fingerprint(nn.ModuleList(trained(models)), [[prompt.ids for prompt in prompts], examples], args.seed)
     optimizers = Optimizers(*(None if model is None else sft.make_optimizer(model, stage) for model in models[:2]))
     updates, planned = plan(models, len(prompts), len(examples), stage)
 

@@ -272,6 +272,11 @@ def gold(asked: str, text: str, ended: bool) -> float:
     return score if ended else 0.5 * score
 
 
+def reward(prompt: str, answer: str, record: dict) -> float:
+    """The gold score as a reward function: ppo.py --reward_fn data/demo.py:reward."""
+    return gold(prompt, answer, record["ended"])
+
+
 def measure(model, tokenizer, template, seed: int = 0) -> dict:
     """The gold score of a model: the mean over all held-out instructions (208 a language) of one answer each, sampled
     at temperature 1 with a fixed seed. Returns gold, gold_en, gold_zh, distinct_2 and three samples. distinct_2 is the

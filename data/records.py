@@ -275,7 +275,10 @@ def read_file(path: Path, kind: str, skip_bad: bool, limit: int | None, say: Cal
             break
         try:
             value = parse_line(item) if isinstance(item, bytes) else item
-            records.append(normalise(value, kind))
+            record = normalise(value, kind)
+            if kind == "prompt":
+                record |= {"record": value, "place": f"{path}, line {line}"}
+            records.append(record)
         except ValueError as error:
             if not skip_bad:
                 raise ValueError(f"{path}, line {line}: {error} (mend it or pass --skip_bad_records)") from None
@@ -296,7 +299,7 @@ def read_records(paths: list[str | Path], kind: str, skip_bad: bool = False, lim
     kind            a record it gives
     "sft"           {"messages": [..., assistant]} or {"text"}
     "preference"    {"messages": [..., user], "responses": [best, ..., worst]}
-    "prompt"        {"messages": [..., user]}
+    "prompt"        {"messages": [..., user], "record", "place"}: the JSON value as it came, and its file and line
 
     A user's message may have "input" beside its "content". A bad record raises ValueError with file, line, reason and
     keys. With skip_bad it is skipped, and `say` gets one line for each file with the number of those skipped. A file

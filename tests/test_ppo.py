@@ -25,6 +25,7 @@ from ppo import Experience, Models, Optimizers
 from rm import RewardModel
 from sft import Stage
 
+RULE = f"{Path(demo.__file__)}:reward"
 WORLD = run.World(0, 1, torch.device("cpu"))
 TEMPLATE = text.TEMPLATES["alpaca"]
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=1280, max_seq_len=160)
@@ -99,6 +100,10 @@ def same(a: dict, b: dict) -> bool:
 
 PROMPTS = [[1, 40, 41, 42, 43], [1, 50, 51], [1, 60], [1, 70, 71, 72]]
 ANSWERS = [[80, 81, 82, 2], [90, 2], [100, 101, 102, 103, 104, 105], [2]]
+
+
+def asked(prompts: list[list[int]]) -> list[ppo.Prompt]:
+    return [ppo.Prompt(ids, {}) for ids in prompts]
 
 
 def rolled(prompts: list[list[int]] = PROMPTS, answers: list[list[int]] = ANSWERS) -> Experience:
@@ -459,7 +464,7 @@ def test_parts_of_a_batch_are_scored_as_the_whole(base, tmp_path):
     whole, parts = (ppo.scoring(models, rolled(), argparse.Namespace(**vars(args) | {"train_batch_size": size}))
                     for size in (4, 1))
     assert whole.adv is whole.ret is None       # step 4 is for whole groups
-    for a, b in zip(ppo.present(whole).values(), ppo.present(parts).values()):
+    for a, b in zip(whole[:9], parts[:9]):
         assert a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-5)
 
 
@@ -655,7 +660,7 @@ def test_answers_to_a_prompt_are_drawn_together(base, tmp_path):
     args, models = opened(base, tmp_path, "--experience_batch_size", 4)
     for rank in (0, 1):
         stage = stage_of(args, run.World(rank, 2, WORLD.device))
-        e = ppo.rollout(models.actor, PROMPTS, ("rollout", 0, 1), stage, 3)
+        e = ppo.rollout(models.actor, asked(PROMPTS), ("rollout", 0, 1), stage, 3)
         prompts, answers = zip(*ppo.split(e))
         assert list(prompts) == [prompt for prompt in PROMPTS[rank::2] for _ in range(3)]
         assert len(set(map(str, answers))) == 6
@@ -703,7 +708,7 @@ def test_no_two_rollouts_are_alike(base, tmp_path):
 
     def sample(purpose: tuple, rank: int) -> list:
         stage = stage_of(args, run.World(rank, 2, WORLD.device))
-        return ppo.rollout(models.actor, [[1, 40, 41]] * 4, purpose, stage).tokens.tolist()
+        return ppo.rollout(models.actor, asked([[1, 40, 41]] * 4), purpose, stage).tokens.tolist()
     purposes = [("rollout", 0, 1), ("rollout", 0, 2), ("rollout", 1, 1), ("evaluate", 0)]
     answers = {(purpose, rank): sample(purpose, rank) for purpose in purposes for rank in (0, 1)}
     assert len({str(answer) for answer in answers.values()}) == 8
@@ -714,21 +719,21 @@ def test_no_two_rollouts_are_alike(base, tmp_path):
 def test_processes_share_the_prompts(base, tmp_path, prompts, world, rows):
     """With fewer prompts than processes, the first prompt is answered again: no process is without a row."""
     args, models = opened(base, tmp_path, "--experience_batch_size", 2)
-    asked = [[1, 40 + i] for i in range(prompts)]
-    parts = [ppo.rollout(models.actor, asked, ("evaluate", 0), stage_of(args, run.World(rank, world, WORLD.device)))
-             for rank in range(world)]
+    ids = [[1, 40 + i] for i in range(prompts)]
+    stages = [stage_of(args, run.World(rank, world, WORLD.device)) for rank in range(world)]
+    parts = [ppo.rollout(models.actor, asked(ids), ("evaluate", 0), stage) for stage in stages]
     assert [len(part.tokens) for part in parts] == rows
-    assert {tuple(prompt) for part in parts for prompt, _ in ppo.split(part)} == set(map(tuple, asked))
+    assert {tuple(prompt) for part in parts for prompt, _ in ppo.split(part)} == set(map(tuple, ids))
 
 
 def test_an_answer_ends_at_every_id_that_the_model_stops_at(base, tmp_path):
     """An end of turn is an end, though it is not the tokenizer's EOS: no --eos_penalty."""
     args, models = opened(base, tmp_path)
     models.actor.stop_at(range(3, 1280))
-    e = ppo.rollout(models.actor, [[1, 40, 41]] * 4, ("evaluate", 0), stage_of(args))
+    e = ppo.rollout(models.actor, asked([[1, 40, 41]] * 4), ("evaluate", 0), stage_of(args))
     assert e.mask.shape == (4, 1) and e.ended.all()
     models.actor.config.eos_id = None
-    e = ppo.rollout(models.actor, [[1, 40, 41]] * 4, ("evaluate", 0), stage_of(args))
+    e = ppo.rollout(models.actor, asked([[1, 40, 41]] * 4), ("evaluate", 0), stage_of(args))
     assert not e.ended.any() and e.mask.all()
 
 
@@ -773,7 +778,7 @@ def spied(monkeypatch) -> list:
     def open_models(*rest):
         models, base = real(*rest)
         before = [{name: p.detach().clone() for name, p in model.named_parameters()}
-                  for model in ppo.present(models).values()]
+                  for model in ppo.modules(models)]
         found.append(SimpleNamespace(models=models, before=before, ratios=[]))
         return models, base
 
@@ -996,7 +1001,7 @@ def test_toy_reward_is_raised(base, tmp_path, monkeypatch, kl_coef):
     optimizers = Optimizers(*(zero.ZeRO2(model.named_parameters(), torch.float32) for model in (actor, critic)))
     stage = stage_of(args)
     for step in range(1, 16):
-        answers = ppo.rollout(actor, [[1, 4, 5], [1, 6]] * 16, ("rollout", 0, step), stage)
+        answers = ppo.rollout(actor, asked([[1, 4, 5], [1, 6]] * 16), ("rollout", 0, step), stage)
         e = ppo.advantages(ppo.scoring(models, answers, args), args)
         figures = ppo.objective(e, stage) | ppo.update(models, optimizers, e, iter([]), 1.0, step, stage)
         scores.append(figures["objective/scores"])
@@ -1068,6 +1073,97 @@ def test_critic_can_be_trained_alone(base, tmp_path, monkeypatch):
     main(base, tmp_path, "--lr", 0, "--num_episodes", 1)
     assert same(weights(tmp_path), weights(base / "model"))
     assert not torch.equal(found[0].models.critic.score.weight, found[0].before[1]["score.weight"])
+
+
+# ---- reward functions -----------------------------------------------------------------------------------------------
+
+RULES = """
+import os
+import time
+
+def length(prompt, answer, record):
+    return len(answer) + 100 * record["ended"] + 1000 * len(record["kind"])
+
+def asked(prompt, answer, record):
+    return {"First?": 1, "Second?": 2}[prompt]
+
+def nan(prompt, answer, record):
+    return float("nan")
+
+def words(prompt, answer, record):
+    return "many"
+
+def slow(prompt, answer, record):
+    time.sleep(60)
+
+def dies(prompt, answer, record):
+    os._exit(1)
+"""
+
+
+def judged(tmp_path: Path, *names: str) -> torch.Tensor:
+    """The scores of two answers by these functions."""
+    (tmp_path / "rules.py").write_text(RULES)
+    turns = [[{"role": "user", "content": "Zero?"}, {"role": "assistant", "content": "Yes."}], []]
+    found = [{"messages": turns[i] + [{"role": "user", "content": question}], "record": {"kind": "ab"[:i]},
+              "place": f"a.json, line {i + 1}"} for i, question in enumerate(["First?", "Second?"])]
+    tokenizer = text.Tokenizer(demo.FOLDER)
+    answers = [tokenizer.encode("The fox", bos=False, eos=True), tokenizer.encode("A", bos=False)]
+    rules = ppo.Rules([ppo.rule(f"{tmp_path / 'rules.py'}:{name}") for name in names], tokenizer)
+    try:
+        return rules.scores(rolled([[1, 40], [1, 41, 42]], answers)._replace(asked=found))
+    finally:
+        rules.child.kill()
+
+
+def test_functions_see_prompt_answer_and_record(tmp_path):
+    """The last message, an answer without EOS, the record with "ended"; their weighted sum."""
+    assert judged(tmp_path, "length").tolist() == [7 + 100, 1 + 1000]
+    assert judged(tmp_path, "length=0.5", "asked=-2").tolist() == [53.5 - 2, 500.5 - 4]
+
+
+def test_scores_of_functions_are_those_of_their_rows(base, tmp_path):
+    args, models = opened(base, tmp_path, "--train_batch_size", 3, "--eos_penalty", 0.5)
+    rules = object.__new__(ppo.Rules)
+    rules.scores = lambda e: T([1.0, 2.0, 3.0, 4.0])
+    assert ppo.scoring(models._replace(reward=rules), rolled(), args).score.tolist() == [1, 2, 2.5, 4]
+
+
+@pytest.mark.parametrize("name, words", [
+    ("nan", "rules.py:nan=1.0: returned nan"),
+    ("words", "rules.py:words=1.0: raised ValueError: could not convert string to float: 'many'"),
+    ("slow", "rules.py:slow=1.0: took more than 0.5 seconds"),
+    ("dies", "rules.py:dies=1.0: ended its process")])
+def test_a_function_that_fails_is_a_sentence_with_the_records_place(tmp_path, monkeypatch, name, words):
+    monkeypatch.setattr(ppo, "LONGEST_CALL", 0.5)
+    with pytest.raises(ValueError, match=f"^a.json, line 1: --reward_fn .*{words}; mend the function or leave"):
+        judged(tmp_path, name)
+
+
+def test_a_file_without_the_function_is_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="^--reward_fn: raised KeyError: 'none'"):
+        judged(tmp_path, "none")
+
+
+@pytest.mark.parametrize("more", [("--algorithm", "grpo", "--group_size", 2), (), ("--lora_rank", 2)],
+                         ids=["grpo", "ppo", "ppo with lora"])
+def test_a_run_by_a_rule(base, tmp_path, monkeypatch, more):
+    """The demo's. There is no reward model; PPO's critic starts as the actor's trunk. No --eos_penalty is added."""
+    found = spied(monkeypatch)
+    given = flags(base, tmp_path, "--reward_fn", RULE, *more)
+    place = given.index("--rm_path")
+    summary = ppo.main(given[:place] + given[place + 2:])
+    models, before = found[0].models, found[0].before
+    models.reward.child.kill()
+    assert isinstance(models.reward, ppo.Rules) and (models.critic is None) == ("grpo" in more)
+    assert summary["flags"]["eos_penalty"] == 0 and len(metrics(tmp_path)) == 3
+    assert all(row["objective/scores"] == 0 for row in metrics(tmp_path))       # a model of noise tells no story
+    if models.critic is not None:
+        trunk = {name.removeprefix("trunk."): p for name, p in before[1].items()}
+        shared = [name for name in trunk if name in before[0] and "lora" not in name]
+        assert len(shared) > 10 and all(torch.equal(trunk[name], before[0][name]) for name in shared)
+        assert not torch.equal(models.critic.score.weight, before[1]["score.weight"])
+        assert not any("output" in name for name in trunk)
 
 
 # ---- two processes --------------------------------------------------------------------------------------------------
@@ -1167,9 +1263,12 @@ def test_two_processes(base, tmp_path, start):
     (["--save_path", "{}/model"], "--save_path .* is read too, the run would overwrite its own input: name another"),
     (["--prompt_dataset", "{}/none.json"], "none.json does not exist"),
     (["--algorithm", "rloo", "--group_size", "1"], "--group_size 1 leaves --algorithm rloo nothing to compare"),
-    (["--group_size", "3"], "--experience_batch_size 4 are answers in groups of --group_size 3: make it a multiple"),
+    (["--group_size", "3"], "--experience_batch_size 4 is no multiple of --group_size 3: make it one"),
     (["--no_std"], "--no_std changes grpo, gspo, cispo: --algorithm ppo has no such step"),
     (["--no_length", "--algorithm", "gspo"], "--no_length changes grpo: --algorithm gspo has no such step"),
+    (["--reward_fn", "nothing.py:reward"], "must be FILE.py:NAME or FILE.py:NAME=WEIGHT, .* not nothing.py:"),
+    (["--reward_fn", f"{RULE}=much"], "--reward_fn: must be a finite number, not much"),
+    (["--reward_fn", RULE], "--reward_fn gives the reward instead of --rm_path: name one of them"),
     (["--no_whiten", "--algorithm", "rloo"], "--no_whiten changes ppo: --algorithm rloo has no such step"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_bad_input_is_a_sentence(base, tmp_path, more, message):

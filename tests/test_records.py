@@ -47,7 +47,10 @@ def test_every_sample_in_the_docstring_is_read(tmp_path):
     added = {"messages": [user("Add the numbers.", input="2, 3"), assistant("5")]}
     hi = [user("Hi")]
     haiku = {"messages": [user("Write a haiku.")]}
-    assert [read_records([written(tmp_path, text)], kind)[0] for kind, text in samples] == [
+    found = [read_records([written(tmp_path, text)], kind)[0] for kind, text in samples]
+    raw = [(record.pop("record"), record.pop("place")) for record in found if "record" in record]
+    assert raw == [(json.loads(text), f"{tmp_path / 'data.jsonl'}, line 1") for kind, text in samples[-2:]]
+    assert found == [
         added, added, chat("Hi", "Hello."), chat("Hi", "Hello."), chat("Hi", "Hello."), {"text": "Once upon a time."},
         {"messages": hi, "responses": ["Hello.", "No."]}, {"messages": hi, "responses": ["Hello.", "No."]},
         {"messages": hi, "responses": ["Hello.", "Hm.", "No."]}, haiku, haiku]
@@ -114,7 +117,8 @@ def test_transcripts_split_at_the_last_answer(tmp_path):
     for record in (pair, parts, as_lists, {**parts, "prompt": prompt}):
         path = written(tmp_path, record)
         assert read_records([path], "preference") == [{"messages": prompt, "responses": ["d", "e\n\nf"]}]
-        assert read_records([path], "prompt") == [{"messages": prompt}]
+        found = {"messages": prompt, "record": record, "place": f"{path}, line 1"}
+        assert read_records([path], "prompt") == [found]
 
 
 def test_answers_may_be_messages():
