@@ -1190,7 +1190,7 @@ def open_served(args: argparse.Namespace) -> Served:
     context = args.max_len or model.config.max_seq_len
     if context > model.config.max_seq_len:
         raise ValueError(f"--max_len {context} is more than the model's context of {model.config.max_seq_len}")
-    return Served(model.eval(), tokenizer, template, directory.resolve().name, context)
+    return Served(model.eval(), tokenizer, template, os.path.basename(os.path.abspath(directory)), context)
 
 
 def say(served: Served, said: str) -> None:

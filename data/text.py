@@ -1043,7 +1043,9 @@ def main(argv: list[str] | None = None) -> None:
         weights.write_json(Path(args.out) / "tokenizer_config.json", BytePairs(said, {}).config)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    print(f"{args.out}: {len(vocabulary)} pieces and {len(SPECIAL)} special tokens")
+    fewer = len(vocabulary) + len(SPECIAL) < args.vocab_size
+    why = ", no other pair stands there twice: more text gives more pieces" if fewer else ""
+    print(f"{args.out}: {len(vocabulary)} pieces and {len(SPECIAL)} special tokens{why}")
 
 
 def read_text(file: str) -> str:
