@@ -12,6 +12,7 @@ import pytest
 import torch
 
 SMOLLM2 = Path(os.environ.get("OCTET_SMOLLM2") or Path(__file__).parents[2] / "smol")
+REFERENCES = Path(__file__).parents[2] / "shared" / "real" / "smollm2"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +26,8 @@ def smollm2() -> Path:
     """A folder with SmolLM2-135M-Instruct in hf/ and the tokenizer of Llama 3.1 in llama3.1/."""
     if not (SMOLLM2 / "hf" / "model.safetensors").exists():
         pytest.skip(f"no SmolLM2 in {SMOLLM2}: run shared/real/smollm2/get.sh FOLDER, name FOLDER in OCTET_SMOLLM2")
+    if not REFERENCES.exists():
+        pytest.skip(f"no {REFERENCES}: what transformers gives for SmolLM2 is compared with")
     return SMOLLM2
 
 
