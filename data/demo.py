@@ -29,6 +29,7 @@ import sentencepiece
 import torch
 
 from data import weights
+from data.measure import distinct_n
 from data.text import ALPACA, chunks, encode_prompt
 
 FOLDER = Path(__file__).parent / "demo"
@@ -279,8 +280,7 @@ def reward(prompt: str, answer: str, record: dict) -> float:
 
 def measure(model, tokenizer, template, seed: int = 0) -> dict:
     """The gold score of a model: the mean over all held-out instructions (208 a language) of one answer each, sampled
-    at temperature 1 with a fixed seed. Returns gold, gold_en, gold_zh, distinct_2 and three samples. distinct_2 is the
-    share of different pairs of neighbouring ids among all such pairs: 1 when no two answers share a pair."""
+    at temperature 1 with a fixed seed. Returns gold, gold_en, gold_zh, distinct_2 and three samples."""
     asked = [record["instruction"] for record in prompt_records(0, held=True)]
     prompts = [encode_prompt([{"role": "user", "content": text}], tokenizer, template) for text in asked]
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -293,12 +293,11 @@ def measure(model, tokenizer, template, seed: int = 0) -> dict:
         language = "zh" if chinese(question) else "en"
         scores[language].append(gold(question, text, ended=not model.stops().isdisjoint(ids[-1:])))
         samples.append(f"{question} -> {text}")
-    bigrams = [pair for ids in answers for pair in zip(ids, ids[1:])]
     return {
         "gold": fmean(scores["en"] + scores["zh"]),
         "gold_en": fmean(scores["en"]),
         "gold_zh": fmean(scores["zh"]),
-        "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
+        "distinct_2": distinct_n(answers, 2),
         "samples": samples[:3],
     }
 

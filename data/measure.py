@@ -1,0 +1,81 @@
+"""What tells how good answers are, and how well a run goes. Pure formulas, each with its paper.
+
+    best-of-n             the reward that the best of n answers would have, and how far it is from the model's own
+    win rate              how often a model's answers beat another one's, with an interval
+    distinct-n            how little the answers repeat one another
+    explained variance    how much of the returns a critic foresees
+
+Letters: P prompts, N answers to each, B rows, R longest response.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+# ---- best-of-n ------------------------------------------------------------------------------------------------------
+
+def best_of_n(score: Tensor, value: Tensor, n: int) -> Tensor:
+    """Expected value, (P,), of the answer with the best score among n. score and value are (P, N), N at least n.
+
+    Nakano et al. 2021, "WebGPT" (2112.09332). Of all sets of n among the N drawn, the answer whose score is number i
+    from below is the best in C(i - 1, n - 1) of C(N, n). The mean over all these sets is unbiased, with less variance
+    than the best of one set. With value = score it is the expected best score itself."""
+    N = score.shape[1]
+    share = [math.comb(i - 1, n - 1) / math.comb(N, n) for i in range(1, N + 1)]
+    order = score.argsort(dim=1, stable=True)                                   # (P, N)
+    return value.gather(1, order).double() @ torch.tensor(share, dtype=torch.float64, device=value.device)  # (P,)
+
+
+def best_of_kl(n: int) -> float:
+    """KL of best-of-n to the model that draws the n answers, in nats an answer: log n - (n - 1) / n.
+
+    Stiennon et al. 2020, "Learning to summarize" (2009.01325). Exact where no two scores are equal, else a bound
+    above."""
+    return math.log(n) - (n - 1) / n
+
+
+# ---- against another model ------------------------------------------------------------------------------------------
+
+def win_rate(score: Tensor, other: Tensor) -> float:
+    """Share of prompts where score (P,) is above the other model's (P,); an equal one counts half."""
+    return ((score > other).double() + (score == other).double() / 2).mean().item()
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval around a share of n independent trials, Wilson 1927; z = 1.96 makes it one of 95 %.
+
+    Unlike share +- z deviations it stays within [0, 1], and is no single point at a share of 0 or 1."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return centre - half, centre + half
+
+
+# ---- the answers themselves -----------------------------------------------------------------------------------------
+
+def distinct_n(answers: list[list[int]], n: int) -> float:
+    """Li et al. 2016 (1510.03055): different runs of n neighbouring ids, as a share of all; 1 if none comes twice.
+
+    It falls with the number of answers, so only equally many can be compared."""
+    runs = [tuple(ids[i:i + n]) for ids in answers for i in range(len(ids) - n + 1)]
+    return len(set(runs)) / max(1, len(runs))
+
+
+# ---- the critic -----------------------------------------------------------------------------------------------------
+
+def variance(x: Tensor, mask: Tensor, all_reduce: Callable[[Tensor], Tensor] = lambda total: total) -> Tensor:
+    """Variance over the True places of mask, any equal shapes; with all_reduce (a sum) over those of all processes."""
+    x = x[mask]                                                                 # (number of True places,)
+    n, total = all_reduce(torch.stack((mask.sum().to(x.dtype), x.sum())))
+    return all_reduce((x - total / n).square().sum()) / n
+
+
+def explained_variance(value: Tensor, ret: Tensor, mask: Tensor,
+                       all_reduce: Callable[[Tensor], Tensor] = lambda total: total) -> Tensor:
+    """1 - Var(ret - value) / Var(ret) over response tokens, all (B, R): the share of the returns that the critic knew.
+
+    1 is a perfect critic. A critic that says one number has 0. Below 0 it is worse than that, and its advantages have
+    more variance than the returns themselves ("explained_variance" of OpenAI Baselines)."""
+    return 1 - variance(ret - value, mask, all_reduce) / variance(ret, mask, all_reduce)
