@@ -89,7 +89,7 @@ import lora
 import quantize
 import sft
 import zero
-from data import demo, records, run, text, weights
+from data import demo, measure, records, run, text, weights
 from model import Llama
 from rm import RewardModel
 from sft import Stage
@@ -650,7 +650,7 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
         }
         log.append(row)
         log.progress(step, describe(row), step % args.log_interval == 0 or step <= 3)
-        warn(row, stage)
+        warn(row, meta["warned"], stage)
         meta["step"] = step
         meta["prompts_seen"] += size
         meta["ptx_seen"] += row["minibatches"] * ptx_size
@@ -671,9 +671,6 @@ def evaluate(models: Models, prompts: list[Prompt], when: str, stage: Stage) -> 
 
 
 # ---- what is printed and logged -------------------------------------------------------------------------------------
-
-KL_WARNING = 30.0   # nats an answer; answers this far from the SFT model are text that the reward model never saw
-
 
 def split(e: Experience) -> list[tuple[list[int], list[int]]]:
     """The ids of prompt and response of every row."""
@@ -705,7 +702,12 @@ def objective(e: Experience, stage: Stage) -> dict[str, float]:
         sums["objective/gold"] = e.score.new_tensor(gold)
     totals = run.reduce_sums({name: x.sum() for name, x in sums.items()})
     answers = totals.pop("answers")
-    return {name: total / answers for name, total in totals.items()}
+    figures = {name: total / answers for name, total in totals.items()}
+    spread = measure.variance(e.score, torch.ones_like(e.ended), run.all_reduce)
+    figures["objective/scores_std"] = spread.sqrt().item()
+    if e.ret is not None:
+        figures["val/explained_variance"] = measure.explained_variance(e.value, e.ret, e.mask, run.all_reduce).item()
+    return figures
 
 
 def show_tokens(e: Experience, tokenizer: text.Tokenizer) -> str:
@@ -749,12 +751,41 @@ def describe(row: dict) -> str:
             f"eos {row['eos_rate']:.2f}")
 
 
-def warn(row: dict, stage: Stage) -> None:
-    """Prints a warning where the KL is out of bounds."""
-    kl = row["objective/kl"]
-    if not -1 <= kl <= KL_WARNING:
-        advice = "raise --kl_coef or lower --lr" if kl > 0 else "log-probabilities and samples disagree"
-        stage.say(f"warning: the KL to the SFT model is {kl:.1f} nats an answer: {advice}")
+# Name, when it is true of a row of metrics, and what is said then.
+WARNINGS = (
+    ("negative KL", lambda row: row["objective/kl"] < -1,
+     "the KL to the SFT model is {objective/kl:.1f} nats an answer on average, where no KL is below 0: the answers were "
+     "not drawn from the policy that scores them, compare --temperature and the template"),
+    # Answers this far from the SFT model are text that the reward model never saw.
+    ("large KL", lambda row: row["objective/kl"] > 30,
+     "the KL to the SFT model is {objective/kl:.1f} nats an answer: raise --kl_coef or lower --lr"),
+    # Over answers of the old policy the ratio is 1 on average, whatever the new one is.
+    ("ratio", lambda row: abs(row["val/ratio"] - 1) > 0.1,
+     "the ratio to the old policy is {val/ratio:.2f} on average, and not 1: lower --lr or --max_epochs"),
+    ("no end", lambda row: row["eos_rate"] == 0,
+     "all answers were cut before their end: raise --max_seq_len, or teach the SFT model to end its answers"),
+    ("length", lambda row: row["response_length"] < 1.5,
+     "the answers have {response_length:.1f} tokens on average: look at them with --show_tokens; the reward may favour "
+     "empty answers, or the prompt's end another template"),
+    ("constant reward", lambda row: row["objective/scores_std"] < 1e-4,
+     "all answers have the reward {objective/scores:.3f}, so that there is nothing to learn: look at the reward, or take "
+     "prompts that are less hard or less easy"),
+    # In the first updates the critic is still the reward model.
+    ("critic", lambda row: row["step"] > 5 and row.get("val/explained_variance", 0) < 0,
+     "the critic's explained variance is {val/explained_variance:.2f}, worse than one number for all: raise --critic_lr, "
+     "or take --algorithm rloo, which has no critic"),
+    ("entropy", lambda row: row["policy/entropy_avg"] < 0.05,
+     "the entropy is {policy/entropy_avg:.3f} nats a token, the policy hardly tries anything any more: raise --kl_coef "
+     "or lower --lr"),
+)
+
+
+def warn(row: dict, warned: list[str], stage: Stage) -> None:
+    """Prints the warnings that are true of this row and were not printed before. warned: the names of those that were."""
+    for name, is_true, sentence in WARNINGS:
+        if name not in warned and is_true(row):
+            warned.append(name)
+            stage.say(f"warning: step {row['step']}: " + sentence.format_map(row))
 
 
 def print_table(args: argparse.Namespace, summary: dict, world: run.World) -> None:
@@ -992,7 +1023,7 @@ def main(argv: list[str] | None = None) -> dict:
         else:
             stage.say(f"answering {len(held)} prompts, to compare with afterwards")
             before = evaluate(models, held, "before", stage)
-            meta = {"step": 0, "prompts_seen": 0, "ptx_seen": 0, "before": before, "marks": marks}
+            meta = {"step": 0, "prompts_seen": 0, "ptx_seen": 0, "warned": [], "before": before, "marks": marks}
         figures = meta["before"] | train(models, optimizers, prompts, examples, meta, updates, stage)
         sft.save_model(models.actor, optimizers.actor, base, stage)
         figures |= evaluate(models, held, "after", stage)

@@ -795,7 +795,8 @@ NAMES = {
     "seconds/update", "objective/kl", "objective/kl_k3", "objective/entropy", "objective/scores",
     "objective/rlhf_reward", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "val/ratio",
     "loss/policy_avg", "loss/value_avg", "loss/ptx_avg", "early_stop", "minibatches", "eos_rate", "response_length",
-    "distinct_answers"}
+    "distinct_answers", "objective/scores_std", "val/explained_variance"}
+CRITICS = {"loss/value_avg", "val/explained_variance"}
 PTX = ("--ptx_coef", 0.3, "--ptx_batch_size", 2)
 
 
@@ -847,7 +848,7 @@ def test_a_run_without_a_critic(base, tmp_path, monkeypatch, capsys, name, more)
     assert torch.equal(models.reward.score.weight, reward.score.weight) and models.reward.reward_mean == 0.3
     kl = {"loss/kl_avg"} if name != "rloo" else set()
     table = metrics(tmp_path)
-    assert all(row.keys() == NAMES - {"loss/value_avg"} | {"alike_groups"} | kl for row in table) and len(table) == 3
+    assert all(row.keys() == NAMES - CRITICS | {"alike_groups"} | kl for row in table) and len(table) == 3
     assert 0 < abs(table[-1]["objective/kl"]) and "| alike groups 0.000 |" in capsys.readouterr().out
     if name != "rloo":      # the KL is not in the reward
         assert all(row["objective/rlhf_reward"] == pytest.approx(row["objective/scores"]) for row in table)
@@ -1044,13 +1045,53 @@ def test_the_table_reads_other_stages_whatever_the_locale(base, tmp_path, monkey
     assert "62  held-out loss         7.250    1.500" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kl, words", [(31.0, "is 31.0 nats an answer: raise --kl_coef or lower --lr"),
-                                       (-2.0, "is -2.0 nats an answer: log-probabilities and samples disagree")])
-def test_a_kl_out_of_bounds_is_said(base, tmp_path, monkeypatch, capsys, kl, words):
+HEALTHY = {"step": 9, "objective/kl": 4.0, "val/ratio": 1.02, "eos_rate": 0.1, "response_length": 30.0,
+           "objective/scores": 0.5, "objective/scores_std": 0.3, "policy/entropy_avg": 0.4,
+           "val/explained_variance": 0.2}
+
+
+@pytest.mark.parametrize("ill, words", [
+    ({}, ""),
+    ({"objective/kl": -0.9}, ""),
+    ({"objective/kl": -2.0}, "SFT model is -2.0 nats an answer on average, where no KL is below 0"),
+    ({"objective/kl": 31.0}, "SFT model is 31.0 nats an answer: raise --kl_coef or lower --lr"),
+    ({"val/ratio": 0.85}, "the ratio to the old policy is 0.85 on average"),
+    ({"val/ratio": 1.15}, "the ratio to the old policy is 1.15 on average"),
+    ({"eos_rate": 0.0}, "all answers were cut before their end: raise --max_seq_len"),
+    ({"response_length": 1.0}, "the answers have 1.0 tokens on average"),
+    ({"objective/scores_std": 0.0}, "all answers have the reward 0.500"),
+    ({"val/explained_variance": -0.1}, "the critic's explained variance is -0.10"),
+    ({"val/explained_variance": -0.1, "step": 5}, ""),
+    ({"policy/entropy_avg": 0.04}, "the entropy is 0.040 nats a token"),
+])
+def test_what_is_wrong_is_said_once(ill, words, capsys):
+    stage = SimpleNamespace(say=print)
+    warned = []
+    ppo.warn(HEALTHY | ill, warned, stage)
+    said = capsys.readouterr().out
+    step = ill.get("step", 9)
+    assert said.startswith(f"warning: step {step}: ") and words in said and said.count("\n") == 1 if words else not said
+    ppo.warn(HEALTHY | ill, warned, stage)
+    assert not capsys.readouterr().out and len(warned) == bool(words)
+
+
+def test_a_group_without_a_critic_has_no_word_on_it(capsys):
+    row = {name: x for name, x in HEALTHY.items() if name != "val/explained_variance"}
+    ppo.warn(row, [], SimpleNamespace(say=print))
+    assert not capsys.readouterr().out
+
+
+def test_a_run_warns_in_the_step_where_it_happens(base, tmp_path, monkeypatch, capsys):
+    """Three updates, the second and third with a large KL; resumed, it was said already."""
+    kl = iter([0.0, 0.0, 31.0, 32.0, 0.0])      # the first and the last are those of the evaluations
     real = ppo.objective
-    monkeypatch.setattr(ppo, "objective", lambda e, stage: real(e, stage) | {"objective/kl": kl})
-    main(base, tmp_path, "--num_episodes", 1)
-    assert f"warning: the KL to the SFT model {words}" in capsys.readouterr().out
+    monkeypatch.setattr(ppo, "objective", lambda e, stage: real(e, stage) | {"objective/kl": next(kl)})
+    three = ("--num_episodes", 3, "--save_interval", 2)
+    main(base, tmp_path, *three)
+    assert capsys.readouterr().out.count("warning: step 2: the KL to the SFT model is 31.0 nats an answer") == 1
+    kl = iter([33.0, 0.0])
+    main(base, tmp_path, *three, "--resume")
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_gold_of_a_step_is_of_its_own_answers(base, tmp_path):
