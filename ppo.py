@@ -754,8 +754,8 @@ def describe(row: dict) -> str:
 # Name, when it is true of a row of metrics, and what is said then.
 WARNINGS = (
     ("negative KL", lambda row: row["objective/kl"] < -1,
-     "the KL to the SFT model is {objective/kl:.1f} nats an answer on average, where no KL is below 0: the answers were "
-     "not drawn from the policy that scores them, compare --temperature and the template"),
+     "the KL to the SFT model is {objective/kl:.1f} nats an answer on average, where no KL is below 0: the answers "
+     "were not drawn from the policy that scores them, compare --temperature and the template"),
     # Answers this far from the SFT model are text that the reward model never saw.
     ("large KL", lambda row: row["objective/kl"] > 30,
      "the KL to the SFT model is {objective/kl:.1f} nats an answer: raise --kl_coef or lower --lr"),
@@ -768,12 +768,12 @@ WARNINGS = (
      "the answers have {response_length:.1f} tokens on average: look at them with --show_tokens; the reward may favour "
      "empty answers, or the prompt's end another template"),
     ("constant reward", lambda row: row["objective/scores_std"] < 1e-4,
-     "all answers have the reward {objective/scores:.3f}, so that there is nothing to learn: look at the reward, or take "
-     "prompts that are less hard or less easy"),
+     "all answers have the reward {objective/scores:.3f}, so that there is nothing to learn: look at the reward, or "
+     "take prompts that are less hard or less easy"),
     # In the first updates the critic is still the reward model.
     ("critic", lambda row: row["step"] > 5 and row.get("val/explained_variance", 0) < 0,
-     "the critic's explained variance is {val/explained_variance:.2f}, worse than one number for all: raise --critic_lr, "
-     "or take --algorithm rloo, which has no critic"),
+     "the critic's explained variance is {val/explained_variance:.2f}, worse than one number for all: raise "
+     "--critic_lr, or take --algorithm rloo, which has no critic"),
     ("entropy", lambda row: row["policy/entropy_avg"] < 0.05,
      "the entropy is {policy/entropy_avg:.3f} nats a token, the policy hardly tries anything any more: raise --kl_coef "
      "or lower --lr"),
@@ -781,7 +781,7 @@ WARNINGS = (
 
 
 def warn(row: dict, warned: list[str], stage: Stage) -> None:
-    """Prints the warnings that are true of this row and were not printed before. warned: the names of those that were."""
+    """Prints the warnings that are true of this row, each once. warned: the names of those that were printed."""
     for name, is_true, sentence in WARNINGS:
         if name not in warned and is_true(row):
             warned.append(name)
