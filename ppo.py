@@ -681,9 +681,7 @@ def split(e: Experience) -> list[tuple[list[int], list[int]]]:
 
 def objective(e: Experience, stage: Stage) -> dict[str, float]:
     """Means over the answers of all processes, by their names in metrics.jsonl."""
-    ids = split(e)
-    decode = stage.tokenizer.decode
-    distinct = len({tuple(response) for _, response in ids})
+    distinct = len({tuple(response) for _, response in split(e)})
     sums = {
         "answers": torch.ones_like(e.score),
         "objective/kl": kl_k1(e.logp, e.ref_logp),      # summed over the tokens of an answer
@@ -698,8 +696,7 @@ def objective(e: Experience, stage: Stage) -> dict[str, float]:
     if e.alike is not None:
         sums["alike_groups"] = e.alike
     if stage.is_demo:   # only logged: the reward parts from the gold score in the end (Gao et al. 2022, 2210.10760)
-        gold = [demo.gold(decode(x), decode(y), ended) for (x, y), ended in zip(ids, e.ended.tolist())]
-        sums["objective/gold"] = e.score.new_tensor(gold)
+        sums["objective/gold"] = gold_scores(e, stage)
     totals = run.reduce_sums({name: x.sum() for name, x in sums.items()})
     answers = totals.pop("answers")
     figures = {name: total / answers for name, total in totals.items()}
@@ -708,6 +705,13 @@ def objective(e: Experience, stage: Stage) -> dict[str, float]:
     if e.ret is not None:
         figures["val/explained_variance"] = measure.explained_variance(e.value, e.ret, e.mask, run.all_reduce).item()
     return figures
+
+
+def gold_scores(e: Experience, stage: Stage) -> Tensor:
+    """The demo's gold score of every answer, (B,)."""
+    decode = stage.tokenizer.decode
+    gold = [demo.gold(decode(x), decode(y), ended) for (x, y), ended in zip(split(e), e.ended.tolist())]
+    return e.score.new_tensor(gold)
 
 
 def show_tokens(e: Experience, tokenizer: text.Tokenizer) -> str:
@@ -822,6 +826,14 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def check_same_tokenizer(directory: Path, stage: Stage) -> None:
+    """Raises ValueError if this model reads other text from ids than --pretrain."""
+    tokenizer, _ = sft.open_tokenizer(directory, stage.args.template, stage.say)
+    if tokenizer.fingerprint != stage.tokenizer.fingerprint:
+        raise ValueError(f"{directory} has another tokenizer than {stage.args.pretrain}: its ids mean other text, "
+                         "train it from this model")
+
+
 def open_judges(stage: Stage) -> tuple[RewardModel | None, "RewardModel | Rules"]:
     """The critic, if the algorithm has one, and what gives the rewards."""
     args, dtype, device = stage.args, sft.stored_dtype(stage), stage.world.device
@@ -832,10 +844,7 @@ def open_judges(stage: Stage) -> tuple[RewardModel | None, "RewardModel | Rules"
             trunk = quantize.open_model(args.pretrain, dtype, device, head=False, adapter="merge")
             critic = RewardModel(trunk, seeded("critic", args.seed, device=device))
         return critic, reward
-    judge, _ = sft.open_tokenizer(args.rm_path, args.template, stage.say)
-    if judge.fingerprint != stage.tokenizer.fingerprint:
-        raise ValueError(f"{args.rm_path} has another tokenizer than {args.pretrain}: its ids mean other text, train "
-                         "the reward model from this model")
+    check_same_tokenizer(args.rm_path, stage)
     critic = RewardModel.from_pretrained(args.rm_path, dtype, device, args.rm_pretrain)
     text.check_tokenizer(stage.tokenizer, critic.config.vocab_size)
     if not has_critic:
@@ -895,6 +904,17 @@ def encode_prompts(found: list[dict], stage: Stage) -> list[Prompt]:
     if dropped := len(prompts) - len(kept):
         stage.say(f"note: {dropped} of {len(prompts)} prompts have more than --max_input_len {limit} tokens: left out")
     return kept
+
+
+def read_prompts(stage: Stage) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, and those to measure on: the same, but in the demo pairs of things that never occur
+    together in the files."""
+    prompts = encode_prompts(sft.read_records(stage.args.prompt_dataset, "prompt", stage), stage)
+    if not stage.is_demo:
+        return prompts, prompts
+    unseen = [records.normalise(record, "prompt") | {"record": record, "place": "a held-out prompt"}
+              for record in demo.prompt_records(0, held=True)]
+    return prompts, encode_prompts(unseen, stage)
 
 
 def read_ptx(stage: Stage) -> list:
@@ -988,9 +1008,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> dict:
-    # flags
-    args = parse(argv)
+def begin(args: argparse.Namespace) -> Stage:
+    """Settles the flags that depend on the input and on the algorithm."""
     is_demo = args.prompt_dataset is None and demo.is_demo(args.pretrain)
     if args.prompt_dataset is None and not is_demo:
         raise ValueError("--prompt_dataset is missing: name the prompts to answer")
@@ -998,19 +1017,19 @@ def main(argv: list[str] | None = None) -> dict:
     preset = preset | ALGORITHMS[args.algorithm].preset
     if args.reward_fn:
         preset["eos_penalty"] = 0.0     # a function judges itself an answer that never ended
-    stage = sft.start(args, is_demo, preset, *filter(None, [args.rm_path]))
+    return sft.start(args, is_demo, preset, *filter(None, [args.rm_path]))
+
+
+def learn(args: argparse.Namespace) -> dict:
+    """A run of the algorithm, from the models' directories to summary.json."""
+    stage = begin(args)
     check_groups(args)
 
     # models and data
     models, base = open_models(stage)
     check_lengths(args, models)
-    prompts = encode_prompts(sft.read_records(args.prompt_dataset, "prompt", stage), stage)
-    examples, held = read_ptx(stage), prompts
-    if is_demo:     # pairs of things that never occur together in the files
-        unseen = demo.prompt_records(0, held=True)
-        held = encode_prompts([records.normalise(record, "prompt") | {"record": record, "place": "a held-out prompt"}
-                               for record in unseen], stage)
-    held = held[:args.eval_size]
+    prompts, held = read_prompts(stage)
+    held, examples = held[:args.eval_size], read_ptx(stage)
     run.say_flags(stage.world, args)
     marks = run.fingerprint(nn.ModuleList(trained(models)), [[prompt.ids for prompt in prompts], examples], args.seed)
     optimizers = Optimizers(*(None if model is None else sft.make_optimizer(model, stage) for model in models[:2]))
@@ -1034,6 +1053,11 @@ def main(argv: list[str] | None = None) -> dict:
     if stage.world.rank == 0:
         print_table(args, summary, stage.world)
     return summary
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(argv)
+    return learn(args)
 
 
 if __name__ == "__main__":

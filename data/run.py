@@ -156,6 +156,15 @@ def broadcast_object(x):
     return box[0]
 
 
+def gather(x) -> list:
+    """Returns the x of every process, in order of their ranks, on every process."""
+    found = [x]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, x)
+    return found
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The peak memory of this process so far: allocated memory on a GPU, resident memory elsewhere."""
     if device.type == "cuda":

@@ -1297,7 +1297,7 @@ def test_two_processes(base, tmp_path, start):
     (["--max_input_len", "64"], "--max_input_len 64 leaves no room for an answer within --max_seq_len 64"),
     (["--max_seq_len", "161"], "--max_seq_len 161 is beyond the models' context of 160"),
     (["--max_input_len", "12"], "all 8 prompts have more than --max_input_len 12 tokens, the shortest 3"),
-    (["--rm_path", "{}/foreign"], "has another tokenizer than .*train the reward model from this model"),
+    (["--rm_path", "{}/foreign"], "foreign has another tokenizer than .*train it from this model"),
     (["--rm_path", "{}/model"], "has no score.weight: it is not a reward model, train one with rm.py"),
     (["--rm_path", "{}/nowhere"], "nowhere does not exist"),
     (["--save_path", "{}/rm"], "--save_path .* is read too, the run would overwrite its own input: name another"),
