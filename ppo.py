@@ -755,13 +755,14 @@ def describe(row: dict) -> str:
             f"eos {row['eos_rate']:.2f}")
 
 
+LARGE_KL = 30   # nats an answer: so far from the SFT model is text that the reward model never saw
+
 # Name, when it is true of a row of metrics, and what is said then.
 WARNINGS = (
     ("negative KL", lambda row: row["objective/kl"] < -1,
      "the KL to the SFT model is {objective/kl:.1f} nats an answer on average, where no KL is below 0: the answers "
      "were not drawn from the policy that scores them, compare --temperature and the template"),
-    # Answers this far from the SFT model are text that the reward model never saw.
-    ("large KL", lambda row: row["objective/kl"] > 30,
+    ("large KL", lambda row: row["objective/kl"] > LARGE_KL,
      "the KL to the SFT model is {objective/kl:.1f} nats an answer: raise --kl_coef or lower --lr"),
     # Over answers of the old policy the ratio is 1 on average, whatever the new one is.
     ("ratio", lambda row: abs(row["val/ratio"] - 1) > 0.1,
@@ -834,21 +835,30 @@ def check_same_tokenizer(directory: Path, stage: Stage) -> None:
                          "train it from this model")
 
 
+def open_reward(stage: Stage, dtype: torch.dtype | None) -> "RewardModel | Rules":
+    """What gives the rewards: the model of --rm_path, its weights in this dtype, or the functions of --reward_fn."""
+    args = stage.args
+    if args.reward_fn:
+        return Rules(args.reward_fn, stage.tokenizer)
+    check_same_tokenizer(args.rm_path, stage)
+    reward = RewardModel.from_pretrained(args.rm_path, dtype, stage.world.device, args.rm_pretrain)
+    text.check_tokenizer(stage.tokenizer, reward.config.vocab_size)
+    return reward
+
+
 def open_judges(stage: Stage) -> tuple[RewardModel | None, "RewardModel | Rules"]:
     """The critic, if the algorithm has one, and what gives the rewards."""
     args, dtype, device = stage.args, sft.stored_dtype(stage), stage.world.device
     has_critic = ALGORITHMS[args.algorithm].advantages is gae
+    reward, critic = open_reward(stage, dtype), None
     if args.reward_fn:
-        critic, reward = None, Rules(args.reward_fn, stage.tokenizer)
         if has_critic:      # no reward model to start as: the actor's trunk, and a new head
             trunk = quantize.open_model(args.pretrain, dtype, device, head=False, adapter="merge")
             critic = RewardModel(trunk, seeded("critic", args.seed, device=device))
         return critic, reward
-    check_same_tokenizer(args.rm_path, stage)
-    critic = RewardModel.from_pretrained(args.rm_path, dtype, device, args.rm_pretrain)
-    text.check_tokenizer(stage.tokenizer, critic.config.vocab_size)
     if not has_critic:
-        return None, freeze(critic, stage.dtype)
+        return None, freeze(reward, stage.dtype)
+    critic = reward
     if not args.lora_rank:
         return critic, freeze(copy.deepcopy(critic), stage.dtype)
     reward = RewardModel(critic.trunk)
@@ -928,6 +938,156 @@ def read_ptx(stage: Stage) -> list:
     return sft.read_examples(args.pretrain_dataset, args.max_seq_len, stage)
 
 
+# ---- 7. measuring: --eval, --best_of, --write, --sweep ---------------------------------------------------------------
+
+class Judged(NamedTuple):
+    """N answers to each of P prompts, drawn by all processes."""
+    asked: list[dict]               # (P * N) records
+    answers: list[list[int]]        # (P * N) ids
+    figures: dict[str, Tensor]      # (P, N) each: proxy, kl, length, eos_rate, and in the demo gold
+
+    def means(self) -> dict[str, float]:
+        """Means over all answers, and distinct-n over the first answer to each prompt."""
+        first = self.answers[::self.figures["proxy"].shape[1]]
+        distinct = {f"distinct_{n}": measure.distinct_n(first, n) for n in (1, 2)}
+        return {name: x.mean().item() for name, x in self.figures.items()} | distinct
+
+
+def judged(models: Models, prompts: list[Prompt], size: int, stage: Stage) -> Judged:
+    """Draws `size` answers to every prompt from models.actor, and judges them."""
+    mine = rollout(models.actor, prompts, ("measure", stage.args.seed), stage, size, announce=True)
+    e = scoring(models, mine, stage.args)
+    figures = {"proxy": e.score, "kl": kl_k1(e.logp, e.ref_logp).sum(1), "length": e.mask.sum(1), "eos_rate": e.ended}
+    if stage.is_demo:
+        figures["gold"] = gold_scores(e, stage)
+    figures = {name: x.float().cpu() for name, x in figures.items()}                    # (B,) each
+    answers = [answer for _, answer in split(e)]
+    asked, answers, parts = zip(*run.gather((mine.asked, answers, figures)))
+    drawn = len(prompts) * size     # what follows is of processes that had no prompt of their own
+    figures = {name: torch.cat([part[name] for part in parts])[:drawn].view(-1, size) for name in figures}  # (P, N)
+    return Judged([*chain(*asked)][:drawn], [*chain(*answers)][:drawn], figures)
+
+
+def compared(found: Judged, plain: Judged, best_of: list[int]) -> dict:
+    """What eval.json holds. plain: the SFT model's answers, one a prompt.
+
+    The win rate is that of the first answer to each prompt, so that trials are independent."""
+    figures, proxy = found.means(), found.figures["proxy"]                              # (P, N)
+    judges = [name for name in ("proxy", "gold") if name in figures]
+    figures["sft"] = plain.means() | {"kl": 0.0}
+    for name in judges:
+        score, other = (x.figures[name][:, 0] for x in (found, plain))                  # (P,)
+        share = measure.win_rate(score, other)
+        figures[f"{name}_win_rate"] = [share, *measure.wilson(share, len(score))]
+    figures["best_of"] = [
+        {"n": n, "kl": measure.best_of_kl(n)}
+        | {name: measure.best_of_n(proxy, found.figures[name], n).mean().item() for name in judges} for n in best_of]
+    return figures
+
+
+def best_records(found: Judged, tokenizer: text.Tokenizer) -> list[dict]:
+    """Of every prompt the answer with the best score, of those that ended, as a record that sft.py trains on.
+
+    Rejection sampling: Touvron et al. 2023, "Llama 2" (2307.09288)."""
+    score = found.figures["proxy"].masked_fill(found.figures["eos_rate"] == 0, -math.inf)   # (P, N)
+    kept, size = [], score.shape[1]
+    for p, (best, place) in enumerate(zip(*(x.tolist() for x in score.max(1)))):
+        asked, answer = found.asked[p * size], tokenizer.decode(found.answers[p * size + place]).strip()
+        if best == -math.inf or not answer:
+            continue
+        if "instruction" in asked["record"]:    # it may have an input beside it
+            kept.append(asked["record"] | {"output": answer})
+        else:
+            kept.append({"messages": [*asked["messages"], {"role": "assistant", "content": answer}]})
+    return kept
+
+
+def measured(args: argparse.Namespace) -> dict:
+    """--eval: figures of the model in this directory and of the SFT model, on the prompts that nothing was trained on.
+
+    With --write the prompts are those to train on: held-out ones must not get into a training file."""
+    stage = begin(args)
+    check_same_tokenizer(args.eval, stage)
+    device, dtype = stage.world.device, stage.dtype
+    actor = quantize.open_model(args.eval, dtype, device)
+    ref = quantize.open_model(args.pretrain, dtype, device, adapter="merge")
+    for model in (actor, ref):
+        model.stop_at(stage.stops)
+    models = Models(actor, None, ref, open_reward(stage, dtype))
+    for model in modules(models):
+        freeze(model, dtype).eval()
+    check_lengths(args, models)
+    prompts, held = read_prompts(stage)
+    asked = (prompts if args.write else held)[:args.eval_size]
+    run.say_flags(stage.world, args)
+    found = judged(models, asked, max(args.best_of), stage)
+    plain = judged(models._replace(actor=ref, ref=actor), asked, 1, stage)
+    figures = compared(found, plain, args.best_of)
+    if stage.world.rank == 0:
+        weights.write_json(args.save_path / "eval.json", figures)
+        for name in figures["sft"]:
+            print(f"{name:<12}{figures[name]:9.3f}    the SFT model's {figures['sft'][name]:9.3f}")
+        for name in figures.keys() & {"proxy_win_rate", "gold_win_rate"}:
+            print("{} {:.3f}, 95 % interval {:.3f} to {:.3f}".format(name, *figures[name]))
+        print_rows(figures["best_of"])
+    if args.write and stage.world.rank == 0:
+        kept = best_records(found, stage.tokenizer)
+        weights.write_json(args.write, kept)
+        print(f"wrote {len(kept)} records to {args.write}: sft.py --pretrain {args.pretrain} --dataset {args.write}")
+    return figures
+
+
+def print_rows(rows: list[dict]) -> None:
+    """A table of rows that have the same keys."""
+    print("".join(f"{name:>10}" for name in rows[0]))
+    for row in rows:
+        print("".join(f"{x:10.4g}" for x in row.values()))
+
+
+LADDER = [0.4, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0]     # kl_coef
+
+def sweep(args: argparse.Namespace) -> dict:
+    """--sweep: learns once for each kl_coef, until the KL is large or the gold score has fallen by 0.05 from its best.
+
+    As Gao et al. 2022, "Scaling laws for reward model overoptimization" (2210.10760): gold and proxy against the KL,
+    for the algorithm and for the best-of-n answers of the SFT model. A rung is a run in a directory of its own; with
+    --resume those that are finished are not run again."""
+    world = run.start(args.device, args.strategy)
+    given = vars(args) | {"sweep": None}
+    best_of = args.best_of if max(args.best_of) > 1 else [2**i for i in range(7)]
+    plain = {"eval": args.pretrain, "best_of": best_of, "save_path": args.save_path / "sft"}
+    found = {"rungs": [], "best_of": once(given | plain)["best_of"]}
+    judges = [name for name in ("proxy", "gold") if name in found["best_of"][0]]
+    for kl_coef in args.sweep or LADDER:
+        folder = args.save_path / f"kl-{kl_coef:g}"
+        rung = given | {"kl_coef": kl_coef, "save_path": folder}
+        figures = once(rung | {"eval": folder, "best_of": [1]}, rung)
+        found["rungs"].append({"kl_coef": kl_coef, "kl": figures["kl"]} | {name: figures[name] for name in judges})
+        if world.rank == 0:
+            weights.write_json(args.save_path / "sweep.json", found)
+        golds = [row.get("gold", 0.0) for row in found["rungs"]]
+        if figures["kl"] > LARGE_KL or golds[-1] < max(golds) - 0.05:
+            break
+    run.say(world, "\nbest-of-n of the SFT model, then one run for each kl_coef")
+    if world.rank == 0:
+        print_rows(found["best_of"])
+        print_rows(found["rungs"])
+    return found
+
+
+def once(flags: dict, rung: dict | None = None) -> dict:
+    """The figures of one place of the sweep: learns there if there is a rung to run, and measures.
+
+    With --resume, eval.json tells that this was done before, and a checkpoint that a rung was begun."""
+    file = flags["save_path"] / "eval.json"
+    if flags["resume"] and file.exists():
+        return weights.read_json(file)
+    if rung is not None:
+        left = bool(run.checkpoints(rung["save_path"]))
+        learn(argparse.Namespace(**rung | {"resume": rung["resume"] and left}))
+    return measured(argparse.Namespace(**flags))
+
+
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 whole, number = run.whole, run.number
@@ -971,6 +1131,11 @@ DEMO = FINETUNE | {name: value for name, _, _, value, _ in FLAGS} | {
 }
 
 
+def numbers_of_answers(given: str) -> list[int]:
+    """The type of --best_of."""
+    return [*map(whole(1), given.split(","))]
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the flags of stage 3. Those that depend on the input are None until run.resolve fills them in."""
     parser = run.training_parser("Stage 3: PPO and PPO-ptx. Without flags, the demo: reads out/sft and out/rm, writes "
@@ -991,6 +1156,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "the mean is over all tokens (DAPO, Dr. GRPO)")
     parser.add_argument("--no_whiten", action="store_true", help="ppo: leave advantages as GAE gives them")
     parser.add_argument("--show_tokens", action="store_true", help="print the first answer of an update by tokens")
+    parser.add_argument("--eval", type=Path, metavar="DIR", help="train nothing: measure the model in this directory, "
+                        "against that of --pretrain, and write eval.json into --save_path (DIR/eval)")
+    parser.add_argument("--best_of", type=numbers_of_answers, default=[1], metavar="1,2,4", help="with --eval: what "
+                        "the best of so many answers a prompt would get, chosen by the reward; with --sweep up to 64")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="with --eval: write the best answer to each of the "
+                        "first --eval_size prompts as a record for sft.py (rejection sampling)")
+    parser.add_argument("--sweep", type=number(), nargs="*", metavar="KL_COEF", help="one run for each kl_coef in "
+                        "turn, until the model is too far from the SFT model or its gold score falls; sweep.json, "
+                        "which serve.py's page draws, goes into --save_path (out/sweep)")
     for name, kind, _, _, meaning in FLAGS:
         parser.add_argument(f"--{name}", type=kind, help=meaning)
     parser.set_defaults(save_path=None)
@@ -999,7 +1173,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag, algorithms in CORRECTIONS.items():
         if getattr(args, flag) and args.algorithm not in algorithms:
             parser.error(f"--{flag} changes {', '.join(algorithms)}: --algorithm {args.algorithm} has no such step")
-    args.save_path = args.save_path or Path("out", args.algorithm)
+    if args.write and not args.eval:
+        parser.error("--write keeps answers of --eval: name the model that gives them")
+    if args.eval and args.sweep is not None:
+        parser.error("--eval measures one model and --sweep trains several: name one of them")
+    usual = Path("out", args.algorithm if args.sweep is None else "sweep")
+    args.save_path = args.save_path or (args.eval / "eval" if args.eval else usual)
     args.pretrain = args.pretrain or run.finished(Path("out/sft"), "sft", "--pretrain")
     if args.reward_fn and args.rm_path:
         parser.error("--reward_fn gives the reward instead of --rm_path: name one of them")
@@ -1057,7 +1236,9 @@ def learn(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    return learn(args)
+    if args.eval:
+        return measured(args)
+    return learn(args) if args.sweep is None else sweep(args)
 
 
 if __name__ == "__main__":

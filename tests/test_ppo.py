@@ -19,7 +19,7 @@ import ppo
 import quantize
 import sft
 import zero
-from data import demo, records, run, text
+from data import demo, measure, records, run, text
 from model import Llama, LlamaConfig
 from ppo import Experience, Models, Optimizers
 from rm import RewardModel
@@ -1207,6 +1207,81 @@ def test_a_run_by_a_rule(base, tmp_path, monkeypatch, more):
         assert not any("output" in name for name in trunk)
 
 
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+def of_three_prompts(proxy: list, ended: list | None = None, gold: list | None = None) -> ppo.Judged:
+    """Two answers to each of three prompts; answer i of all is the id 80 + i."""
+    records = [{"instruction": "Say.", "input": "This."}, {"prompt": "Hi."}, {"prompt": "Ho."}]
+    kept = [{"messages": [{"role": "user", "content": "Hi."}], "record": record} for record in records for _ in "ab"]
+    figures = {"proxy": T(proxy), "kl": torch.ones(3, 2), "eos_rate": T(ended or [[1.0, 1.0]] * 3)}
+    figures |= {"gold": T(gold)} if gold else {}
+    return ppo.Judged(kept, [[80 + i] for i in range(6)], figures)
+
+
+def test_the_best_answers_that_ended_are_records_to_train_on(tmp_path):
+    """An input stays beside its instruction. Of the third prompt no answer has ended."""
+    tokenizer = text.Tokenizer(demo.FOLDER)
+    found = of_three_prompts([[0.1, 0.9], [0.5, 0.7], [0.1, 0.2]], [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    kept = ppo.best_records(found, tokenizer)
+    said = [tokenizer.decode([80 + i]).strip() for i in (1, 2)]
+    assert kept[0] == {"instruction": "Say.", "input": "This.", "output": said[0]}
+    assert kept[1]["messages"] == [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": said[1]}]
+    assert len(kept) == 2 and len(records.read_records([write(tmp_path / "kept.json", kept)], "sft")) == 2
+
+
+def test_a_model_is_compared_by_its_first_answers():
+    """Proxies 2, 0, 1 against 1, 1, 1: a win, a loss, a tie. The best of two by proxy has the gold 0.2, 0.6, 0.5."""
+    found = of_three_prompts([[2.0, 3.0], [0.0, 9.0], [1.0, 0.0]], gold=[[0.1, 0.2], [0.4, 0.6], [0.5, 0.9]])
+    plain = ppo.Judged([], [[1], [1, 2], [1]], {"proxy": torch.ones(3, 1), "kl": torch.ones(3, 1),
+                                               "gold": T([[0.0], [0.0], [0.9]])})
+    figures = ppo.compared(found, plain, [1, 2])
+    assert figures["proxy_win_rate"] == pytest.approx([0.5, *measure.wilson(0.5, 3)])
+    assert figures["gold_win_rate"][0] == pytest.approx(2 / 3)
+    assert figures["sft"]["kl"] == 0 and figures["sft"]["distinct_1"] == 2 / 4 and figures["distinct_1"] == 1
+    one, two = figures["best_of"]
+    assert (one["n"], one["proxy"], one["gold"]) == (1, pytest.approx(15 / 6), pytest.approx(2.7 / 6))
+    assert (two["n"], two["proxy"], two["gold"]) == (2, pytest.approx(13 / 3), pytest.approx(1.3 / 3))
+
+
+def test_eval_measures_a_directory(base, tmp_path, capsys):
+    """The SFT model itself is 0 nats away from itself."""
+    best = tmp_path / "best.json"
+    found = main(base, tmp_path / "out", "--eval", base / "model", "--best_of", "1,3", "--write", best)
+    assert found == json.loads((tmp_path / "out" / "eval.json").read_text("utf-8")) and "gold" not in found
+    assert found["kl"] == pytest.approx(0, abs=1e-4) and 0 < found["distinct_1"] <= 1
+    one, three = found["best_of"]
+    assert one["proxy"] == pytest.approx(found["proxy"]) and three["proxy"] > one["proxy"] and three["n"] == 3
+    kept = json.loads(best.read_text("utf-8"))
+    assert f"wrote {len(kept)} records to {best}" in capsys.readouterr().out and len(kept) <= 4
+
+
+def test_a_sweep_is_a_run_a_rung(base, tmp_path, monkeypatch):
+    """Its rungs are those of ppo.py --kl_coef; resumed, no finished rung is run again."""
+    short = ("--num_episodes", 2, "--best_of", "1,2", "--save_interval", 0)
+    found = main(base, tmp_path / "sweep", *short, "--sweep", 3, 0)
+    assert [rung["kl_coef"] for rung in found["rungs"]] == [3, 0]
+    main(base, tmp_path / "alone", *short, "--kl_coef", 3)
+    assert same(weights(tmp_path / "sweep" / "kl-3"), weights(tmp_path / "alone"))
+    assert not same(weights(tmp_path / "sweep" / "kl-0"), weights(tmp_path / "alone"))
+    written = json.loads((tmp_path / "sweep" / "sweep.json").read_text("utf-8"))
+    assert written == found and [row["n"] for row in found["best_of"]] == [1, 2]
+    measured = main(base, tmp_path / "again", "--eval", tmp_path / "alone")
+    assert found["rungs"][0] == {"kl_coef": 3, "kl": measured["kl"], "proxy": measured["proxy"]}
+    monkeypatch.delattr(ppo, "learn")
+    assert main(base, tmp_path / "sweep", *short, "--sweep", 3, 0, "--resume") == found
+
+
+@pytest.mark.parametrize("figures, rungs", [
+    ([{"kl": 5.0}, {"kl": 31.0}, {"kl": 9.0}], 2),
+    ([{"kl": 5.0, "gold": 0.8}, {"kl": 7.0, "gold": 0.9}, {"kl": 9.0, "gold": 0.86}, {"kl": 9.0, "gold": 0.84}], 4),
+])
+def test_a_sweep_ends_where_it_breaks(base, tmp_path, monkeypatch, figures, rungs):
+    of_rungs = iter([{"proxy": 1.0} | row for row in figures])
+    best_of = [{"n": 1, "kl": 0.0} | {name: 1.0 for name in figures[0].keys() - {"kl"} | {"proxy"}}]
+    monkeypatch.setattr(ppo, "once", lambda flags, rung=None: next(of_rungs) if rung else {"best_of": best_of})
+    assert len(main(base, tmp_path, "--sweep")["rungs"]) == rungs
+
+
 # ---- two processes --------------------------------------------------------------------------------------------------
 
 def train_in_each_way(base: Path, out: Path) -> None:
@@ -1310,6 +1385,10 @@ def test_two_processes(base, tmp_path, start):
     (["--reward_fn", "nothing.py:reward"], "must be FILE.py:NAME or FILE.py:NAME=WEIGHT, .* not nothing.py:"),
     (["--reward_fn", f"{RULE}=much"], "--reward_fn: must be a finite number, not much"),
     (["--reward_fn", RULE], "--reward_fn gives the reward instead of --rm_path: name one of them"),
+    (["--eval", "{}/foreign"], "foreign has another tokenizer than .*train it from this model"),
+    (["--write", "best.json"], "--write keeps answers of --eval: name the model that gives them"),
+    (["--eval", "{}/model", "--sweep"], "--eval measures one model and --sweep trains several: name one of them"),
+    (["--best_of", "1,0"], "--best_of: must be at least 1, not 0"),
     (["--no_whiten", "--algorithm", "rloo"], "--no_whiten changes ppo: --algorithm rloo has no such step"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_bad_input_is_a_sentence(base, tmp_path, more, message):
