@@ -219,7 +219,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{slots} tokens do not fit the model's context of {self.config.max_seq_len}: "
                              "shorten the text or --max_len")
         slot = torch.arange(slots, device=tokens.device)                                          # (S,)
-        first = torch.tensor(start[:1] if even else start, device=tokens.device)                  # (1 or B,)
+        first = torch.tensor(start[:1] if even else start).to(tokens.device, non_blocking=True)   # (1 or B,)
         position = first[:, None] + slot[:T]                                                      # (1 or B, T)
         visible, is_causal = None, slots == T and mask is None
         if mask is not None or not (is_causal or even and T == 1):               # one token a row sees all slots

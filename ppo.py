@@ -854,7 +854,7 @@ def open_judges(stage: Stage) -> tuple[RewardModel | None, "RewardModel | Rules"
     if args.reward_fn:
         if has_critic:      # no reward model to start as: the actor's trunk, and a new head
             trunk = quantize.open_model(args.pretrain, dtype, device, head=False, adapter="merge")
-            critic = RewardModel(trunk, seeded("critic", args.seed, device=device))
+            critic = RewardModel(trunk, seeded("critic", args.seed))
         return critic, reward
     if not has_critic:
         return None, freeze(reward, stage.dtype)

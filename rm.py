@@ -81,8 +81,9 @@ class RewardModel(nn.Module):
     def __init__(self, trunk: Llama, generator: torch.Generator | None = None):
         super().__init__()
         self.trunk, self.config = trunk, trunk.config
-        self.score = nn.Linear(trunk.config.dim, 1, bias=False, device=trunk.device)
+        self.score = nn.Linear(trunk.config.dim, 1, bias=False)
         nn.init.normal_(self.score.weight, std=(trunk.config.dim + 1) ** -0.5, generator=generator)     # 4.
+        self.score.to(trunk.device)         # drawn on the CPU: the same on every device
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +118,7 @@ class RewardModel(nn.Module):
         found, right = tuple(score.shape), (1, trunk.config.dim)
         if found != right:
             raise ValueError(f"{directory}: score.weight is {found}, a reward model of this width has {right}")
-        model = cls(trunk, torch.Generator(device))
+        model = cls(trunk, torch.Generator())
         model.score.weight.data = score.to(device, torch.float32, copy=True)
         model.config.extra["reward_mean"] = extra.get("reward_mean", 0.0)
         return model
@@ -182,15 +183,15 @@ def pairs(sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 def score_rows(model: RewardModel, rows: list[list[int]]) -> Tensor:
     """Returns the scores (B,) of prompts with responses, in one batch."""
-    tokens, mask = text.pad(rows)                                                   # (B, T)
-    return at_last(model.values(tokens.to(model.device)), mask.to(model.device))    # (B,) 1.
+    tokens, mask = (x.to(model.device, non_blocking=True) for x in text.pad(rows))  # (B, T)
+    return at_last(model.values(tokens), mask)                                      # (B,) 1.
 
 
 def ranking_sums(scores: Tensor, rankings: list[list], loss_fn: str) -> dict[str, Tensor]:
     """Returns the loss of some rankings whose responses have the scores (B,), and the sums for `ranking_figures`.
 
     A tie is not right."""
-    better, worse, weight = (x.to(scores.device) for x in pairs(list(map(len, rankings))))     # (P,)
+    better, worse, weight = (x.to(scores.device, non_blocking=True) for x in pairs(list(map(len, rankings))))     # (P,)
     chosen, rejected = scores[better], scores[worse]                                # (P,)
     margin = chosen - rejected                                                      # (P,)
     return {
@@ -361,7 +362,7 @@ def train_reward(trunk: Llama, found: list[dict], stage: Stage) -> dict:
     answers = sample_answers(trunk, found, stage)           # 5. while the trunk still has its language head
     base = sft.base_for_adapter(trunk, stage)
     trunk.output = None
-    model = RewardModel(trunk, torch.Generator(trunk.device).manual_seed(args.seed))
+    model = RewardModel(trunk, torch.Generator().manual_seed(args.seed))
     model.config.extra["pad_token_id"] = stage.tokenizer.pad_id     # 6.
     if stage.tokenizer.pad_id is None:
         stage.say("note: every token of the tokenizer may stand in a text, so none can be padding: transformers will "

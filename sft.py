@@ -56,9 +56,10 @@ def target_states(model: Llama, tokens: Tensor, target: Tensor) -> tuple[Tensor,
     on the CPU: then the targets are found without waiting for the GPU.
     """
     index = target[:, 1:].flatten().nonzero().flatten()                 # (N,) targets, among B * (T - 1) places
-    answer = tokens[:, 1:].flatten()[index].to(model.device)            # (N,) their ids
-    h = model.hidden(tokens.to(model.device))[:, :-1].flatten(0, 1)     # (B * (T - 1), C) one place before each token
-    return h.index_select(0, index.to(model.device)), answer            # (N, C), (N,)
+    answer = tokens[:, 1:].flatten()[index]                             # (N,) their ids
+    tokens, index, answer = (x.to(model.device, non_blocking=True) for x in (tokens, index, answer))
+    h = model.hidden(tokens)[:, :-1].flatten(0, 1)                      # (B * (T - 1), C) one place before each token
+    return h.index_select(0, index), answer                             # (N, C), (N,)
 
 
 def lm_loss(model: Llama, tokens: Tensor, target: Tensor) -> Tensor:
@@ -339,7 +340,7 @@ def base_for_adapter(model: Llama, stage: Stage) -> str | None:
 def set_up(model: nn.Module, args: Namespace) -> None:
     """Puts adapters on a model, the same on every process, and freezes the rest; --grad_checkpoint and --compile."""
     if args.lora_rank:
-        generator = torch.Generator(model.device).manual_seed(args.seed)
+        generator = torch.Generator().manual_seed(args.seed)       # of the CPU: A is the same on every device
         lora.attach(model, args.lora_rank, args.lora_alpha, args.lora_dropout, dtype=torch.float32, generator=generator)
         if hasattr(model, "score"):
             model.score.requires_grad_(True)        # a reward model's head is new: it is trained in full
