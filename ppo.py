@@ -1047,7 +1047,7 @@ def print_rows(rows: list[dict]) -> None:
 LADDER = [0.4, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0]     # kl_coef
 
 def sweep(args: argparse.Namespace) -> dict:
-    """--sweep: learns once for each kl_coef, until the KL is large or the gold score has fallen by 0.05 from its best.
+    """--sweep: learns once for each kl_coef, until the KL is large or the gold score has lost a fifth of its best.
 
     As Gao et al. 2022, "Scaling laws for reward model overoptimization" (2210.10760): gold and proxy against the KL,
     for the algorithm and for the best-of-n answers of the SFT model. A rung is a run in a directory of its own; with
@@ -1066,7 +1066,7 @@ def sweep(args: argparse.Namespace) -> dict:
         if world.rank == 0:
             weights.write_json(args.save_path / "sweep.json", found)
         golds = [row.get("gold", 0.0) for row in found["rungs"]]
-        if figures["kl"] > LARGE_KL or golds[-1] < max(golds) - 0.05:
+        if figures["kl"] > LARGE_KL or golds[-1] < 0.8 * max(golds):
             break
     run.say(world, "\nbest-of-n of the SFT model, then one run for each kl_coef")
     if world.rank == 0:
