@@ -726,6 +726,16 @@ def read_curves(folder: Path) -> list[dict]:
     return runs
 
 
+def read_sweeps(folder: Path) -> list[dict]:
+    """Returns of every sweep.json that ppo.py --sweep wrote under the folder: its name, rungs and best_of."""
+    sweeps = []
+    for file in sorted(folder.glob("*/sweep.json")):
+        if file.resolve().is_relative_to(folder.resolve()):
+            with suppress(ValueError):      # not JSON
+                sweeps.append(weights.read_json(file) | {"name": file.parent.name})
+    return sweeps
+
+
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
 
 BODY_BYTES, MAX_THREADS = 2**20, 2048  # a connection has a thread
@@ -997,7 +1007,7 @@ def pages(engine: Engine, runs: Path) -> dict[str, Callable[[], tuple[int, bytes
         "/": lambda: (200, page, "text/html; charset=utf-8"),
         "/health": lambda: as_json(state(engine), 200 if engine.end == math.inf else 503),
         "/metrics": lambda: (200, prometheus(engine).encode(), "text/plain; version=0.0.4; charset=utf-8"),
-        "/runs": lambda: as_json({"runs": read_curves(runs)}),
+        "/runs": lambda: as_json({"runs": read_curves(runs), "sweeps": read_sweeps(runs)}),
         "/v1/models": lambda: as_json({"object": "list", "data": [card]}),
         f"/v1/models/{engine.served.name}": lambda: as_json(card),
     }

@@ -947,12 +947,36 @@ def test_curves(tmp_path):
     assert [run["name"] for run in serve.read_curves(tmp_path)] == ["long", "ppo"]
 
 
+SWEEP = {"rungs": [{"kl_coef": 0.4, "kl": 2.0, "proxy": 1.0, "gold": 0.6}, {"kl_coef": 0, "kl": 9.0, "proxy": 3.0,
+                                                                             "gold": 0.3}],
+         "best_of": [{"n": 1, "kl": 0.0, "proxy": 0.0, "gold": 0.5}, {"n": 2, "kl": 0.19, "proxy": 0.5, "gold": 0.6}]}
+
+
+def write_sweep(folder: Path, name: str = "sweep") -> None:
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / "sweep.json").write_text(json.dumps(SWEEP))
+
+
+def test_sweeps(tmp_path):
+    """One that is being written by another program, or that lies elsewhere, is none."""
+    outside = tmp_path.parent / "elsewhere"
+    write_sweep(outside, "")
+    for name in ("a", "b", "c"):
+        write_sweep(tmp_path, name)
+    (tmp_path / "b" / "sweep.json").write_text('{"rungs": [')
+    (tmp_path / "c" / "sweep.json").unlink()
+    (tmp_path / "c" / "sweep.json").symlink_to(outside / "sweep.json")
+    assert serve.read_sweeps(tmp_path) == [SWEEP | {"name": "a"}]
+
+
 def test_curves_over_http(server):
-    assert ask(server, "/runs")[1] == {"runs": []}
+    assert ask(server, "/runs")[1] == {"runs": [], "sweeps": []}
     write_run(server.args.runs)
+    write_sweep(server.args.runs)
     status, body, _ = ask(server, "/runs")
-    assert status == 200 and body["runs"][0]["name"] == "ppo"
-    shutil.rmtree(server.args.runs / "ppo")
+    assert status == 200 and body["runs"][0]["name"] == "ppo" and body["sweeps"][0]["name"] == "sweep"
+    for name in ("ppo", "sweep"):
+        shutil.rmtree(server.args.runs / name)
 
 
 def test_the_page_is_one_file_and_never_makes_markup_of_text(server):
@@ -1098,6 +1122,15 @@ def test_the_page_in_a_real_browser(tmp_path):
         write_run(server.args.runs, "<b>ppo<_b>", 9)
         run("draw()")
         until(lambda: run(line).count(",") == 9)
+        # a sweep: gold and proxy of two runs and of two best-of-n, at the square root of the KL
+        write_sweep(server.args.runs, "<b>sweep<_b>")
+        run("draw()")
+        until(lambda: run("document.querySelectorAll('.sweep circle').length") == 8)
+        told = run("document.querySelector('.sweep svg').getAttribute('aria-label')")
+        assert "gold of the runs from 0.6 to 0.3 at 9 nats" in told and "proxy of best-of-n from 0 to 0.5" in told
+        at = run("[...document.querySelectorAll('.sweep circle:not(.open).k2')].map(c => Number(c.getAttribute('cx')))")
+        assert (at[1] - 48) / (at[0] - 48) == pytest.approx(math.sqrt(9 / 2))
+        assert run("document.querySelectorAll('#training b b, #training h2 b').length") == 0
         browser.key("c", "KeyC", 67, modifiers=1)
         assert run("document.activeElement.id") == "box"
         assert run("document.querySelector('#training').hidden") is True
