@@ -187,9 +187,9 @@ def run_batch(task: Task, examples: list, stage: Stage, optimizer: zero.ZeRO2 | 
 def train(model: nn.Module, task: Task, stage: Stage) -> tuple[zero.ZeRO2, dict]:
     """Trains to the end. Returns the optimizer, and what summary.json takes: last loss, steps, seconds, ...
 
-    meta is what a checkpoint holds beside weights: the step, the examples consumed, the batch size of the current
-    epoch, the evaluation before the first step, and marks that tell which model, data and seed they are of."""
-    args, world, loss = stage.args, stage.world, None
+    meta is what a checkpoint holds beside weights: the step and its loss, the examples consumed, the batch size of the
+    current epoch, the evaluation before the first step, and marks that tell which model, data and seed they are of."""
+    args, world = stage.args, stage.world
     marks = run.fingerprint(model, task.examples, args.seed)
     torch.manual_seed(args.seed * 1000 + world.rank)            # dropout: each process has its own
     optimizer = make_optimizer(model, stage)                    # from here on the weights have the compute dtype
@@ -198,7 +198,8 @@ def train(model: nn.Module, task: Task, stage: Stage) -> tuple[zero.ZeRO2, dict]
     if args.resume:     # 4.
         meta = run.load_checkpoint(args, world, marks, {"optimizer": optimizer})
     else:
-        meta = {"step": 0, "consumed": 0, "batch": batch, "before": evaluate(model, task, stage), "marks": marks}
+        before = evaluate(model, task, stage)
+        meta = {"step": 0, "loss": None, "consumed": 0, "batch": batch, "before": before, "marks": marks}
     first, left = meta["step"], list(batches(task, batch, args, meta))
     total = min(first + len(left), args.max_steps or math.inf)
     planned = say_plan(model, task, batch, total, stage)
@@ -225,12 +226,13 @@ def train(model: nn.Module, task: Task, stage: Stage) -> tuple[zero.ZeRO2, dict]
                 row |= evaluate(model, task, stage)
             if logged or "eval_loss" in row:
                 log.append(row)
-            meta |= {"step": step, "consumed": meta["consumed"] + len(examples)}
+            meta |= {"step": step, "loss": loss, "consumed": meta["consumed"] + len(examples)}
             if meta["consumed"] % len(task.examples) == 0:
                 meta["batch"] = batch       # the next epoch is shuffled for this run's batch size
             run.save_checkpoint(args, world, meta, {"optimizer": optimizer})
     summary = {f"{key}_before": value for key, value in meta["before"].items()} | log.figures()
-    summary |= {"planned_memory_bytes": planned, "loss": loss, "steps": meta["step"], "skipped": optimizer.skipped}
+    summary |= {"planned_memory_bytes": planned, "loss": meta["loss"], "steps": meta["step"]}
+    summary["skipped"] = optimizer.skipped
     return optimizer, summary | evaluate(model, task, stage)
 
 

@@ -445,9 +445,14 @@ def save_checkpoint(args: argparse.Namespace, world: World, meta: dict, optimize
         raise
     if world.rank == 0:
         temporary.rename(new)
-        for old in new.parent.glob("step-*"):
-            if old != new:
-                shutil.rmtree(old, ignore_errors=True)
+        remove_others(new)
+
+
+def remove_others(checkpoint: Path) -> None:
+    """Removes the older checkpoints, and what a kill left of one that was being written or removed."""
+    for other in checkpoint.parent.glob("step-*"):
+        if other != checkpoint:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def load_checkpoint(args: argparse.Namespace, world: World, marks: dict[str, str], optimizers: dict) -> dict:
@@ -481,6 +486,8 @@ def load_checkpoint(args: argparse.Namespace, world: World, marks: dict[str, str
     if meta["world"] == world.world:
         for generator, state in zip(generators(world), parts[world.rank]["random"]):
             generator.set_state(state)
+    if world.rank == 0:
+        remove_others(newest)       # a kill may have left them, and this run may write no checkpoint any more
     return meta
 
 
