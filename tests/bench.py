@@ -7,6 +7,7 @@
     python tests/bench.py zero mid --strategy ddp zero2 zero2_cpu      the same on two processes
     python tests/bench.py ppo tiny                                     64 answers of 32 tokens, and 4 minibatches
     python tests/bench.py adamw                                        100 million parameters, beside torch's
+      --device cuda    on a GPU; memory is then what tensors took there
       --peer VENV      beside transformers (and PEFT) of another virtual environment: decode, sft, lora
       --against TREE   beside another checkout of Octet
 
@@ -90,24 +91,35 @@ def compare(task: dict, args: argparse.Namespace) -> None:
     what = " ".join(f"{key} {value}" for key, value in task.items() if key != "kind")
     for row in rows:
         faster, smaller = rows[0]["rate"] / row["rate"], row["peak"] / rows[0]["peak"]
-        print(f"{task['kind']:<9}{what:<44}{row['name']:<12}{row['rate']:>12,.1f} {args.unit:<10}"
+        print(f"{task['kind']:<9}{what:<48}{row['name']:<12}{row['rate']:>12,.1f} {args.unit:<10}"
               f"{row['peak'] / 1e9:>6.2f} GB{faster:>8.2f}x{smaller:>8.2f}x", flush=True)
 
 
 # ---- the worker -----------------------------------------------------------------------------------------------------
 
-def peak_memory() -> int:
+def peak_memory(device: str) -> int:
+    if device == "cuda":
+        import torch
+        return torch.cuda.max_memory_allocated()
     import resource  # not on Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def serve_turns(turn, rank: int = 0) -> None:
+def finished(device: str) -> float:
+    """The time at which the device has done all that it was given."""
+    if device == "cuda":
+        import torch
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def serve_turns(turn, device: str, rank: int = 0) -> None:
     """Take a turn for every line on standard input. turn() -> units a second."""
     if rank == 0:
         print(json.dumps({"ready": True}), flush=True)
         for _ in sys.stdin:
-            print(json.dumps({"rate": turn(), "peak": peak_memory()}), flush=True)
+            print(json.dumps({"rate": turn(), "peak": peak_memory(device)}), flush=True)
 
 
 def torch_dtype(name: str):
@@ -124,7 +136,7 @@ def decode(task: dict) -> None:
     """Tokens a second after the first one, greedy, EOS ignored."""
     import torch
     import model as M
-    model = M.random_model(M.SHAPES[task["shape"]], torch_dtype(task["dtype"]), "cpu").eval()
+    model = M.random_model(M.SHAPES[task["shape"]], torch_dtype(task["dtype"]), task["device"]).eval()
     if task.get("bits"):
         quantize_to(model, task["bits"])
     prompts = random_rows(task["batch"], PROMPT, model.config.vocab_size).tolist()
@@ -132,13 +144,13 @@ def decode(task: dict) -> None:
     def turn() -> float:
         steps = model.generate_steps(prompts, NEW, temperature=0, eos_id=-1)
         next(steps)
-        began = time.perf_counter()
+        began = finished(task["device"])
         for _ in steps:
             pass
-        return task["batch"] * (NEW - 1) / (time.perf_counter() - began)
+        return task["batch"] * (NEW - 1) / (finished(task["device"]) - began)
     with ExitStack() as stack, torch.inference_mode():
         stack.enter_context(ready_to_generate(model, task["batch"]))
-        serve_turns(turn)
+        serve_turns(turn, task["device"])
 
 
 def quantize_to(model, bits: int) -> None:
@@ -172,13 +184,14 @@ def processes():
 def update(task: dict) -> None:
     """Tokens a second of training: sft, lora, zero."""
     import torch
-    world = processes().start("cpu", task.get("strategy", "ddp"))
+    world = processes().start(task["device"], task.get("strategy", "ddp"))
     import lora
     import sft
     import zero
     from model import SHAPES, Llama
     dtype = torch_dtype(task["dtype"])
     model = Llama(SHAPES[task["shape"]], generator=torch.Generator().manual_seed(0)).train()
+    model.to(task["device"])
     if task["kind"] == "lora":
         for p in model.parameters():
             p.data = p.data.to(dtype)
@@ -190,17 +203,17 @@ def update(task: dict) -> None:
     target[:, 0] = False
 
     def turn() -> float:
-        began = time.perf_counter()
+        began = finished(task["device"])
         optimizer.backward(sft.lm_loss(model, tokens, target) / (target.sum() * world.world))
         optimizer.step(1e-4)
-        return world.world * tokens.numel() / (time.perf_counter() - began)
+        return world.world * tokens.numel() / (finished(task["device"]) - began)
     if world.world == 1:
-        return serve_turns(turn)
-    follow(turn, world.rank)
+        return serve_turns(turn, task["device"])
+    follow(turn, task["device"], world.rank)
     processes().stop()
 
 
-def follow(turn, rank: int) -> None:
+def follow(turn, device: str, rank: int) -> None:
     """Several processes: rank 0 is told when to take a turn, and tells the others."""
     import torch
     go = torch.ones(1)
@@ -208,7 +221,7 @@ def follow(turn, rank: int) -> None:
     def turn_of_all() -> float:
         torch.distributed.broadcast(go, 0)
         return turn()
-    serve_turns(turn_of_all, rank)
+    serve_turns(turn_of_all, device, rank)
     if rank == 0:
         torch.distributed.broadcast(torch.zeros(1), 0)
         return
@@ -244,7 +257,7 @@ def ppo_iteration(task: dict) -> None:
              "--save_path", folder / "out", "--num_episodes", 1, "--max_timesteps", 1, "--update_timesteps", 1,
              "--max_epochs", 1, "--experience_batch_size", 64, "--train_batch_size", 16, "--max_input_len", 48,
              "--max_seq_len", 80, "--eval_size", 1, "--target_kl", 0, "--save_interval", 0, "--lr", 1e-6,
-             "--dtype", task["dtype"]]
+             "--dtype", task["dtype"], "--device", task["device"]]
 
     def turn() -> float:
         with open(os.devnull, "w") as quiet:
@@ -255,7 +268,7 @@ def ppo_iteration(task: dict) -> None:
                 sys.stdout = printed
         row = json.loads((folder / "out" / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
         return 64 / (row["seconds/rollout"] + row["seconds/scoring"] + row["seconds/update"])
-    serve_turns(turn)
+    serve_turns(turn, task["device"])
 
 
 def adamw(task: dict) -> None:
@@ -263,13 +276,14 @@ def adamw(task: dict) -> None:
     import torch
     import zero
     n = 100_000_000
-    processes().start("cpu", "ddp")
-    p, g, m, v = torch.randn(n) * 0.02, torch.randn(n) * 1e-3, torch.zeros(n), torch.zeros(n)
-    low = torch.zeros(n, dtype=torch.bfloat16)
+    device = task["device"]
+    processes().start(device, "ddp")
+    p, g, m, v = (scale * torch.randn(n, device=device) for scale in (0.02, 1e-3, 0.0, 0.0))
+    low = torch.zeros(n, dtype=torch.bfloat16, device=device)
     lone = torch.nn.Parameter(p.clone())
     lone.grad = g.clone()
     reference = torch.optim.AdamW([lone], lr=1e-4, weight_decay=0.01, fused=True)
-    source, copy = torch.ones(n * 30 // 8), torch.zeros(n * 30 // 8)
+    source, copy = (torch.ones(n * 30 // 8, device=device) for _ in range(2))
 
     def theirs() -> None:
         reference.step()
@@ -278,10 +292,10 @@ def adamw(task: dict) -> None:
             "torch": theirs, "copy": lambda: copy.copy_(source)}[task["by"]]
 
     def turn() -> float:
-        began = time.perf_counter()
+        began = finished(device)
         work()
-        return 30e-9 * n / (time.perf_counter() - began)
-    serve_turns(turn)
+        return 30e-9 * n / (finished(device) - began)
+    serve_turns(turn, device)
 
 
 # ---- peers ----------------------------------------------------------------------------------------------------------
@@ -295,13 +309,13 @@ def peer_model(task: dict):
              "vocab_size")
     config = LlamaConfig(**dict(zip(names, sizes)), max_position_embeddings=2048, eos_token_id=None,
                          attn_implementation="sdpa")
-    return LlamaForCausalLM(config).to(torch_dtype(task["dtype"]))
+    return LlamaForCausalLM(config).to(task["device"], torch_dtype(task["dtype"]))
 
 
 def peer_decode(task: dict) -> None:
     import torch
     model = peer_model(task).eval()
-    prompts = random_rows(task["batch"], PROMPT, model.config.vocab_size)
+    prompts = random_rows(task["batch"], PROMPT, model.config.vocab_size).to(task["device"])
     stamps = []
 
     class Stamp:
@@ -319,7 +333,7 @@ def peer_decode(task: dict) -> None:
                        do_sample=False, pad_token_id=0, streamer=Stamp())
         return task["batch"] * (NEW - 1) / (stamps[NEW] - stamps[1])  # the first put is the prompt
     with torch.inference_mode():
-        serve_turns(turn)
+        serve_turns(turn, task["device"])
 
 
 def peer_update(task: dict) -> None:
@@ -331,16 +345,16 @@ def peer_update(task: dict) -> None:
         model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    tokens = random_rows(ROWS[task["shape"]], LENGTH, model.config.vocab_size)
+    tokens = random_rows(ROWS[task["shape"]], LENGTH, model.config.vocab_size).to(task["device"])
 
     def turn() -> float:
-        began = time.perf_counter()
+        began = finished(task["device"])
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return tokens.numel() / (time.perf_counter() - began)
-    serve_turns(turn)
+        return tokens.numel() / (finished(task["device"]) - began)
+    serve_turns(turn, task["device"])
 
 
 def work(task: dict) -> None:
@@ -363,10 +377,10 @@ UNITS = {"decode": "tokens/s", "quantize": "tokens/s", "ppo": "answers/s", "adam
 
 def tasks_of(args: argparse.Namespace) -> list[dict]:
     if args.kind == "adamw":
-        return [{"kind": "adamw", "by": by} for by in ("ours", "torch", "copy")]
+        return [{"kind": "adamw", "by": by, "device": args.device} for by in ("ours", "torch", "copy")]
     tasks = []
     for shape in args.shapes:
-        task = {"kind": args.kind, "shape": shape, "dtype": args.dtype}
+        task = {"kind": args.kind, "shape": shape, "dtype": args.dtype, "device": args.device}
         if args.kind == "decode":
             tasks += [task | {"batch": batch} for batch in args.batch]
         elif args.kind == "quantize":
@@ -386,6 +400,7 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", default=["tiny"], metavar="SHAPE", help="tiny, small, mid or big (tiny)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="decode, quantize: rows at once (1 16)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="to compute in (fp32)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="to compute on (cpu)")
     strategies = ["ddp", "zero2", "zero2_cpu"]
     parser.add_argument("--strategy", nargs="+", default=strategies, help="zero: which (ddp zero2 zero2_cpu)")
     parser.add_argument("--turns", type=int, default=5, help="turns that count, after one that warms up (5)")
@@ -393,7 +408,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, metavar="TREE", help="another checkout of Octet")
     args = parser.parse_args()
     args.unit = UNITS.get(args.kind, "tokens/s")
-    print(f"{'':<9}{'':<44}{'':<12}{'rate':>12} {'':<10}{'peak':>9}{'faster':>9}{'smaller':>9}", flush=True)
+    print(f"{'':<9}{'':<48}{'':<12}{'rate':>12} {'':<10}{'peak':>9}{'faster':>9}{'smaller':>9}", flush=True)
     for task in tasks_of(args):
         compare(task, args)
 
