@@ -15,8 +15,9 @@ The shapes beside the code of this file are those of W (6, 8) and r = 2:
                   |                  |       times alpha / r
     y (..., 6) <--+------------------+       28 numbers train instead of 48; at (11008, 4096) and r = 16 it is 0.5 %
 
-Only A and B have gradients and optimizer state, the file to keep is megabytes, and one set of frozen weights serves as
-both the policy (adapters on) and its reference model (`with disabled(model):`) in PPO.
+Only A and B have gradients and optimizer state, the file to keep is megabytes, and one set of frozen weights serves
+several models: in PPO the policy (adapters on) and its reference (`with disabled(model):`), and as the base of a `twin`
+the reward model and the critic too.
 
     names = attach(model, rank=16)              then train model as usual; its other parameters are frozen
     save_adapter(model, "out/sft", base="/path/to/LLaMa-7B")
@@ -34,6 +35,7 @@ Adapters with rsLoRA's scaling alpha / sqrt(r) (Kalajdzievski 2023) are read too
 full are refused.
 """
 
+import copy
 import math
 import re
 from collections import Counter
@@ -58,9 +60,9 @@ LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 class LoRALinear(nn.Module):
     """y = base(x) + alpha / r * B A dropout(x), for x (..., in) and y (..., out).
 
-    base is a linear, plain or quantized; only merging reads its weight. A (r, in) and B (out, r) are masters in fp32
-    unless `dtype` says otherwise; the product is computed in x's dtype. A is drawn in fp32 from `generator`, so it is
-    the same on every process and in every dtype.
+    base is a linear: plain, quantized, or one with a frozen adapter. Only merging reads its weight. A (r, in) and
+    B (out, r) are masters in fp32 unless `dtype` says otherwise; the product is computed in x's dtype. A is drawn in
+    fp32 from `generator`, so it is the same on every process and in every dtype.
     """
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0,
@@ -96,8 +98,8 @@ class LoRALinear(nn.Module):
     def merged_weight(self) -> Tensor:
         """Returns W + alpha / r * B A in the dtype of W."""
         if not isinstance(self.base, nn.Linear):
-            raise ValueError("an adapter cannot be merged into a quantized matrix and taken out again: "
-                             "fold it, which gives a full-precision model, then quantize that")
+            raise ValueError("an adapter cannot be merged into a quantized matrix, or into another adapter, and taken "
+                             "out again: fold the first one, which gives a full-precision model, then quantize that")
         return add_product(self.base.weight, self.lora_A, self.lora_B, self.scaling).to(self.base.weight.dtype)
 
 
@@ -132,8 +134,11 @@ def attach(model: nn.Module, rank: int, alpha: float | None = None, dropout: flo
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """Returns the adapted matrices by name, in the model's order; empty when there are none."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    """Returns the adapted matrices by name, in the model's order; empty when there are none.
+
+    An adapter on which another one was put belongs to the base."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, LoRALinear) and last(name) != "base"}
 
 
 @contextmanager
@@ -201,6 +206,14 @@ def trainable_report(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """Returns a copy that holds the very same frozen parameters and buffers: only trainable parameters are copied.
+
+    A new adapter on either changes nothing in the other, so models on one base need its memory once."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors if not tensor.requires_grad})
+
+
 # ---- inside a model -------------------------------------------------------------------------------------------------
 
 def required(model: nn.Module) -> list[LoRALinear]:
@@ -229,8 +242,9 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def install(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: float, dtype: torch.dtype,
             generator: torch.Generator | None) -> None:
     """Puts adapters on the linears named in plan, name -> (rank, alpha), and freezes all else."""
-    if adapters(model):
-        raise ValueError("the model already has adapters: fold(model) them into the base before adding new ones")
+    if any(layer.lora_A.requires_grad for layer in adapters(model).values()):
+        raise ValueError("the model already has adapters: before adding new ones fold(model) them into the base, or "
+                         "freeze them")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"LoRA dropout is {dropout}, it must be at least 0 and below 1")
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))

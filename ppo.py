@@ -14,7 +14,9 @@ that decide.
 
 Four models: the actor (policy) starts as the SFT model, and ref is the SFT model unchanged; the critic starts as the
 reward model, and reward is the reward model unchanged. With --lora_rank only two are in memory: ref is the actor with
-its adapter off, reward the critic with its adapter off and the first head.
+its adapter off, reward the critic with its adapter off and the first head. Where the reward model is an adapter on the
+weights from which the actor starts, all four stand on one frozen base (Santacroce et al. 2023, 2310.00036): the reward
+model keeps its adapter beside it, and the critic's is put on that one.
 
 A row is prompt | response | padding, all padding on the right, so no model needs a mask. Prompt of 3, response of 4:
 
@@ -835,50 +837,75 @@ def check_same_tokenizer(directory: Path, stage: Stage) -> None:
                          "train it from this model")
 
 
-def open_reward(stage: Stage, dtype: torch.dtype | None) -> "RewardModel | Rules":
-    """What gives the rewards: the model of --rm_path, its weights in this dtype, or the functions of --reward_fn."""
+def open_reward(stage: Stage, dtype: torch.dtype | None, actor: Llama | None = None) -> "RewardModel | Rules":
+    """What gives the rewards: the model of --rm_path, its weights in this dtype, or the functions of --reward_fn.
+
+    actor: whose weights it may share."""
     args = stage.args
     if args.reward_fn:
         return Rules(args.reward_fn, stage.tokenizer)
     check_same_tokenizer(args.rm_path, stage)
-    reward = RewardModel.from_pretrained(args.rm_path, dtype, stage.world.device, args.rm_pretrain)
+    trunk = None if actor is None else reward_base(actor, stage)
+    reward = RewardModel.from_pretrained(args.rm_path, dtype, stage.world.device, args.rm_pretrain, trunk)
     text.check_tokenizer(stage.tokenizer, reward.config.vocab_size)
     return reward
 
 
-def open_judges(stage: Stage) -> tuple[RewardModel | None, "RewardModel | Rules"]:
+def trunk_of(actor: Llama) -> Llama:
+    """A trunk with the actor's weights. Frozen ones are the same in memory."""
+    trunk = lora.twin(actor)
+    trunk.output = None
+    return trunk
+
+
+def reward_base(actor: Llama, stage: Stage) -> Llama | None:
+    """With --lora_rank, the base of a reward model that is an adapter: the actor's weights, if it was trained on them.
+
+    Says so if they are not."""
+    args, start = stage.args, sft.origin(stage.args)
+    if not args.lora_rank:
+        return None
+    base, reason = None, "is no adapter"
+    if lora.is_adapter(args.rm_path):
+        base = args.rm_pretrain or lora.base_path(args.rm_path)
+        if weights.same(base, start):
+            return trunk_of(actor)
+        reason = f"is an adapter on {base}, which has other weights than {start}"
+    stage.say(f"note: {args.rm_path} {reason}, so that critic and reward have a base of their own in memory: to share "
+              f"the actor's, train it by `python rm.py --pretrain {args.pretrain} --lora_rank {args.lora_rank}`")
+    return base and quantize.open_model(base, stage.dtype, stage.world.device, head=False)
+
+
+def open_judges(actor: Llama, stage: Stage) -> tuple[RewardModel | None, "RewardModel | Rules"]:
     """The critic, if the algorithm has one, and what gives the rewards."""
-    args, dtype, device = stage.args, sft.stored_dtype(stage), stage.world.device
+    args, dtype = stage.args, sft.stored_dtype(stage)
     has_critic = ALGORITHMS[args.algorithm].advantages is gae
-    reward, critic = open_reward(stage, dtype), None
+    reward, critic = open_reward(stage, dtype, actor), None
     if args.reward_fn:
         if has_critic:      # no reward model to start as: the actor's trunk, and a new head
-            trunk = quantize.open_model(args.pretrain, dtype, device, head=False, adapter="merge")
-            critic = RewardModel(trunk, seeded("critic", args.seed))
+            critic = RewardModel(trunk_of(actor), seeded("critic", args.seed))
         return critic, reward
     if not has_critic:
         return None, freeze(reward, stage.dtype)
     critic = reward
     if not args.lora_rank:
         return critic, freeze(copy.deepcopy(critic), stage.dtype)
-    reward = RewardModel(critic.trunk)
+    reward = RewardModel(freeze(critic.trunk, stage.dtype))
     reward.score = freeze(copy.deepcopy(critic.score), stage.dtype)
     return critic, reward
 
 
-def open_models(stage: Stage) -> tuple[Models, str | None]:
-    """The models, and the base that an adapter of the actor will name (None where all weights are trained)."""
+def open_models(stage: Stage) -> Models:
     args = stage.args
     actor = sft.open_llama(stage)
-    critic, reward = open_judges(stage)
-    base = sft.base_for_adapter(actor, stage)
+    critic, reward = open_judges(actor, stage)
     ref = actor if args.lora_rank else freeze(copy.deepcopy(actor), stage.dtype)
     models = Models(actor, critic, ref, reward)
     for model in trained(models) if args.lora_rank else modules(models):
         sft.set_up(model, args)
     for model in modules(models):
         model.eval()    # dropout off, see departure d
-    return models, base
+    return models
 
 
 def check_lengths(args: argparse.Namespace, models: Models) -> None:
@@ -1205,7 +1232,7 @@ def learn(args: argparse.Namespace) -> dict:
     check_groups(args)
 
     # models and data
-    models, base = open_models(stage)
+    models = open_models(stage)
     check_lengths(args, models)
     prompts, held = read_prompts(stage)
     held, examples = held[:args.eval_size], read_ptx(stage)
@@ -1223,7 +1250,7 @@ def learn(args: argparse.Namespace) -> dict:
             before = evaluate(models, held, "before", stage)
             meta = {"step": 0, "prompts_seen": 0, "ptx_seen": 0, "warned": [], "before": before, "marks": marks}
         figures = meta["before"] | train(models, optimizers, prompts, examples, meta, updates, stage)
-        sft.save_model(models.actor, optimizers.actor, base, stage)
+        sft.save_model(models.actor, optimizers.actor, stage)
         figures |= evaluate(models, held, "after", stage)
     figures["kl"] = figures.pop("kl_after")
     figures["skipped"] = sum(optimizer.skipped for optimizer in present(optimizers).values())

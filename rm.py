@@ -109,12 +109,17 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None, device="cpu",
-                        base: Path | None = None) -> "RewardModel":
-        """Opens a reward model, plain or quantized, or an adapter, which is merged into its base (or into `base`)."""
+                        base: Path | None = None, trunk: Llama | None = None) -> "RewardModel":
+        """Opens a reward model, plain or quantized, or an adapter, which is merged into its base (or into `base`).
+
+        trunk: the base of an adapter, opened already. Then the adapter is kept beside it."""
         score, extra = read_head(directory)
         if score is None:
             raise ValueError(f"{directory} has no score.weight: it is not a reward model, train one with rm.py")
-        trunk = quantize.open_model(directory, dtype, device, head=False, adapter="merge", base=base)
+        if trunk is None:
+            trunk = quantize.open_model(directory, dtype, device, head=False, adapter="merge", base=base)
+        else:
+            lora.load_adapter(trunk, directory)
         found, right = tuple(score.shape), (1, trunk.config.dim)
         if found != right:
             raise ValueError(f"{directory}: score.weight is {found}, a reward model of this width has {right}")
@@ -360,7 +365,6 @@ def train_reward(trunk: Llama, found: list[dict], stage: Stage) -> dict:
     args = stage.args
     rankings, held = split_rankings(found, text.encode_preference, stage)
     answers = sample_answers(trunk, found, stage)           # 5. while the trunk still has its language head
-    base = sft.base_for_adapter(trunk, stage)
     trunk.output = None
     model = RewardModel(trunk, torch.Generator().manual_seed(args.seed))
     model.config.extra["pad_token_id"] = stage.tokenizer.pad_id     # 6.
@@ -372,7 +376,7 @@ def train_reward(trunk: Llama, found: list[dict], stage: Stage) -> dict:
     optimizer, figures = sft.train(model, ranking_task(rankings, held, sums=sums), stage)
     model.config.extra["reward_mean"] = mean_score(model, answers)      # 5.
     figures["reward_mean"] = model.reward_mean
-    sft.save_model(model, optimizer, base, stage)
+    sft.save_model(model, optimizer, stage)
     return figures
 
 
@@ -381,11 +385,10 @@ def train_policy(policy: Llama, found: list[dict], stage: Stage) -> dict:
     args = stage.args
     rankings, held = split_rankings(found, encode_responses, stage)
     before = measure(policy, "before", stage)
-    base = sft.base_for_adapter(policy, stage)
     sft.set_up(policy, args)
     sums, prepare = partial(policy_sums, policy, args=args), partial(score_reference, policy, rankings + held, stage)
     optimizer, figures = sft.train(policy, ranking_task(rankings, held, sums=sums, prepare=prepare), stage)
-    sft.save_model(policy, optimizer, base, stage)
+    sft.save_model(policy, optimizer, stage)
     return figures | before | measure(policy, "after", stage)
 
 

@@ -302,9 +302,18 @@ def base_of(directory: Path) -> Path:
     return lora.base_path(directory) if lora.is_adapter(directory) else directory
 
 
+def origin(args: Namespace) -> Path:
+    """Returns the directory whose weights training starts from: --pretrain, or where that is an adapter and a new one
+    is to be trained on it, SAVE_PATH/base. open_llama writes the merged model there."""
+    merges = args.lora_rank and lora.is_adapter(args.pretrain)
+    return args.save_path / "base" if merges else args.pretrain
+
+
 def open_llama(stage: Stage) -> Llama:
-    """Opens --pretrain to train it: an adapter is merged into its base."""
-    args = stage.args
+    """Opens --pretrain to train it: an adapter is merged into its base. With --lora_rank the weights are frozen.
+
+    A new adapter is trained beside what it will be loaded beside: the merged weights, rounded to the file's dtype."""
+    args, directory = stage.args, origin(stage.args)
     if weights.quantization(base_of(args.pretrain)) is not None:
         if lora.is_adapter(args.pretrain):
             stage.say(f"note: {args.pretrain} is an adapter of a quantized model: merged they are a full-precision "
@@ -312,9 +321,15 @@ def open_llama(stage: Stage) -> Llama:
         elif not args.lora_rank:
             raise ValueError(f"{args.pretrain} is quantized, its weights cannot be trained: give --lora_rank to train "
                              "adapters beside them")
-    model = quantize.open_model(args.pretrain, stored_dtype(stage), stage.world.device, adapter="merge")
+    if directory != args.pretrain:
+        if stage.world.rank == 0:
+            quantize.open_model(args.pretrain, adapter="merge").save_pretrained(directory)
+            stage.tokenizer.save(directory, args.template)
+        run.barrier()
+    model = quantize.open_model(directory, stored_dtype(stage), stage.world.device, adapter="merge")
     text.check_tokenizer(stage.tokenizer, model.config.vocab_size)
     model.stop_at(stage.stops)
+    model.requires_grad_(not args.lora_rank)
     return model
 
 
@@ -322,21 +337,6 @@ def stored_dtype(stage: Stage) -> torch.dtype | None:
     """Returns the dtype to open weights in. None is the file's, from which fp32 masters are made; adapters leave the
     weights as they are, so that of the computation is enough."""
     return stage.dtype if stage.args.lora_rank else None
-
-
-def base_for_adapter(model: Llama, stage: Stage) -> str | None:
-    """Returns what a new adapter will name as its base: --pretrain, or "base" if --pretrain is an adapter itself.
-
-    Then the merged model is written to SAVE_PATH/base. None without --lora_rank."""
-    args = stage.args
-    if not args.lora_rank:
-        return None
-    if not lora.is_adapter(args.pretrain):
-        return str(args.pretrain.resolve())
-    if stage.world.rank == 0:
-        model.save_pretrained(args.save_path / "base")
-        stage.tokenizer.save(args.save_path / "base", args.template)
-    return "base"
 
 
 def set_up(model: nn.Module, args: Namespace) -> None:
@@ -371,14 +371,16 @@ def say_memory(trained: list[nn.Module], frozen: list[nn.Module], tokens: int, s
     return peak
 
 
-def save_model(model: nn.Module, optimizer: zero.ZeRO2, base: str | None, stage: Stage) -> None:
-    """Writes the model, or with a base its adapter. Removes an adapter, or a model, that an earlier run left there."""
+def save_model(model: nn.Module, optimizer: zero.ZeRO2, stage: Stage) -> None:
+    """Writes the model, or its adapter. Removes an adapter, or a model, that an earlier run left there."""
     path, leftover = stage.args.save_path, ["adapter_*"]
     with optimizer.masters():
-        if stage.world.rank == 0 and base is None:
+        if stage.world.rank == 0 and not stage.args.lora_rank:
             model.save_pretrained(path)
         elif stage.world.rank == 0:
-            lora.save_adapter(model, path, base, model.config.extra)
+            base = origin(stage.args)
+            named = base.name if base.parent == path else base.resolve()        # the directory may be moved as a whole
+            lora.save_adapter(model, path, named, model.config.extra)
             leftover = ["config.json", "model*.safetensors*"]
     if stage.world.rank == 0:
         for file in [file for pattern in leftover for file in path.glob(pattern)]:
@@ -466,17 +468,16 @@ def parse(argv: list[str] | None) -> Namespace:
     return args
 
 
-def open_model(stage: Stage) -> tuple[Llama, str | None]:
-    """Opens --pretrain or makes a new model. Returns it, and the base that an adapter on it will name."""
+def open_model(stage: Stage) -> Llama:
+    """Opens --pretrain or makes a new model."""
     args, tokenizer = stage.args, stage.tokenizer
     if args.pretrain is not None:
-        model = open_llama(stage)
-        return model, base_for_adapter(model, stage)
+        return open_llama(stage)
     config = replace(SHAPE, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     # The weights are drawn on the CPU, so that they are the same on every device.
     model = Llama(config, generator=torch.Generator().manual_seed(args.seed))
     model.stop_at(stage.stops)
-    return model.to(stage.world.device), None
+    return model.to(stage.world.device)
 
 
 def resolve_max_len(args: Namespace, config: LlamaConfig) -> None:
@@ -497,7 +498,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.pretrain is None:
         defaults = DEMO if is_demo else SCRATCH
     stage = start(args, is_demo, defaults)
-    model, base = open_model(stage)
+    model = open_model(stage)
     resolve_max_len(args, model.config)
     examples = read_examples(args.dataset, args.max_len, stage)
     run.say_flags(stage.world, args)
@@ -510,7 +511,7 @@ def main(argv: list[str] | None = None) -> dict:
     rows, units = lambda example: [len(example[0])], lambda example: sum(example[1])
     examples, held = text.split_held_out(examples, args.eval_size, args.seed)
     optimizer, figures = train(model, Task(examples, held, rows, units, sums), stage)
-    save_model(model, optimizer, base, stage)
+    save_model(model, optimizer, stage)
     if is_demo:
         figures |= measure_demo(model, stage)
         stage.say(f"held-out instructions: gold score {figures['gold']:.3f} "

@@ -160,6 +160,19 @@ def indexed_files(index: Path, pattern: str) -> list[Path]:
     return [index.with_name(name) for name in sorted(named)]
 
 
+def same(a: Path, b: Path) -> bool:
+    """Do two directories hold the same weights, but for the head, and does a model compute the same with them?"""
+    if a.resolve() == b.resolve():
+        return True
+    fields, others = read_config(a), read_config(b)
+    fields |= {name: others[name] for name in ("eos_id", "dtype", "extra")}
+    if fields != others or quantization(a) != quantization(b):
+        return False
+    mine, theirs = read_tensors(a, fields), read_tensors(b, fields)
+    return all(name in theirs and torch.equal(stored.read(), theirs[name].read())
+               for name, stored in mine.items() if not name.startswith("output."))
+
+
 # ---- Meta's parts ---------------------------------------------------------------------------------------------------
 
 def meta_parts(directory: Path) -> list[dict[str, Tensor]]:

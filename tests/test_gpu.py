@@ -278,7 +278,7 @@ def test_scoring_and_update_of_given_answers_are_the_cpus(rank, base, tmp_path):
         args.ptx_coef = 0.0
         args.train_batch_size = 2
         stage = sft.Stage(args, run.World(0, 1, device), torch.float32, TOKENIZER, TEMPLATE, [2], False)
-        models, _ = ppo.open_models(stage)
+        models = ppo.open_models(stage)
         tokens, _ = text.pad([prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS)])
         _, mask = text.pad(ANSWERS)
         ended = torch.tensor([answer[-1] == 2 for answer in ANSWERS])

@@ -117,6 +117,21 @@ def test_disabled_is_the_base_and_comes_back(make):
     assert torch.equal(logits(model), on) and differ(on, base) > 0.1
 
 
+def test_twins_share_what_is_frozen_and_an_adapter_on_an_adapter_is_switched_off_alone():
+    """A reward model whose own adapter goes off with that of the critic on it scores as the language model."""
+    model = trained().requires_grad_(False)
+    on, twin = logits(model), lora.twin(model)
+    own = {place for tensor in (*model.parameters(), *model.buffers()) if (place := tensor.data_ptr())}
+    assert {t.data_ptr() for t in (*twin.parameters(), *twin.buffers())} == own
+    trained(twin, rank=2, seed=5)
+    added = {name for name, p in twin.named_parameters() if p.data_ptr() not in own}
+    assert added == {name for name, p in twin.named_parameters() if p.requires_grad} and len(added) == 2 * 14
+    assert len(adapters(twin)) == 14 and torch.equal(logits(model), on) and differ(logits(twin), on) > 0.1
+    with disabled(twin):
+        assert torch.equal(logits(twin), on)
+    assert not own & {p.data_ptr() for p in lora.twin(small()).parameters()}    # nothing of it is frozen
+
+
 def test_merged_is_the_adapter_and_unmerged_is_the_base_to_the_bit():
     """Merging had no effect, or the adapter was applied twice [EricLBuehler/candle-lora#26]. loralib's weights drift
     when train() and eval() alternate."""

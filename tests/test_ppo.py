@@ -83,7 +83,7 @@ def opened(base, out, *further) -> tuple[argparse.Namespace, Models]:
     """The four models of a run, and its flags."""
     args = resolved(base, out, *further)
     args.template = "alpaca"
-    return args, ppo.open_models(stage_of(args))[0]
+    return args, ppo.open_models(stage_of(args))
 
 
 def metrics(out: Path) -> list[dict]:
@@ -776,11 +776,11 @@ def spied(monkeypatch) -> list:
     found, real, check = [], ppo.open_models, ppo.check_ratio
 
     def open_models(*rest):
-        models, base = real(*rest)
+        models = real(*rest)
         before = [{name: p.detach().clone() for name, p in model.named_parameters()}
                   for model in ppo.modules(models)]
         found.append(SimpleNamespace(models=models, before=before, ratios=[]))
-        return models, base
+        return models
 
     def check_ratio(change, stage):
         found[-1].ratios.append(change.max().item() if stage.dtype == torch.float32 else change.mean().item())
@@ -1294,7 +1294,7 @@ def train_in_each_way(base: Path, out: Path) -> None:
          "--experience_batch_size", 3, "--accumulation_steps", 2, "--strategy", "zero2")
     for strategy in ("zero2", "zero2_cpu", "ddp"):
         main(base, out / strategy, *ptx, "--eval_size", 3, "--strategy", strategy)
-    torch.save([p.data for model in actors[-1][0][:2] for p in model.parameters()], out / f"actor-{world.rank}.pt")
+    torch.save([p.data for model in actors[-1][:2] for p in model.parameters()], out / f"actor-{world.rank}.pt")
     args, models = opened(base, out / "none", "--train_batch_size", 2, "--ptx_coef", 0.3, "--ptx_batch_size", 1)
     e = ppo.select(fixed(args, models), torch.arange(world.rank, 4, 2))
     figures, gradients = update(models, e, encoded(base), args, world, 1.0)

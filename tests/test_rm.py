@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,66 @@ def test_answers_have_the_room_of_their_own_prompt(base):
     assert lengths[0] < 20 and 40 < lengths[1] < 48 and [len(row) for row in rows] == [48, 48]
 
 
+def quantized(base, bits: int) -> str:
+    """The name of the model rounded to so many bits, in the folder."""
+    folder = base / f"int{bits}"
+    if not folder.exists():
+        model = Llama.from_pretrained(base / "model")
+        quantize.quantize_model(model, quantize.Scheme("rtn", bits, -1 if bits == 8 else 16, bits == 8))
+        quantize.save(model, folder)
+        Tokenizer(base / "model").save(folder, "alpaca")
+    return folder.name
+
+
+def four_models(base, out, form: str, rm_path) -> tuple[ppo.Models, sft.Stage]:
+    args = ppo.parse(list(map(str, ("--pretrain", base / form, "--rm_path", rm_path, "--lora_rank", 2,
+                                    "--save_path", out))))
+    stage = sft.start(args, False, ppo.FINETUNE)
+    return ppo.open_models(stage), stage
+
+
+def places(model: torch.nn.Module) -> set[int]:
+    """Where the tensors lie that adapters leave as they are, but for the language head."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {tensor.data_ptr() for name, tensor in tensors if not re.search("lora_|score|^output", name)}
+
+
+@pytest.mark.parametrize("form", ["model", "adapter", "int8", "int4"])
+def test_four_models_have_one_base(base, tmp_path, capsys, form):
+    """Stage 1 trained all weights or an adapter, or its model was quantized. What is shared computes what it did."""
+    if form.startswith("int"):
+        quantized(base, int(form[3:]))
+    tokens = torch.arange(3, 60)[None]
+    run(base, tmp_path / "rm", "--pretrain", base / form, "--max_steps", 2, "--lora_rank", 3)
+    models, stage = four_models(base, tmp_path / "ppo", form, tmp_path / "rm")
+    assert places(models.actor) == places(models.critic) == places(models.reward) and len(places(models.actor)) > 12
+    assert "of their own in memory" not in capsys.readouterr().out
+    alone = RewardModel.from_pretrained(tmp_path / "rm").eval()
+    with torch.no_grad(), ppo.frozen(models):
+        assert torch.equal(models.ref(tokens), quantize.open_model(sft.origin(stage.args))(tokens))
+        scores = models.reward.values(tokens)
+        assert (scores - alone.values(tokens)).abs().max() < 1e-5 and torch.equal(scores, models.critic.values(tokens))
+    trained = {name for name, p in models.critic.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 14 + 1 and not any("base.lora" in name for name in trained)
+
+
+@pytest.mark.parametrize("form, reason", [
+    ("plain", "rm is no adapter"), ("other", "rm is an adapter on .*merged, which has other weights than .*model"),
+    ("int8", "rm is an adapter on .*int8, which has other weights than .*model")])
+def test_bases_that_are_not_shared_are_named(base, tmp_path, capsys, form, reason):
+    start, rank = {"plain": ("model", 0), "other": ("merged", 2), "int8": (quantized(base, 8), 2)}[form]
+    run(base, tmp_path / "rm", "--pretrain", base / start, "--max_steps", 1, "--lora_rank", rank)
+    models, _ = four_models(base, tmp_path / "ppo", "model", tmp_path / "rm")
+    told = [line for line in capsys.readouterr().out.splitlines() if "of their own in memory" in line]
+    assert len(told) == 1 and re.search(f"^note: .*{reason}, .*rm.py --pretrain .*model --lora_rank 2`$", told[0])
+    assert not places(models.actor) & places(models.critic) and places(models.critic) == places(models.reward)
+    tokens = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        alone = RewardModel.from_pretrained(tmp_path / "rm").eval().values(tokens)
+        assert (models.critic.values(tokens) - alone).abs().max() < 1e-5
+    assert bool(quantize.quantized_layers(models.critic)) == (form == "int8")
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_all_forms_of_stage_1_are_accepted(base, tmp_path, rank):
     """An adapter's names looked for in a full model. Stage 3 opens each too, and all have the same trunk."""
@@ -294,8 +355,9 @@ def test_all_forms_of_stage_1_are_accepted(base, tmp_path, rank):
         losses_before.append(summary["eval_loss_before"])
         given = ["--pretrain", base / form, "--rm_path", tmp_path / form, "--lora_rank", rank]
         args = ppo.parse([str(x) for x in (*given, "--save_path", tmp_path / f"ppo-{form}")])
-        models, adapter_base = ppo.open_models(sft.start(args, False, ppo.FINETUNE))
-        assert (adapter_base == "base") == (form == "adapter" and rank > 0)
+        stage = sft.start(args, False, ppo.FINETUNE)
+        models = ppo.open_models(stage)
+        assert (sft.origin(stage.args).name == "base") == (form == "adapter" and rank > 0)
         assert (models.ref is models.actor) == bool(rank)
         with torch.no_grad():
             hidden.append(models.actor.hidden(tokens))

@@ -62,6 +62,11 @@ def saved(directory: Path, **sizes) -> Path:
     return directory
 
 
+def flip(name: str):
+    """An edit of one number in the tensor of this name."""
+    return lambda tensors: tensors[name].view(-1)[-1].neg_()
+
+
 def rewrite(directory: Path, edit) -> Path:
     """Let `edit` change the tensors, by name, of a directory that holds one safetensors file."""
     tensors = safetensors.torch.load_file(directory / "model.safetensors")
@@ -106,6 +111,17 @@ def refusal(directory: Path) -> str:
     said = str(error.value)
     assert type(error.value) in (ValueError, FileNotFoundError) and str(directory) in said and "\n" not in said, said
     return said
+
+
+@pytest.mark.parametrize("keys, edit, is_same", [
+    ({"eos_token_id": 5, "seen": 1}, None, True), ({}, flip("lm_head.weight"), True),
+    ({}, flip(UP), False), ({}, lambda tensors: tensors.update({UP: tensors[UP].bfloat16()}), False),
+    ({"rms_norm_eps": 0.1}, None, False), ({"rope_theta": 9.0, "rope_parameters": None}, None, False)])
+def test_the_same_weights_are_those_that_compute_the_same(tmp_path, keys, edit, is_same):
+    a, b = saved(tmp_path / "a"), configure(saved(tmp_path / "b"), **keys)
+    if edit:
+        rewrite(b, edit)
+    assert weights.same(a, a) and weights.same(a, b) == is_same
 
 
 # ---- names and rows -------------------------------------------------------------------------------------------------
