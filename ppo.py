@@ -6,6 +6,8 @@ At the end (6), what RLOO, GRPO, GSPO and CISPO change.
     python ppo.py --pretrain SFT_DIR --rm_path RM_DIR --prompt_dataset prompts.jsonl --pretrain_dataset alpaca.json
     python ppo.py --algorithm grpo                      without a critic: writes out/grpo
     python ppo.py --algorithm grpo --reward_fn data/demo.py:reward      a rule judges the answers, no reward model
+    python ppo.py --eval out/ppo --best_of 1,4,16       its reward, KL, win rate and gold score, and those of best-of-n (7)
+    python ppo.py --sweep                               a run for each of several kl_coef: gold and proxy against the KL
     python ppo.py --max_steps 1 --show_tokens           an answer token by token: log-probabilities, KL, values, rewards
 
 Schulman et al. 2017, "PPO" (arXiv 1707.06347); Schulman et al. 2016, "GAE" (1506.02438); Ziegler et al. 2019
@@ -967,75 +969,77 @@ def read_ptx(stage: Stage) -> list:
 
 # ---- 7. measuring: --eval, --best_of, --write, --sweep ---------------------------------------------------------------
 
-class Judged(NamedTuple):
-    """N answers to each of P prompts, drawn by all processes."""
-    asked: list[dict]               # (P * N) records
-    answers: list[list[int]]        # (P * N) ids
-    figures: dict[str, Tensor]      # (P, N) each: proxy, kl, length, eos_rate, and in the demo gold
-
-    def means(self) -> dict[str, float]:
-        """Means over all answers, and distinct-n over the first answer to each prompt."""
-        first = self.answers[::self.figures["proxy"].shape[1]]
-        distinct = {f"distinct_{n}": measure.distinct_n(first, n) for n in (1, 2)}
-        return {name: x.mean().item() for name, x in self.figures.items()} | distinct
+class Answer(NamedTuple):
+    record: dict            # of the prompt
+    ids: list[int]
+    eos_rate: bool          # did it end?
+    kl: float               # to the SFT model, k1
+    proxy: float            # the score that the algorithm raises
+    gold: float | None      # the demo's
 
 
-def judged(models: Models, prompts: list[Prompt], size: int, stage: Stage) -> Judged:
-    """Draws `size` answers to every prompt from models.actor, and judges them."""
+def judged(models: Models, prompts: list[Prompt], size: int, stage: Stage) -> list[Answer]:
+    """`size` answers of models.actor to every prompt, one after another, drawn by all processes."""
     mine = rollout(models.actor, prompts, ("measure", stage.args.seed), stage, size, announce=True)
     e = scoring(models, mine, stage.args)
-    figures = {"proxy": e.score, "kl": kl_k1(e.logp, e.ref_logp).sum(1), "length": e.mask.sum(1), "eos_rate": e.ended}
-    if stage.is_demo:
-        figures["gold"] = gold_scores(e, stage)
-    figures = {name: x.float().cpu() for name, x in figures.items()}                    # (B,) each
-    answers = [answer for _, answer in split(e)]
-    asked, answers, parts = zip(*run.gather((mine.asked, answers, figures)))
-    drawn = len(prompts) * size     # what follows is of processes that had no prompt of their own
-    figures = {name: torch.cat([part[name] for part in parts])[:drawn].view(-1, size) for name in figures}  # (P, N)
-    return Judged([*chain(*asked)][:drawn], [*chain(*answers)][:drawn], figures)
+    ids = [response for _, response in split(e)]
+    gold = gold_scores(e, stage).tolist() if stage.is_demo else [None] * len(ids)
+    kl = kl_k1(e.logp, e.ref_logp).sum(1)                                               # (B,)
+    answers = map(Answer, mine.asked, ids, e.ended.tolist(), kl.tolist(), e.score.tolist(), gold)
+    everyone = chain.from_iterable(run.gather([*answers]))
+    return [*everyone][:len(prompts) * size]    # the others are of processes that had no prompt of their own
 
 
-def compared(found: Judged, plain: Judged, best_of: list[int]) -> dict:
+def means(answers: list[Answer], size: int, judges: list[str]) -> dict[str, float]:
+    """Means over all answers; distinct-n is of the first answer to each prompt."""
+    first = [answer.ids for answer in answers[::size]]
+    found = {name: fmean(getattr(answer, name) for answer in answers) for name in (*judges, "kl", "eos_rate")}
+    found["length"] = fmean(len(answer.ids) for answer in answers)
+    return found | {f"distinct_{n}": measure.distinct_n(first, n) for n in (1, 2)}
+
+
+def compared(found: list[Answer], plain: list[Answer], best_of: list[int], judges: list[str]) -> dict:
     """What eval.json holds. plain: the SFT model's answers, one a prompt.
 
     The win rate is that of the first answer to each prompt, so that trials are independent."""
-    figures, proxy = found.means(), found.figures["proxy"]                              # (P, N)
-    judges = [name for name in ("proxy", "gold") if name in figures]
-    figures["sft"] = plain.means() | {"kl": 0.0}
-    for name in judges:
-        score, other = (x.figures[name][:, 0] for x in (found, plain))                  # (P,)
-        share = measure.win_rate(score, other)
-        figures[f"{name}_win_rate"] = [share, *measure.wilson(share, len(score))]
-    figures["best_of"] = [
-        {"n": n, "kl": measure.best_of_kl(n)}
-        | {name: measure.best_of_n(proxy, found.figures[name], n).mean().item() for name in judges} for n in best_of]
-    return figures
+    size = max(best_of)
+    score, other = ({name: torch.tensor([getattr(answer, name) for answer in answers]) for name in judges}
+                    for answers in (found, plain))                                      # (P * N,), (P,)
+    wins = {name: measure.win_rate(score[name][::size], other[name]) for name in judges}
+    groups = {name: x.view(-1, size) for name, x in score.items()}                      # (P, N)
+    return {
+        "model": means(found, size, judges),
+        "sft": means(plain, 1, judges) | {"kl": 0.0},
+        "win_rate": {name: [share, *measure.wilson(share, len(plain))] for name, share in wins.items()},
+        "best_of": [{"n": n, "kl": measure.best_of_kl(n)} | {
+            name: measure.best_of_n(groups["proxy"], x, n).mean().item() for name, x in groups.items()}
+            for n in best_of],
+    }
 
 
-def best_records(found: Judged, tokenizer: text.Tokenizer) -> list[dict]:
-    """Of every prompt the answer with the best score, of those that ended, as a record that sft.py trains on.
+def best_records(found: list[Answer], size: int, tokenizer: text.Tokenizer) -> list[dict]:
+    """Of every prompt the best answer that ended, as a record that sft.py trains on.
 
     Rejection sampling: Touvron et al. 2023, "Llama 2" (2307.09288)."""
-    score = found.figures["proxy"].masked_fill(found.figures["eos_rate"] == 0, -math.inf)   # (P, N)
-    kept, size = [], score.shape[1]
-    for p, (best, place) in enumerate(zip(*(x.tolist() for x in score.max(1)))):
-        asked, answer = found.asked[p * size], tokenizer.decode(found.answers[p * size + place]).strip()
-        if best == -math.inf or not answer:
-            continue
-        if "instruction" in asked["record"]:    # it may have an input beside it
-            kept.append(asked["record"] | {"output": answer})
-        else:
-            kept.append({"messages": [*asked["messages"], {"role": "assistant", "content": answer}]})
+    kept = []
+    for group in text.chunks(found, size):
+        ended = [answer for answer in group if answer.eos_rate and tokenizer.decode(answer.ids).strip()]
+        for best in sorted(ended, key=lambda answer: answer.proxy)[-1:]:
+            said, asked = tokenizer.decode(best.ids).strip(), best.record
+            if "instruction" in asked["record"]:    # an input may stand beside it
+                kept.append(asked["record"] | {"output": said})
+            else:
+                kept.append({"messages": [*asked["messages"], {"role": "assistant", "content": said}]})
     return kept
 
 
 def measured(args: argparse.Namespace) -> dict:
-    """--eval: figures of the model in this directory and of the SFT model, on the prompts that nothing was trained on.
+    """--eval: compares the model in this directory with the SFT model, on prompts that nothing was trained on.
 
     With --write the prompts are those to train on: held-out ones must not get into a training file."""
     stage = begin(args)
     check_same_tokenizer(args.eval, stage)
-    device, dtype = stage.world.device, stage.dtype
+    device, dtype, size = stage.world.device, stage.dtype, max(args.best_of)
     actor = quantize.open_model(args.eval, dtype, device)
     ref = quantize.open_model(args.pretrain, dtype, device, adapter="merge")
     for model in (actor, ref):
@@ -1047,72 +1051,67 @@ def measured(args: argparse.Namespace) -> dict:
     prompts, held = read_prompts(stage)
     asked = (prompts if args.write else held)[:args.eval_size]
     run.say_flags(stage.world, args)
-    found = judged(models, asked, max(args.best_of), stage)
+    found = judged(models, asked, size, stage)
     plain = judged(models._replace(actor=ref, ref=actor), asked, 1, stage)
-    figures = compared(found, plain, args.best_of)
+    figures = compared(found, plain, args.best_of, ["proxy", "gold"] if stage.is_demo else ["proxy"])
     if stage.world.rank == 0:
         weights.write_json(args.save_path / "eval.json", figures)
-        for name in figures["sft"]:
-            print(f"{name:<12}{figures[name]:9.3f}    the SFT model's {figures['sft'][name]:9.3f}")
-        for name in figures.keys() & {"proxy_win_rate", "gold_win_rate"}:
-            print("{} {:.3f}, 95 % interval {:.3f} to {:.3f}".format(name, *figures[name]))
+        print(f"{args.eval}, then {args.pretrain}")
+        print_rows([figures["model"], figures["sft"]])
+        for name, (share, low, high) in figures["win_rate"].items():
+            print(f"win rate by {name}: {share:.3f}, 95 % interval {low:.3f} to {high:.3f}")
         print_rows(figures["best_of"])
-    if args.write and stage.world.rank == 0:
-        kept = best_records(found, stage.tokenizer)
-        weights.write_json(args.write, kept)
-        print(f"wrote {len(kept)} records to {args.write}: sft.py --pretrain {args.pretrain} --dataset {args.write}")
+        if args.write:
+            kept = best_records(found, size, stage.tokenizer)
+            weights.write_json(args.write, kept)
+            print(f"wrote {len(kept)} records: sft.py --pretrain {args.pretrain} --dataset {args.write}")
     return figures
 
 
 def print_rows(rows: list[dict]) -> None:
     """A table of rows that have the same keys."""
-    print("".join(f"{name:>10}" for name in rows[0]))
+    print("".join(f"{name:>12}" for name in rows[0]))
     for row in rows:
-        print("".join(f"{x:10.4g}" for x in row.values()))
+        print("".join(f"{x:12.4g}" for x in row.values()))
 
 
-LADDER = [0.4, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0]     # kl_coef
+LADDER = [0.4, 0.2, 0.1, 0.05, 0.02, 0.0]       # kl_coef
+
 
 def sweep(args: argparse.Namespace) -> dict:
     """--sweep: learns once for each kl_coef, until the KL is large or the gold score has lost a fifth of its best.
 
     As Gao et al. 2022, "Scaling laws for reward model overoptimization" (2210.10760): gold and proxy against the KL,
-    for the algorithm and for the best-of-n answers of the SFT model. A rung is a run in a directory of its own; with
-    --resume those that are finished are not run again."""
+    for the algorithm and for the best-of-n answers of the SFT model. Theirs is the smaller KL at the same proxy. The
+    fewer comparisons taught the reward model, the sooner gold falls while the proxy still rises: in the demo that of
+    rm.py --max_datasets_size 400 shows it. A rung is a run in a directory of its own."""
     world = run.start(args.device, args.strategy)
-    given = vars(args) | {"sweep": None}
     best_of = args.best_of if max(args.best_of) > 1 else [2**i for i in range(7)]
-    plain = {"eval": args.pretrain, "best_of": best_of, "save_path": args.save_path / "sft"}
-    found = {"rungs": [], "best_of": once(given | plain)["best_of"]}
-    judges = [name for name in ("proxy", "gold") if name in found["best_of"][0]]
+    plain = rung(args, args.save_path / "sft", {"eval": args.pretrain, "best_of": best_of})
+    found = {"rungs": [], "best_of": plain["best_of"]}
     for kl_coef in args.sweep or LADDER:
-        folder = args.save_path / f"kl-{kl_coef:g}"
-        rung = given | {"kl_coef": kl_coef, "save_path": folder}
-        figures = once(rung | {"eval": folder, "best_of": [1]}, rung)
-        found["rungs"].append({"kl_coef": kl_coef, "kl": figures["kl"]} | {name: figures[name] for name in judges})
+        figures = rung(args, args.save_path / f"kl-{kl_coef:g}", {"kl_coef": kl_coef})["model"]
+        found["rungs"].append({"kl_coef": kl_coef} | figures)
+        golds = [row.get("gold", 0.0) for row in found["rungs"]]
         if world.rank == 0:
             weights.write_json(args.save_path / "sweep.json", found)
-        golds = [row.get("gold", 0.0) for row in found["rungs"]]
+            print_rows(found["best_of"])
+            print_rows(found["rungs"])
         if figures["kl"] > LARGE_KL or golds[-1] < 0.8 * max(golds):
             break
-    run.say(world, "\nbest-of-n of the SFT model, then one run for each kl_coef")
-    if world.rank == 0:
-        print_rows(found["best_of"])
-        print_rows(found["rungs"])
     return found
 
 
-def once(flags: dict, rung: dict | None = None) -> dict:
-    """The figures of one place of the sweep: learns there if there is a rung to run, and measures.
+def rung(args: argparse.Namespace, folder: Path, changed: dict) -> dict:
+    """The figures of a directory of the sweep: learns there, unless a model to measure is named.
 
-    With --resume, eval.json tells that this was done before, and a checkpoint that a rung was begun."""
-    file = flags["save_path"] / "eval.json"
-    if flags["resume"] and file.exists():
-        return weights.read_json(file)
-    if rung is not None:
-        left = bool(run.checkpoints(rung["save_path"]))
-        learn(argparse.Namespace(**rung | {"resume": rung["resume"] and left}))
-    return measured(argparse.Namespace(**flags))
+    With --resume, eval.json tells that all this was done before, and a checkpoint that the run was begun."""
+    if args.resume and (folder / "eval.json").exists():
+        return weights.read_json(folder / "eval.json")
+    flags = vars(args) | {"save_path": folder, "best_of": [1]} | changed
+    if flags["eval"] is None:
+        learn(argparse.Namespace(**flags | {"resume": args.resume and bool(run.checkpoints(folder))}))
+    return measured(argparse.Namespace(**flags | {"eval": flags["eval"] or folder}))
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

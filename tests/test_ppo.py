@@ -1209,20 +1209,18 @@ def test_a_run_by_a_rule(base, tmp_path, monkeypatch, more):
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
-def of_three_prompts(proxy: list, ended: list | None = None, gold: list | None = None) -> ppo.Judged:
-    """Two answers to each of three prompts; answer i of all is the id 80 + i."""
-    records = [{"instruction": "Say.", "input": "This."}, {"prompt": "Hi."}, {"prompt": "Ho."}]
-    kept = [{"messages": [{"role": "user", "content": "Hi."}], "record": record} for record in records for _ in "ab"]
-    figures = {"proxy": T(proxy), "kl": torch.ones(3, 2), "eos_rate": T(ended or [[1.0, 1.0]] * 3)}
-    figures |= {"gold": T(gold)} if gold else {}
-    return ppo.Judged(kept, [[80 + i] for i in range(6)], figures)
+def of_three_prompts(proxy: list, ended: list = (True,) * 6, gold: list = (None,) * 6) -> list[ppo.Answer]:
+    """Two answers to each of three prompts; answer i of all is the id 80 + i, and 1 nat from the SFT model."""
+    found = [{"instruction": "Say.", "input": "This."}, {"prompt": "Hi."}, {"prompt": "Ho."}]
+    kept = [{"messages": [{"role": "user", "content": "Hi."}], "record": record} for record in found for _ in "ab"]
+    return [ppo.Answer(kept[i], [80 + i], ended[i], 1.0, proxy[i], gold[i]) for i in range(6)]
 
 
 def test_the_best_answers_that_ended_are_records_to_train_on(tmp_path):
     """An input stays beside its instruction. Of the third prompt no answer has ended."""
     tokenizer = text.Tokenizer(demo.FOLDER)
-    found = of_three_prompts([[0.1, 0.9], [0.5, 0.7], [0.1, 0.2]], [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
-    kept = ppo.best_records(found, tokenizer)
+    found = of_three_prompts([0.1, 0.9, 0.5, 0.7, 0.1, 0.2], [True, True, True, False, False, False])
+    kept = ppo.best_records(found, 2, tokenizer)
     said = [tokenizer.decode([80 + i]).strip() for i in (1, 2)]
     assert kept[0] == {"instruction": "Say.", "input": "This.", "output": said[0]}
     assert kept[1]["messages"] == [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": said[1]}]
@@ -1231,28 +1229,30 @@ def test_the_best_answers_that_ended_are_records_to_train_on(tmp_path):
 
 def test_a_model_is_compared_by_its_first_answers():
     """Proxies 2, 0, 1 against 1, 1, 1: a win, a loss, a tie. The best of two by proxy has the gold 0.2, 0.6, 0.5."""
-    found = of_three_prompts([[2.0, 3.0], [0.0, 9.0], [1.0, 0.0]], gold=[[0.1, 0.2], [0.4, 0.6], [0.5, 0.9]])
-    plain = ppo.Judged([], [[1], [1, 2], [1]], {"proxy": torch.ones(3, 1), "kl": torch.ones(3, 1),
-                                               "gold": T([[0.0], [0.0], [0.9]])})
-    figures = ppo.compared(found, plain, [1, 2])
-    assert figures["proxy_win_rate"] == pytest.approx([0.5, *measure.wilson(0.5, 3)])
-    assert figures["gold_win_rate"][0] == pytest.approx(2 / 3)
-    assert figures["sft"]["kl"] == 0 and figures["sft"]["distinct_1"] == 2 / 4 and figures["distinct_1"] == 1
+    found = of_three_prompts([2.0, 3.0, 0.0, 9.0, 1.0, 0.0], gold=[0.1, 0.2, 0.4, 0.6, 0.5, 0.9])
+    plain = [ppo.Answer({}, ids, True, 5.0, 1.0, gold) for ids, gold in (([1], 0.0), ([1, 2], 0.0), ([1], 0.9))]
+    figures = ppo.compared(found, plain, [1, 2], ["proxy", "gold"])
+    assert figures["win_rate"]["proxy"] == pytest.approx([0.5, *measure.wilson(0.5, 3)])
+    assert figures["win_rate"]["gold"][0] == pytest.approx(2 / 3)
+    assert figures["model"] == pytest.approx({"proxy": 15 / 6, "gold": 2.7 / 6, "kl": 1, "eos_rate": 1, "length": 1,
+                                              "distinct_1": 1, "distinct_2": 0})
+    assert figures["sft"] == pytest.approx({"proxy": 1, "gold": 0.3, "kl": 0, "eos_rate": 1, "length": 4 / 3,
+                                            "distinct_1": 2 / 4, "distinct_2": 1})
     one, two = figures["best_of"]
-    assert (one["n"], one["proxy"], one["gold"]) == (1, pytest.approx(15 / 6), pytest.approx(2.7 / 6))
-    assert (two["n"], two["proxy"], two["gold"]) == (2, pytest.approx(13 / 3), pytest.approx(1.3 / 3))
+    assert one == pytest.approx({"n": 1, "kl": 0, "proxy": 15 / 6, "gold": 2.7 / 6})
+    assert two == pytest.approx({"n": 2, "kl": math.log(2) - 1 / 2, "proxy": 13 / 3, "gold": 1.3 / 3})
 
 
 def test_eval_measures_a_directory(base, tmp_path, capsys):
     """The SFT model itself is 0 nats away from itself."""
     best = tmp_path / "best.json"
     found = main(base, tmp_path / "out", "--eval", base / "model", "--best_of", "1,3", "--write", best)
-    assert found == json.loads((tmp_path / "out" / "eval.json").read_text("utf-8")) and "gold" not in found
-    assert found["kl"] == pytest.approx(0, abs=1e-4) and 0 < found["distinct_1"] <= 1
+    assert found == json.loads((tmp_path / "out" / "eval.json").read_text("utf-8")) and "gold" not in found["model"]
+    assert found["model"]["kl"] == pytest.approx(0, abs=1e-4) and 1 < found["model"]["length"] < 64
     one, three = found["best_of"]
-    assert one["proxy"] == pytest.approx(found["proxy"]) and three["proxy"] > one["proxy"] and three["n"] == 3
+    assert one["proxy"] == pytest.approx(found["model"]["proxy"]) and three["proxy"] > one["proxy"]
     kept = json.loads(best.read_text("utf-8"))
-    assert f"wrote {len(kept)} records to {best}" in capsys.readouterr().out and len(kept) <= 4
+    assert f"wrote {len(kept)} records: sft.py --pretrain" in capsys.readouterr().out and len(kept) <= 4
 
 
 def test_a_sweep_is_a_run_a_rung(base, tmp_path, monkeypatch):
@@ -1265,8 +1265,7 @@ def test_a_sweep_is_a_run_a_rung(base, tmp_path, monkeypatch):
     assert not same(weights(tmp_path / "sweep" / "kl-0"), weights(tmp_path / "alone"))
     written = json.loads((tmp_path / "sweep" / "sweep.json").read_text("utf-8"))
     assert written == found and [row["n"] for row in found["best_of"]] == [1, 2]
-    measured = main(base, tmp_path / "again", "--eval", tmp_path / "alone")
-    assert found["rungs"][0] == {"kl_coef": 3, "kl": measured["kl"], "proxy": measured["proxy"]}
+    assert found["rungs"][0] == {"kl_coef": 3} | main(base, tmp_path / "again", "--eval", tmp_path / "alone")["model"]
     monkeypatch.delattr(ppo, "learn")
     assert main(base, tmp_path / "sweep", *short, "--sweep", 3, 0, "--resume") == found
 
@@ -1276,9 +1275,8 @@ def test_a_sweep_is_a_run_a_rung(base, tmp_path, monkeypatch):
     ([{"kl": 5.0, "gold": 0.8}, {"kl": 7.0, "gold": 0.9}, {"kl": 9.0, "gold": 0.73}, {"kl": 9.0, "gold": 0.71}], 4),
 ])
 def test_a_sweep_ends_where_it_breaks(base, tmp_path, monkeypatch, figures, rungs):
-    of_rungs = iter([{"proxy": 1.0} | row for row in figures])
-    best_of = [{"n": 1, "kl": 0.0} | {name: 1.0 for name in figures[0].keys() - {"kl"} | {"proxy"}}]
-    monkeypatch.setattr(ppo, "once", lambda flags, rung=None: next(of_rungs) if rung else {"best_of": best_of})
+    found = iter([{"best_of": [{"n": 1}]}, *({"model": row} for row in figures)])
+    monkeypatch.setattr(ppo, "rung", lambda *given: next(found))
     assert len(main(base, tmp_path, "--sweep")["rungs"]) == rungs
 
 
