@@ -6,7 +6,7 @@ At the end (6), what RLOO, GRPO, GSPO and CISPO change.
     python ppo.py --pretrain SFT_DIR --rm_path RM_DIR --prompt_dataset prompts.jsonl --pretrain_dataset alpaca.json
     python ppo.py --algorithm grpo                      without a critic: writes out/grpo
     python ppo.py --algorithm grpo --reward_fn data/demo.py:reward      a rule judges the answers, no reward model
-    python ppo.py --eval out/ppo --best_of 1,4,16       its reward, KL, win rate and gold score, and those of best-of-n (7)
+    python ppo.py --eval out/ppo --best_of 1,4,16       its reward, KL, win rate and gold score; best-of-n
     python ppo.py --sweep                               a run for each of several kl_coef: gold and proxy against the KL
     python ppo.py --max_steps 1 --show_tokens           an answer token by token: log-probabilities, KL, values, rewards
 
@@ -1082,8 +1082,8 @@ def sweep(args: argparse.Namespace) -> dict:
     """--sweep: learns once for each kl_coef, until the KL is large or the gold score has lost a fifth of its best.
 
     As Gao et al. 2022, "Scaling laws for reward model overoptimization" (2210.10760): gold and proxy against the KL,
-    for the algorithm and for the best-of-n answers of the SFT model. Theirs is the smaller KL at the same proxy. The
-    fewer comparisons taught the reward model, the sooner gold falls while the proxy still rises: in the demo that of
+    for the algorithm and for the best-of-n answers of the SFT model. The fewer
+    comparisons taught the reward model, the sooner gold falls while the proxy still rises: in the demo that of
     rm.py --max_datasets_size 400 shows it. A rung is a run in a directory of its own."""
     world = run.start(args.device, args.strategy)
     best_of = args.best_of if max(args.best_of) > 1 else [2**i for i in range(7)]
