@@ -291,9 +291,9 @@ class ZeRO2:
 
     def global_norm(self) -> float:
         """Returns the norm of the whole gradient. Every process sums the squares of its shards, (n,) each."""
-        squares = torch.stack([sum_of_squares(bucket.grad) for bucket in self.buckets]).sum().to(self.device)
+        squares = torch.stack([sum_of_squares(bucket.grad) for bucket in self.buckets]).sum()
         if self.sharded:
-            dist.all_reduce(squares)
+            squares = run.all_reduce(squares.to(self.device))
         return squares.sqrt().item() / self.scale              # the one point of a step where the host waits for a GPU
 
     def update(self, lr: float, grad_norm: float) -> None:

@@ -319,9 +319,10 @@ def synchronizing(what: str) -> Iterator[Counter]:
 
 
 @cuda_alone
-@pytest.mark.parametrize("strategy", ["naive", "zero2_cpu"])
-def test_an_update_waits_once(strategy):
-    """For the norm of the gradient, as zero.py says. With offload it waits for events of the copies besides."""
+@pytest.mark.parametrize("strategy, waits", [("naive", 1), ("zero2_cpu", 0)])
+def test_an_update_waits_once(strategy, waits):
+    """For the norm of the gradient, as zero.py says. With offload the norm is known to the CPU, which waits for the
+    events of copies alone."""
     model = tiny().to(DEVICE)
     optimizer = zero.ZeRO2(model.named_parameters(), torch.bfloat16, strategy=strategy)
     tokens = some_tokens(4, 64)
@@ -331,7 +332,7 @@ def test_an_update_waits_once(strategy):
         with synchronizing(f"{strategy}, update {i}") as places:
             optimizer.backward(sft.lm_loss(model, tokens, target) / 252)
             optimizer.step(1e-4)
-    assert places.total() == 1
+    assert places.total() == waits
 
 
 @cuda_alone
@@ -608,14 +609,16 @@ def test_server_answers(quant):
         wish = {"model": "tiny", "max_tokens": 16, "temperature": 0, "seed": 1}
         with ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(lambda prompt: ask(server, wish | {"prompt": prompt})[0], words))
+        # Of each kind the last two: their prompts are in the cache, so that both compute the same.
+        *_, whole = [ask(server, wish | {"prompt": words[3]})[0] for _ in range(2)]
         parts = ask(server, wish | {"prompt": words[3], "stream": True})
-        sampled = [ask(server, wish | {"prompt": words[0], "temperature": 1.0, "top_p": 0.9})[0] for _ in range(2)]
+        sampled = [ask(server, wish | {"prompt": words[0], "temperature": 1.0, "top_p": 0.9})[0] for _ in range(3)]
         server.engine.stop(0.0)
         server.finish(5.0)
     texts = [answer["choices"][0]["text"] for answer in answers]
     print(f"\n  {quant}: {texts[0]!r}")
-    assert "".join(part["choices"][0]["text"] for part in parts if part["choices"]) == texts[3]
-    assert sampled[0]["choices"][0]["text"] == sampled[1]["choices"][0]["text"]
+    assert "".join(part["choices"][0]["text"] for part in parts if part["choices"]) == whole["choices"][0]["text"]
+    assert sampled[1]["choices"][0]["text"] == sampled[2]["choices"][0]["text"]
     if quant is None:
         ids = [TOKENIZER.encode(prompt) for prompt in words]
         right = [model.generate([prompt], 16, temperature=0)[0] for prompt in ids]
