@@ -1301,6 +1301,8 @@ def train_in_each_way(base: Path, out: Path) -> None:
     learnt = {name: learn(name, base, out / name, world) for name in ppo.ALGORITHMS}
     torch.save(learnt, out / f"algorithms-{world.rank}.pt")
     main(base, out / "grpo", "--algorithm", "grpo", "--group_size", 2, "--num_episodes", 1)
+    measured = [main(base, out / "eval", "--eval", base / "model", "--eval_size", size) for size in (1, 3)]
+    torch.save(measured, out / f"eval-{world.rank}.pt")
     run.stop()
 
 
@@ -1349,6 +1351,11 @@ def test_two_processes(base, tmp_path, start):
             assert figures == pytest.approx(figures_of_half, rel=1e-4, abs=1e-5), name
             assert all((p - q).abs().max() < 1e-5 for p, q in zip(parameters_of_half, parameters)), name
     assert len(metrics(tmp_path / "grpo")) == 1
+    first, second = (torch.load(tmp_path / f"eval-{rank}.pt") for rank in (0, 1))
+    for prompts, figures in zip((1, 3), first):     # one prompt is answered by both, and counted once
+        share, *interval = figures["win_rate"]["proxy"]
+        assert interval == pytest.approx(measure.wilson(share, prompts))
+    assert first == second and json.loads((tmp_path / "eval" / "eval.json").read_text("utf-8")) == first[1]
     start = Llama.from_pretrained(base / "model")
     assert max((p - q).abs().max() for p, q in zip(start.parameters(), models.actor.parameters())) > 1e-4
 
