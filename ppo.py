@@ -71,16 +71,11 @@ V vocabulary (in the steps above, V is the value).
 import argparse
 import copy
 import math
-import multiprocessing
 import random
-import re
-import runpy
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from itertools import chain, count, islice
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -93,7 +88,7 @@ import lora
 import quantize
 import sft
 import zero
-from data import demo, measure, records, run, text, weights
+from data import demo, measure, records, rules, run, text, weights
 from model import Llama
 from rm import RewardModel
 from sft import Stage
@@ -103,7 +98,7 @@ class Models(NamedTuple):
     actor: Llama
     critic: RewardModel | None      # None where the baseline is the mean of a group
     ref: Llama                      # with LoRA the same object as actor
-    reward: "RewardModel | Rules"   # with LoRA the critic's trunk under a head of its own
+    reward: RewardModel | rules.Rules   # with LoRA the critic's trunk under a head of its own
 
 
 class Optimizers(NamedTuple):
@@ -149,11 +144,13 @@ class Experience(NamedTuple):
     logp: Tensor | None = None          # (B, R) of the policy that sampled
     ref_logp: Tensor | None = None      # (B, R)
     value: Tensor | None = None         # (B, R)
-    score: Tensor | None = None         # (B,) of the reward model, less --eos_penalty where the answer never ended
+    score: Tensor | None = None         # (B,) of models.reward, less --eos_penalty where the answer never ended
     reward: Tensor | None = None        # (B, R)
     adv: Tensor | None = None           # (B, R)
     ret: Tensor | None = None           # (B, R)
-    asked: list[dict] | None = None     # B records, what --reward_fn judges by
+    asked: list[dict] | None = None     # B records
+    said: list[str] | None = None       # B answers as text
+    by_rule: Tensor | None = None       # (B, F) of each function of --reward_fn
     alike: Tensor | None = None         # (B,) True where all answers to the prompt have the same reward
 
 
@@ -192,7 +189,8 @@ def rollout(actor: Llama, prompts: list[Prompt], purpose: tuple, stage: Stage, g
     _, mask = text.pad(answers)                                                             # (B, R)
     prompt_len = torch.tensor([len(prompt) for prompt in ids])                              # (B,)
     ended = torch.tensor([answer[-1] in stops for answer in answers])                       # (B,)
-    return Experience(*(x.to(device) for x in (tokens, prompt_len, mask, ended)), asked=list(asked))
+    said = [stage.tokenizer.decode(answer) for answer in answers]
+    return Experience(*(x.to(device) for x in (tokens, prompt_len, mask, ended)), asked=list(asked), said=said)
 
 
 # ---- 2. scoring -----------------------------------------------------------------------------------------------------
@@ -253,9 +251,12 @@ def token_rewards(kl: Tensor, score: Tensor, mask: Tensor, kl_coef: float) -> Te
 @torch.no_grad()
 def scoring(models: Models, answers: Experience, args: argparse.Namespace) -> Experience:
     """Steps 2 and 3, all by the training forward and nothing from the cache."""
-    parts, judged = [], None
-    if isinstance(models.reward, Rules):
-        judged = models.reward.scores(answers)                                                  # (B,)
+    parts = []
+    if isinstance(models.reward, rules.Rules):
+        found = models.reward.rewards(answers.asked, answers.said, answers.ended.tolist())
+        by_rule = torch.tensor(found, device=answers.tokens.device)                             # (B, F)
+        weight = by_rule.new_tensor([rule.weight for rule in models.reward.rules])              # (F,)
+        answers = answers._replace(by_rule=by_rule, score=by_rule @ weight)                     # (B,)
     for rows in torch.arange(len(answers.tokens)).split(args.train_batch_size):                 # 2. scoring
         e = select(answers, rows)
         found = {"logp": logprobs(models.actor, e, args.temperature)}                           # (b, R)
@@ -263,7 +264,7 @@ def scoring(models: Models, answers: Experience, args: argparse.Namespace) -> Ex
             found["value"] = critic_values(models.critic, e)                                    # (b, R)
         with frozen(models):
             found["ref_logp"] = logprobs(models.ref, e, args.temperature)                       # (b, R)
-            score = reward_scores(models.reward, e) if judged is None else judged[rows]         # (b,)
+            score = reward_scores(models.reward, e) if e.score is None else e.score             # (b,)
         found["score"] = score - args.eos_penalty * ~e.ended                                    # (b,)
         parts.append(found)
     e = answers._replace(**{name: torch.cat([part[name] for part in parts]) for name in found})     # the same with B
@@ -524,89 +525,6 @@ ALGORITHMS = {
 }
 
 
-# ---- rewards that a program verifies --------------------------------------------------------------------------------
-
-LONGEST_CALL = 10    # seconds; a function that takes longer may never end
-
-
-class Rule(NamedTuple):
-    file: Path
-    name: str
-    weight: float
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.name}={self.weight}"
-
-
-def rule(given: str) -> Rule:
-    """The type of --reward_fn."""
-    found = re.fullmatch(r"(.+\.py):(\w+)(?:=(.+))?", given)
-    if found is None or not Path(found[1]).is_file():
-        raise argparse.ArgumentTypeError(f"must be FILE.py:NAME or FILE.py:NAME=WEIGHT, with a file that there is, "
-                                         f"not {given}")
-    return Rule(Path(found[1]), found[2], number(-math.inf)(found[3] or "1"))
-
-
-def answer_calls(rules: list[Rule], pipe: Connection) -> None:
-    """The child process. Sends None once the functions are there, then a float for each call; or what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is for the parent
-    given, result = None, None
-    with suppress(EOFError):                                # when the parent has ended
-        while True:
-            try:
-                if given is None:
-                    functions = [runpy.run_path(str(rule.file))[rule.name] for rule in rules]
-                else:
-                    number_of_rule, *rest = given
-                    result = float(functions[number_of_rule](*rest))
-            except Exception as error:
-                result = f"raised {type(error).__name__}: {error}"
-            pipe.send(result)
-            given = pipe.recv()
-
-
-class Rules:
-    """The functions of --reward_fn, (prompt, answer, record) -> float. They run in a child process, which can be ended.
-
-    prompt is the user's last message, answer has no special tokens, record is the JSON value with "ended" added."""
-
-    def __init__(self, rules: list[Rule], tokenizer: text.Tokenizer):
-        self.rules, self.tokenizer = rules, tokenizer
-        spawn = multiprocessing.get_context("spawn")        # a fork would copy locks that threads hold
-        self.pipe, end = spawn.Pipe()
-        self.child = spawn.Process(target=answer_calls, args=(rules, end), daemon=True)
-        self.child.start()
-        end.close()
-        self.result(60, "--reward_fn")
-
-    def result(self, seconds: float, place: str) -> float | None:
-        """What the child sends. Raises ValueError, and ends the child, if it is no number."""
-        found = f"took more than {seconds} seconds"
-        if self.pipe.poll(seconds):
-            try:
-                found = self.pipe.recv()
-            except EOFError:
-                found = "ended its process"
-        if isinstance(found, float) and not math.isfinite(found):
-            found = f"returned {found}"
-        if isinstance(found, str):
-            self.child.kill()
-            raise ValueError(f"{place}: {found}; mend the function or leave the record out")
-        return found
-
-    def scores(self, e: Experience) -> Tensor:
-        """The weighted sum of the functions, (B,)."""
-        scores = []
-        for (_, response), asked, ended in zip(split(e), e.asked, e.ended.tolist()):
-            prompt, answer = asked["messages"][-1]["content"], self.tokenizer.decode(response)
-            total = 0.0
-            for i, rule in enumerate(self.rules):
-                self.pipe.send((i, prompt, answer, asked["record"] | {"ended": ended}))
-                total += rule.weight * self.result(LONGEST_CALL, f"{asked['place']}: --reward_fn {rule}")
-            scores.append(total)
-        return torch.tensor(scores, device=e.tokens.device)
-
-
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 def batches(items: list, lengths: list[int], size: int, seed: int, seen: int) -> Iterator[list]:
@@ -699,6 +617,8 @@ def objective(e: Experience, stage: Stage) -> dict[str, float]:
     }
     if e.alike is not None:
         sums["alike_groups"] = e.alike
+    if e.by_rule is not None and len(e.by_rule.T) > 1:
+        sums |= {f"objective/{rule.file.stem}.{rule.name}": x for rule, x in zip(stage.args.reward_fn, e.by_rule.T)}
     if stage.is_demo:   # only logged: the reward parts from the gold score in the end (Gao et al. 2022, 2210.10760)
         sums["objective/gold"] = gold_scores(e, stage)
     totals = run.reduce_sums({name: x.sum() for name, x in sums.items()})
@@ -839,13 +759,13 @@ def check_same_tokenizer(directory: Path, stage: Stage) -> None:
                          "train it from this model")
 
 
-def open_reward(stage: Stage, dtype: torch.dtype | None, actor: Llama | None = None) -> "RewardModel | Rules":
+def open_reward(stage: Stage, dtype: torch.dtype | None, actor: Llama | None = None) -> RewardModel | rules.Rules:
     """What gives the rewards: the model of --rm_path, its weights in this dtype, or the functions of --reward_fn.
 
     actor: whose weights it may share."""
     args = stage.args
     if args.reward_fn:
-        return Rules(args.reward_fn, stage.tokenizer)
+        return rules.Rules(args.reward_fn)
     check_same_tokenizer(args.rm_path, stage)
     trunk = None if actor is None else reward_base(actor, stage)
     reward = RewardModel.from_pretrained(args.rm_path, dtype, stage.world.device, args.rm_pretrain, trunk)
@@ -878,7 +798,7 @@ def reward_base(actor: Llama, stage: Stage) -> Llama | None:
     return base and quantize.open_model(base, stage.dtype, stage.world.device, head=False)
 
 
-def open_judges(actor: Llama, stage: Stage) -> tuple[RewardModel | None, "RewardModel | Rules"]:
+def open_judges(actor: Llama, stage: Stage) -> tuple[RewardModel | None, RewardModel | rules.Rules]:
     """The critic, if the algorithm has one, and what gives the rewards."""
     args, dtype = stage.args, sft.stored_dtype(stage)
     has_critic = ALGORITHMS[args.algorithm].advantages is gae
@@ -1167,8 +1087,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = run.training_parser("Stage 3: PPO and PPO-ptx. Without flags, the demo: reads out/sft and out/rm, writes "
                                  "out/ppo.", "out/ppo")
     parser.add_argument("--rm_path", type=Path, help="the reward model that rm.py wrote")
-    parser.add_argument("--reward_fn", type=rule, nargs="+", metavar="FILE.py:NAME[=WEIGHT]", help="functions (prompt, "
-                        "answer, record) -> float that give the reward instead of --rm_path")
+    parser.add_argument("--reward_fn", type=rules.rule, nargs="+", metavar="FILE.py:NAME[=WEIGHT]", help="functions "
+                        "(prompt, answer, record) -> float that give the reward instead of --rm_path")
     parser.add_argument("--rm_pretrain", type=Path, help="base of a reward model that is an adapter, if it has moved")
     parser.add_argument("--prompt_dataset", type=Path, nargs="+", help="prompts to answer: any record form, answers "
                         "are ignored (data/records.py)")

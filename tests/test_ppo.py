@@ -19,7 +19,7 @@ import ppo
 import quantize
 import sft
 import zero
-from data import demo, measure, records, run, text
+from data import demo, measure, records, rules, run, text
 from model import Llama, LlamaConfig
 from ppo import Experience, Models, Optimizers
 from rm import RewardModel
@@ -1123,7 +1123,7 @@ import os
 import time
 
 def length(prompt, answer, record):
-    return len(answer) + 100 * record["ended"] + 1000 * len(record["kind"])
+    return len(answer) + 100 * record["ended"] + 1000 * len(record.get("kind", "a"))
 
 def asked(prompt, answer, record):
     return {"First?": 1, "Second?": 2}[prompt]
@@ -1142,32 +1142,31 @@ def dies(prompt, answer, record):
 """
 
 
-def judged(tmp_path: Path, *names: str) -> torch.Tensor:
-    """The scores of two answers by these functions."""
+def rewards(tmp_path: Path, *names: str) -> list[list[float]]:
+    """What these functions say of two answers."""
     (tmp_path / "rules.py").write_text(RULES)
     turns = [[{"role": "user", "content": "Zero?"}, {"role": "assistant", "content": "Yes."}], []]
     found = [{"messages": turns[i] + [{"role": "user", "content": question}], "record": {"kind": "ab"[:i]},
               "place": f"a.json, line {i + 1}"} for i, question in enumerate(["First?", "Second?"])]
-    tokenizer = text.Tokenizer(demo.FOLDER)
-    answers = [tokenizer.encode("The fox", bos=False, eos=True), tokenizer.encode("A", bos=False)]
-    rules = ppo.Rules([ppo.rule(f"{tmp_path / 'rules.py'}:{name}") for name in names], tokenizer)
+    functions = rules.Rules([rules.rule(f"{tmp_path / 'rules.py'}:{name}") for name in names])
     try:
-        return rules.scores(rolled([[1, 40], [1, 41, 42]], answers)._replace(asked=found))
+        return functions.rewards(found, ["The fox", "A"], [True, False])
     finally:
-        rules.child.kill()
+        functions.child.kill()
 
 
 def test_functions_see_prompt_answer_and_record(tmp_path):
-    """The last message, an answer without EOS, the record with "ended"; their weighted sum."""
-    assert judged(tmp_path, "length").tolist() == [7 + 100, 1 + 1000]
-    assert judged(tmp_path, "length=0.5", "asked=-2").tolist() == [53.5 - 2, 500.5 - 4]
+    """The last message, and the record with "ended"."""
+    assert rewards(tmp_path, "length", "asked=-2") == [[7 + 100, 1], [1 + 1000, 2]]
 
 
 def test_scores_of_functions_are_those_of_their_rows(base, tmp_path):
+    """Their weighted sum, less --eos_penalty where the answer never ended."""
     args, models = opened(base, tmp_path, "--train_batch_size", 3, "--eos_penalty", 0.5)
-    rules = object.__new__(ppo.Rules)
-    rules.scores = lambda e: T([1.0, 2.0, 3.0, 4.0])
-    assert ppo.scoring(models._replace(reward=rules), rolled(), args).score.tolist() == [1, 2, 2.5, 4]
+    functions = object.__new__(rules.Rules)
+    functions.rules = [rules.Rule(Path("a.py"), "one", 0.5), rules.Rule(Path("a.py"), "two", -2.0)]
+    functions.rewards = lambda asked, answers, ended: [[2.0, 0.0], [4.0, 0.5], [6.0, 0.0], [0.0, -2.0]]
+    assert ppo.scoring(models._replace(reward=functions), rolled(), args).score.tolist() == [1, 1, 2.5, 4]
 
 
 @pytest.mark.parametrize("name, words", [
@@ -1176,14 +1175,21 @@ def test_scores_of_functions_are_those_of_their_rows(base, tmp_path):
     ("slow", "rules.py:slow=1.0: took more than 0.5 seconds"),
     ("dies", "rules.py:dies=1.0: ended its process")])
 def test_a_function_that_fails_is_a_sentence_with_the_records_place(tmp_path, monkeypatch, name, words):
-    monkeypatch.setattr(ppo, "LONGEST_CALL", 0.5)
+    monkeypatch.setattr(rules, "LONGEST_CALL", 0.5)
     with pytest.raises(ValueError, match=f"^a.json, line 1: --reward_fn .*{words}; mend the function or leave"):
-        judged(tmp_path, name)
+        rewards(tmp_path, name)
 
 
 def test_a_file_without_the_function_is_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="^--reward_fn: raised KeyError: 'none'"):
-        judged(tmp_path, "none")
+        rewards(tmp_path, "none")
+
+
+def by_functions(base: Path, out: Path, *more) -> dict:
+    """A run where these functions judge the answers."""
+    given = flags(base, out, "--reward_fn", *more)
+    place = given.index("--rm_path")
+    return ppo.main(given[:place] + given[place + 2:])
 
 
 @pytest.mark.parametrize("more", [("--algorithm", "grpo", "--group_size", 2), (), ("--lora_rank", 2)],
@@ -1191,12 +1197,10 @@ def test_a_file_without_the_function_is_a_sentence(tmp_path):
 def test_a_run_by_a_rule(base, tmp_path, monkeypatch, more):
     """The demo's. There is no reward model; PPO's critic starts as the actor's trunk. No --eos_penalty is added."""
     found = spied(monkeypatch)
-    given = flags(base, tmp_path, "--reward_fn", RULE, *more)
-    place = given.index("--rm_path")
-    summary = ppo.main(given[:place] + given[place + 2:])
+    summary = by_functions(base, tmp_path, RULE, *more)
     models, before = found[0].models, found[0].before
     models.reward.child.kill()
-    assert isinstance(models.reward, ppo.Rules) and (models.critic is None) == ("grpo" in more)
+    assert isinstance(models.reward, rules.Rules) and (models.critic is None) == ("grpo" in more)
     assert summary["flags"]["eos_penalty"] == 0 and len(metrics(tmp_path)) == 3
     assert all(row["objective/scores"] == 0 for row in metrics(tmp_path))       # a model of noise tells no story
     if models.critic is not None:
@@ -1300,9 +1304,9 @@ def train_in_each_way(base: Path, out: Path) -> None:
     torch.save((figures, gradients, parameters), out / f"update-{world.rank}.pt")
     learnt = {name: learn(name, base, out / name, world) for name in ppo.ALGORITHMS}
     torch.save(learnt, out / f"algorithms-{world.rank}.pt")
-    main(base, out / "grpo", "--algorithm", "grpo", "--group_size", 2, "--num_episodes", 1)
     measured = [main(base, out / "eval", "--eval", base / "model", "--eval_size", size) for size in (1, 3)]
     torch.save(measured, out / f"eval-{world.rank}.pt")
+    by_functions(base, out / "grpo", RULE, f"{out / 'rules.py'}:length=0.01", "--algorithm", "grpo", "--group_size", 2)
     run.stop()
 
 
@@ -1323,6 +1327,7 @@ def test_two_processes(base, tmp_path, start):
 
     Three prompts to evaluate are two on one process and one on the other. What is learnt from is as much on each, also
     where no batch size divides another: 2 x 3 answers are minibatches of 4 and 2, the 3 left over one of 2 + 1."""
+    (tmp_path / "rules.py").write_text(RULES)
     for process in start(2, train_in_each_way, base, tmp_path).wait():
         assert process.code == 0, process.err
     first, second = (torch.load(tmp_path / f"actor-{rank}.pt") for rank in (0, 1))
@@ -1350,12 +1355,15 @@ def test_two_processes(base, tmp_path, start):
             assert (adv[rows] - adv_of_half).abs().max() < 1e-5 and adv.any(), name
             assert figures == pytest.approx(figures_of_half, rel=1e-4, abs=1e-5), name
             assert all((p - q).abs().max() < 1e-5 for p, q in zip(parameters_of_half, parameters)), name
-    assert len(metrics(tmp_path / "grpo")) == 1
     first, second = (torch.load(tmp_path / f"eval-{rank}.pt") for rank in (0, 1))
     for prompts, figures in zip((1, 3), first):     # one prompt is answered by both, and counted once
         share, *interval = figures["win_rate"]["proxy"]
         assert interval == pytest.approx(measure.wilson(share, prompts))
     assert first == second and json.loads((tmp_path / "eval" / "eval.json").read_text("utf-8")) == first[1]
+    assert len(metrics(tmp_path / "grpo")) == 3
+    for row in metrics(tmp_path / "grpo"):
+        by_rule = row["objective/demo.reward"] + 0.01 * row["objective/rules.length"]
+        assert row["objective/scores"] == pytest.approx(by_rule) and row["objective/rules.length"] > 1000
     start = Llama.from_pretrained(base / "model")
     assert max((p - q).abs().max() for p, q in zip(start.parameters(), models.actor.parameters())) > 1e-4
 

@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 STAGES = {"sft.py": sft, "rm.py": rm, "ppo.py": ppo, "quantize.py": quantize, "serve.py": serve}
 # From the ground up: a file may import those that stand before it.
-HOUSE = ["data/weights", "data/text", "data/records", "data/measure", "data/demo", "data/run",
+HOUSE = ["data/weights", "data/text", "data/records", "data/measure", "data/demo", "data/run", "data/rules",
          "model", "lora", "zero", "quantize", "sft", "rm", "ppo", "serve"]
 # Files of one floor, which may not import one another.
 FLOORS = [{"lora", "zero"}, {"sft", "serve"}, {"rm", "serve"}, {"ppo", "serve"}]
