@@ -228,11 +228,12 @@ class Response:
 
 
 def encode_responses(record: dict, tokenizer: text.Tokenizer, template: text.Template,
-                     max_len: int) -> list[Response] | None:
+                     max_len: int) -> text.Encoded:
     """Returns a ranking of the rows that text.encode_preference returns."""
-    rows = text.encode_preference(record, tokenizer, template, max_len)
+    encoded = text.encode_preference(record, tokenizer, template, max_len)
     prompt = text.encode_prompt(record["messages"], tokenizer, template)
-    return rows and [Response(row, [i >= len(prompt) for i in range(len(row))]) for row in rows]
+    return encoded._replace(examples=[
+        [Response(row, [i >= len(prompt) for i in range(len(row))]) for row in rows] for rows in encoded.examples])
 
 
 def logprobs(policy: Llama, responses: list[Response]) -> Tensor:

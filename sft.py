@@ -412,13 +412,12 @@ def read_records(paths: list[Path], kind: str, stage: Stage) -> list[dict]:
 
 
 def encode_all(found: list[dict], encode: Callable, what: str, max_len: int, stage: Stage) -> list:
-    """Returns what text.encode_example or encode_preference makes of the records, and says how many it left out."""
+    """Returns what text.encode_example or encode_preference makes of the records, and says what is lost of them."""
     encode = partial(encode, tokenizer=stage.tokenizer, template=stage.template, max_len=max_len)
-    encoded, dropped = text.encode_all(found, encode, what)
-    if dropped:
-        stage.say(f"note: {dropped} of {len(found)} {what} are left out: the prompt alone fills {max_len} tokens, or "
-                  "the responses are equal up to there")
-    return encoded
+    examples, notes = text.encode_all(found, encode, what)
+    for note in notes:
+        stage.say(f"note: {note}")
+    return examples
 
 
 # ---- stage 1: files, flags, main ------------------------------------------------------------------------------------

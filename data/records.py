@@ -15,7 +15,9 @@ prompt      {"instruction": "Write a haiku."}                                   
 prompt      {"prompt": "Write a haiku."}                                            or any of the above but text
 
 A prompt or an answer may also be a list of messages; a conversation may also be a transcript of "Human:" and
-"Assistant:" turns. Beside any of these but {"text"}, a text "system" is the system message.
+"Assistant:" turns. Beside any of these but {"text"}, a text "system" is the system message. "input" and "context" are
+the text that an instruction or a prompt speaks of. A reply with "weight": 0 or "train": false is context, no target.
+A note names the keys of a file that have a value and are neither read nor known to say nothing.
 """
 
 import codecs
@@ -23,11 +25,13 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from data.text import check_messages
+from data.weights import refuse_pointer
 
 # ---- a record form is its keys --------------------------------------------------------------------------------------
 
@@ -35,8 +39,9 @@ from data.text import check_messages
 class Form(NamedTuple):
     """A record has a form if it has the keys of its question and of its answers."""
 
-    question: str                  # the key of the prompt, or of a whole conversation
-    answers: tuple[str, ...] = ()  # best first; () if the conversation holds its answer, or none is needed
+    question: str                            # the key of the prompt, or of a whole conversation
+    answers: tuple[str, ...] = ()            # best first; () if the conversation holds its answer, or none is needed
+    beside: tuple[str, ...] = ("system",)    # keys that are read where a record has them
 
 
 class Kind(NamedTuple):
@@ -47,37 +52,67 @@ class Kind(NamedTuple):
     forms: tuple[Form, ...]
 
 
+PASSAGES = ("input", "context")  # Alpaca's and Dolly's key of the text that an instruction speaks of
+ASKED = ("system", *PASSAGES)
 KINDS = {
     "preference": Kind("preferences", "rm.py", (
-        Form("prompt", ("responses",)),          # a ranking
-        Form("prompt", ("chosen", "rejected")),  # rm-static, TRL
-        Form("chosen", ("chosen", "rejected")),  # HH-RLHF
+        Form("prompt", ("responses",), ASKED),          # a ranking
+        Form("prompt", ("chosen", "rejected"), ASKED),  # rm-static, TRL
+        Form("chosen", ("chosen", "rejected")),         # HH-RLHF
     )),
     "sft": Kind("instructions with answers, conversations or text", "sft.py", (
-        Form("instruction", ("output",)),        # Alpaca
-        Form("instruction", ("response",)),      # Dolly
+        Form("instruction", ("output",), ASKED),        # Alpaca
+        Form("instruction", ("response",), ASKED),      # Dolly
         Form("messages"),
-        Form("conversations"),                   # ShareGPT
-        Form("prompt", ("completion",)),         # TRL
-        Form("text"),
+        Form("conversations"),                          # ShareGPT
+        Form("prompt", ("completion",), ASKED),         # TRL
+        Form("text", beside=()),
     )),
     "prompt": Kind("prompts", "ppo.py --prompt_dataset", (
-        Form("instruction"),
-        Form("prompt"),
+        Form("instruction", beside=ASKED),
+        Form("prompt", beside=ASKED),
         Form("messages"),
         Form("conversations"),
         Form("chosen"),
     )),
 }
-PASSAGES = ("input", "context")  # Alpaca's and Dolly's key of the text that an instruction speaks of
-# Keys that change what a record means and are not supported, with the remedy.
-REFUSED = {"history": 'write its turns into "messages"'}  # LLaMA-Factory's earlier turns
+NOTHING = (None, "", [], {})
+MARKS = ("weight", "train")  # of a message: 0 or false makes a reply context
+# Keys of a record or of a message that say nothing to be learnt.
+NEUTRAL = {"id", "uuid", "idx", "index", "prompt_id", "name", "title", "url", "source", "dataset", "category", "topic",
+           "tags", "lang", "language", "score", "model", "date", "timestamp", "license", "meta", "metadata"}
+# Keys that change what a record or a message means and are not supported, with the remedy.
+REFUSED = {
+    "history": 'write its turns into "messages"',  # LLaMA-Factory's earlier turns
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "no tool can be called, leave the record out"),
+    **dict.fromkeys(("images", "image", "audios", "audio", "videos", "video"), "text alone is, leave the record out"),
+}
 
 
 def find_form(record: object, kind: str) -> Form | None:
     """The first form of this kind whose keys the record has."""
     keys = set(record) if isinstance(record, dict) else set()
     return next((form for form in KINDS[kind].forms if keys.issuperset((form.question, *form.answers))), None)
+
+
+def unread(record: dict, kind: str) -> set[str]:
+    """The keys with a value that normalise does not read, of a record and of its messages."""
+    form = find_form(record, kind)
+    read = NEUTRAL | {form.question, *form.answers, *form.beside}
+    if kind == "prompt":  # PPO samples an answer of its own
+        read |= {key for other in KINDS.values() for form in other.forms for key in form.answers}
+    found = {key for key in record.keys() - read if record[key] not in NOTHING}
+    lists = [record[key] for key in (form.question, *form.answers) if isinstance(record[key], list)]
+    for message in [turn for turns in lists for turn in turns if isinstance(turn, dict)]:
+        read = NEUTRAL | {*MARKS, *who_and_what(message)}
+        found |= {key for key in message.keys() - read if message[key] not in NOTHING}
+    return found
+
+
+def refuse_keys(found: dict) -> None:
+    for key, remedy in REFUSED.items():
+        if found.get(key):
+            raise ValueError(f'"{key}" is not read here: {remedy}')
 
 
 def normalise(record: object, kind: str) -> dict:
@@ -101,9 +136,7 @@ def normalise(record: object, kind: str) -> dict:
 
 def read_form(record: dict, form: Form, kind: str) -> dict:
     """The record of this form in the shape that read_records documents."""
-    for key, remedy in REFUSED.items():
-        if record.get(key):
-            raise ValueError(f'"{key}" is not read here: {remedy}')
+    refuse_keys(record)
     if form.question == "text":
         if not read_text(record["text"], "text").strip():
             raise ValueError('"text" is empty')
@@ -113,11 +146,14 @@ def read_form(record: dict, form: Form, kind: str) -> dict:
         messages.append({"role": "system", "content": system})
     if kind == "preference":
         return read_ranking(record, form, messages)
-    messages += read_question(record, form.question)
+    messages += read_question(record, form)
     if kind == "sft":
         for key in form.answers:
             messages += read_answer(record[key], key)
-        return {"messages": check_messages(messages, "assistant")}
+        check_messages(messages, "assistant")
+        if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
+            raise ValueError("no reply is a target: leave the record out")
+        return {"messages": messages}
     if form.question != "prompt" and messages and messages[-1]["role"] == "assistant":
         messages.pop()  # PPO samples an answer of its own
     return {"messages": check_messages(messages, "user")}
@@ -132,7 +168,7 @@ def read_ranking(record: dict, form: Form, system: list[dict]) -> dict:
         answers = [("responses", answer) for answer in record["responses"]]
     prompt, read = system, read_turns  # HH-RLHF: every answer is a whole conversation
     if form.question == "prompt":
-        prompt, read = system + read_question(record, "prompt"), read_answer
+        prompt, read = system + read_question(record, form), read_answer
     conversations = []
     for key, answer in answers:
         turns = read(answer, key)
@@ -142,22 +178,25 @@ def read_ranking(record: dict, form: Form, system: list[dict]) -> dict:
     messages = conversations[0][:-1]
     if any(conversation[:-1] != messages for conversation in conversations):
         raise ValueError('"chosen" and "rejected" must be the same conversation up to the last reply')
-    return {"messages": messages, "responses": [conversation[-1]["content"].strip() for conversation in conversations]}
+    responses = [conversation[-1]["content"].strip() for conversation in conversations]
+    if not all(responses[:-1]):
+        raise ValueError("a response that is preferred to another one is empty")
+    return {"messages": messages, "responses": responses}
 
 
-def read_question(record: dict, key: str) -> list[dict]:
+def read_question(record: dict, form: Form) -> list[dict]:
     """The messages of a form's question, unchecked."""
+    key = form.question
     value = record[key]
-    if key == "instruction":
-        user = {"role": "user", "content": read_text(value, key)}
-        if passages := list(filter(None, [read_optional(record, name) for name in PASSAGES])):
-            user["input"] = "\n".join(passages)  # kept apart: Alpaca words a prompt with input differently
-        return [user]
-    if key == "prompt" and isinstance(value, str) and not value.lstrip().startswith("Human:"):
-        return [{"role": "user", "content": read_text(value, key)}]
-    messages = read_turns(value, key)
-    if key == "prompt" and messages[-1:] == [{"role": "assistant", "content": ""}]:
-        messages.pop()  # a transcript that ends in "Assistant:"
+    if key == "instruction" or key == "prompt" and isinstance(value, str) and not is_transcript(value):
+        messages = [{"role": "user", "content": read_text(value, key)}]
+    else:
+        messages = read_turns(value, key)
+        if key == "prompt" and messages[-1:] == [{"role": "assistant", "content": ""}]:
+            messages.pop()  # a transcript that ends in "Assistant:"
+    passages = [read_optional(record, name) for name in PASSAGES if name in form.beside]
+    if messages and any(passages):  # kept apart: Alpaca words a prompt with input differently
+        messages[-1]["input"] = "\n".join(filter(None, passages))
     return messages
 
 
@@ -171,27 +210,54 @@ def read_answer(value: object, key: str) -> list[dict]:
     return [{"role": "assistant", "content": said}]
 
 
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-TURN = re.compile(r"\n\n(Human|Assistant):")  # HH-RLHF's mark; the blank line tells it from "Assistant:" in a sentence
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system",
+         "developer": "system"}
+# HH-RLHF's mark of a turn, which tells it from "Assistant:" in a sentence, and that of texts without blank lines.
+TURNS = re.compile(r"\n[ \t]*\n(Human|Assistant):"), re.compile(r"\n[ \t]*(Human|Assistant):")
+
+
+def is_transcript(prompt: str) -> bool:
+    return prompt.strip().startswith("Human:") or prompt.strip().endswith(("\nAssistant:", "\rAssistant:"))
+
+
+def split_transcript(said: str) -> list[dict] | None:
+    r"""A transcript "\n\nHuman: ...\n\nAssistant: ..." -> messages. None if text stands before the first turn."""
+    lines = "\n\n" + re.sub("\r\n?", "\n", said.strip())
+    for mark in TURNS:
+        before, *parts = mark.split(lines)
+        names, texts = parts[::2], parts[1::2]
+        if len(names) > 1 and names == (["Human", "Assistant"] * len(names))[:len(names)]:
+            break
+    turns = [{"role": name.lower(), "content": text.strip()} for name, text in zip(names, texts)]
+    return None if before.strip() else turns
+
+
+def who_and_what(turn: dict) -> tuple[str, str]:
+    """The keys of a message's role and of its text: OpenAI's or ShareGPT's."""
+    return "role" if "role" in turn else "from", "content" if "content" in turn else "value"
 
 
 def read_turns(value: object, key: str) -> list[dict]:
-    r"""Messages, ShareGPT's turns or a transcript "\n\nHuman: ...\n\nAssistant: ..." -> messages, unchecked."""
-    turns = value
-    if isinstance(value, str):
-        before, *parts = TURN.split("\n\n" + read_text(value, key).strip())
-        turns = [{"role": who.lower(), "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
-        turns = None if before else turns  # text before the first turn: no transcript
+    """Messages, ShareGPT's turns or a transcript -> messages, unchecked."""
+    turns = split_transcript(read_text(value, key)) if isinstance(value, str) else value
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f'"{key}" is no conversation, which is a list of {{"role", "content"}} or a transcript that '
                          'begins with "Human:"')
     messages, known = [], ", ".join(ROLES)
     for turn in turns:
-        role = str(turn.get("role", turn.get("from")))
+        refuse_keys(turn)
+        who, what = who_and_what(turn)
+        role = str(turn.get(who))
         if role not in ROLES:
             raise ValueError(f'a role must be one of {known}, not "{role}"')
-        said = "content" if "content" in turn else "value"
-        messages.append({"role": ROLES[role], "content": read_text(turn.get(said), said)})
+        message = {"role": ROLES[role], "content": read_text(turn.get(what), what)}
+        marks = [turn[mark] for mark in MARKS if turn.get(mark) is not None]
+        if any(mark not in (0, 1) for mark in marks) or any(marks) and message["role"] != "assistant":
+            raise ValueError('the "weight" or "train" of a message must be 0 or 1, and 0 for all but replies, which '
+                             "alone are learnt")
+        if not all(marks) and message["role"] == "assistant":
+            message["train"] = False
+        messages.append(message)
     return messages
 
 
@@ -211,20 +277,33 @@ def read_optional(record: dict, key: str) -> str:
 
 # ---- from files to JSON values --------------------------------------------------------------------------------------
 
-GAP = re.compile(r"[\s,]*")  # what may stand between two items of a list
+OPENING, AFTER_ITEM = re.compile(r"\s*\[\s*(\]\s*)?"), re.compile(r"\s*([,\]]\s*)?")
+
+
+def read_whole(digits: str) -> float:
+    """A number of more digits than int() takes becomes infinity. No key that is read here holds such a number."""
+    return int(digits) if len(digits) < 4300 else float(digits)
+
+
+DECODER = json.JSONDecoder(parse_int=read_whole)
 
 
 def list_items(text: str) -> Iterator[tuple[int, object]]:
-    """(line, value) for each item of a JSON list."""
-    json.loads(text)  # raises if the list is broken; it gives no line of an item, so a second pass follows
-    decode, at = json.JSONDecoder().raw_decode, text.index("[") + 1
-    start = GAP.match(text, at).end()
-    line = 1 + text.count("\n", 0, start)
-    while text[start] != "]":
-        value, at = decode(text, start)
+    """(line, value) for each item of a JSON list. JSONDecodeError, which has a line, where the list is broken."""
+    line, gap = 1, OPENING.match(text)
+    while "]" not in gap[0]:
+        line += gap[0].count("\n")
+        try:
+            value, end = DECODER.raw_decode(text, gap.end())
+        except RecursionError:
+            raise json.JSONDecodeError("nested too deeply", text, gap.end()) from None
         yield line, value
-        begun, start = start, GAP.match(text, at).end()
-        line += text.count("\n", begun, start)
+        line += text.count("\n", gap.end(), end)
+        gap = AFTER_ITEM.match(text, end)
+        if not gap[1]:
+            raise json.JSONDecodeError("neither a comma nor the end of the list follows an item", text, gap.end())
+    if gap.end() < len(text):
+        raise json.JSONDecodeError("text follows the list", text, gap.end())
 
 
 def read_items(path: Path) -> Iterator[tuple[int, object]]:
@@ -234,6 +313,10 @@ def read_items(path: Path) -> Iterator[tuple[int, object]]:
     if path.is_dir():
         raise ValueError(f"{path} is a directory; name the data files in it")
     data = path.read_bytes()
+    refuse_pointer(data, path)
+    if data.startswith(b"PAR1"):
+        raise ValueError(f"{path} is a Parquet file; turn it into JSON lines, with pandas: python -c \"import pandas; "
+                         f"pandas.read_parquet('{path}').to_json('data.jsonl', orient='records', lines=True)\"")
     if data.startswith(b"\x1f\x8b"):  # gzip's magic number
         try:
             data = gzip.decompress(data)
@@ -249,27 +332,26 @@ def read_items(path: Path) -> Iterator[tuple[int, object]]:
     # A broken list is refused even where bad records are skipped: nobody can tell where its next record begins.
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8; convert the file to UTF-8") from None
+        place = error.start - data.rfind(b"\n", 0, error.start)
+        raise ValueError(f"{path}, line {line}: not UTF-8 at byte {place} of the line; convert the file") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: broken JSON list ({error.msg}); mend the file") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: broken JSON list ({error}); mend the file") from None
 
 
 def parse_line(raw: bytes) -> object:
     """The value of one line of JSON lines."""
     try:
-        return json.loads(raw.decode())
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
+        return DECODER.decode(raw.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start + 1} of the line") from None
     except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", error)
+        reason = getattr(error, "msg", "nested too deeply")
         raise ValueError(f"not valid JSON ({reason}); a file is a JSON list or has one JSON object per line") from None
 
 
 def read_file(path: Path, kind: str, skip_bad: bool, limit: int | None, say: Callable[[str], object]) -> list[dict]:
     """The records of one file, at most `limit`; otherwise as read_records."""
-    records, faults = [], []
+    records, faults, not_read = [], [], Counter()
     for line, item in read_items(path):
         if len(records) == limit:
             break
@@ -279,6 +361,7 @@ def read_file(path: Path, kind: str, skip_bad: bool, limit: int | None, say: Cal
             if kind == "prompt":
                 record |= {"record": value, "place": f"{path}, line {line}"}
             records.append(record)
+            not_read.update(unread(value, kind))
         except ValueError as error:
             if not skip_bad:
                 raise ValueError(f"{path}, line {line}: {error} (mend it or pass --skip_bad_records)") from None
@@ -289,6 +372,9 @@ def read_file(path: Path, kind: str, skip_bad: bool, limit: int | None, say: Cal
     if faults:
         total = len(faults) + len(records)
         say(f"{path}: skipped {len(faults)} bad of {total} records, first {faults[0]}")
+    if not_read:
+        keys = ", ".join(f"{key} in {count}" for key, count in sorted(not_read.items()))
+        say(f"note: {path}: keys that are not read, with the number of their records: {keys}")
     return records
 
 
@@ -303,7 +389,8 @@ def read_records(paths: list[str | Path], kind: str, skip_bad: bool = False, lim
 
     A user's message may have "input" beside its "content". A bad record raises ValueError with file, line, reason and
     keys. With skip_bad it is skipped, and `say` gets one line for each file with the number of those skipped. A file
-    that is missing (FileNotFoundError) or has no good record is not skipped."""
+    that is missing (FileNotFoundError) or has no good record is not skipped. `say` also gets a line for each file with
+    the keys that mean nothing here."""
     records = []
     for path in map(Path, paths):
         if len(records) == limit:

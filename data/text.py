@@ -597,10 +597,10 @@ class Segment(NamedTuple):
 
     text: str
     marker: bool
-    target: bool
+    target: bool | None  # None outside of replies
 
 
-def fill(wording: str, target: bool, **said: str | None) -> list[Segment]:
+def fill(wording: str, target: bool | None, **said: str | None) -> list[Segment]:
     """A wording -> its markers, and between them its texts, filled with what was said. No text is searched for markers,
     because the wording is split before it is filled."""
     parts = MARKER.split(wording)  # a text, a marker, a text, ..., a text
@@ -627,7 +627,7 @@ class Template(NamedTuple):
         return "{opening}{question}" in self.question
 
     def render(self, messages: list[dict]) -> list[Segment]:
-        """Checked messages -> segments. The words of a reply are one segment."""
+        """Checked messages -> segments. The words of a reply are one segment. A reply with "train": False is context."""
         segments, opening, system = [], self.opening, None
         if "input" in messages[0]:
             opening = self.opening_input or opening
@@ -640,10 +640,10 @@ class Template(NamedTuple):
             if message["role"] == "system":
                 opening, system = self.system, said
             elif message["role"] == "assistant":
-                segments += fill(self.reply + self.end, target=True, reply=said)
+                segments += fill(self.reply + self.end, target=message.get("train", True), reply=said)
             else:
                 wording = self.question.replace("{opening}", opening)
-                segments += fill(wording, target=False, question=said, system=system)
+                segments += fill(wording, target=None, question=said, system=system)
                 opening = self.again
         return segments
 
@@ -769,16 +769,17 @@ def encode_messages(messages: list[dict], tokenizer: Tokenizer, template: Templa
     """Messages -> ids and target flags, uncut."""
     ids, target, before = [], [], ""
     for text, marker, is_target in template.render(messages):
+        is_reply = is_target is not None
         if marker:
             new = marker_ids(text, tokenizer)
         else:
             # A reply that begins a line has no "▁" (Zephyr's): it is encoded after a line break, which is dropped.
-            line_break = "\n" if is_target and tokenizer.space and before.endswith("\n") else ""
+            line_break = "\n" if is_reply and tokenizer.space and before.endswith("\n") else ""
             dropped = len(tokenizer.encode(line_break, bos=False))
-            first = is_target or not ids  # a reply is a text by itself
+            first = is_reply or not ids  # a reply is a text by itself
             new = tokenizer.encode(line_break + text, bos=False, special=False, first=first)[dropped:]  # 1., 3.
         ids += new
-        target += [is_target] * len(new)  # 2. replies alone, with their end
+        target += [bool(is_target)] * len(new)  # 2. replies alone, with their end
         before = text
     return ids, target
 
@@ -790,42 +791,58 @@ def encode_prompt(messages: list[dict], tokenizer: Tokenizer, template: Template
     return ids
 
 
-def encode_example(record: dict, tokenizer: Tokenizer, template: Template,
-                   max_len: int) -> tuple[list[int], list[bool]] | None:
-    """An sft record -> at most max_len ids, and flags that are True where the id is a target: replies and their end
-    markers, or all of a {"text"} but the first id, which nothing predicts. The first is BOS where the tokenizer opens a
-    text with it. None if the cut leaves no target."""
+class Encoded(NamedTuple):
+    """What becomes of a record."""
+
+    examples: list   # mostly one; none, if nothing can be learnt from what max_len leaves of it
+    lost: str = ""   # what max_len took away, as the end of a sentence about such records
+
+
+def encode_example(record: dict, tokenizer: Tokenizer, template: Template, max_len: int) -> Encoded:
+    """An sft record -> examples of at most max_len ids, and flags that are True where the id is a target: replies and
+    their end markers, or all of a {"text"} but the first id, which nothing predicts. The first is BOS where the
+    tokenizer opens a text with it. A longer text gives several examples, a longer conversation is cut."""
     if "text" in record:
         ids = tokenizer.encode(record["text"], bos=True, eos=True)
-        target = [False] + [True] * (len(ids) - 1)
-    else:
-        ids, target = encode_messages(record["messages"], tokenizer, template)
-    return (ids[:max_len], target[:max_len]) if any(target[:max_len]) else None
+        # An example begins with the last id of the one before it, so that all others are targets once.
+        rows = [ids[start:start + max_len] for start in range(0, len(ids) - 1, max_len - 1)]
+        return Encoded([(row, [False] + [True] * (len(row) - 1)) for row in rows])
+    ids, target = encode_messages(record["messages"], tokenizer, template)
+    if not any(target[:max_len]):
+        return Encoded([], f"left out: the prompt alone fills {max_len} tokens")
+    return Encoded([(ids[:max_len], target[:max_len])], f"cut at {max_len} tokens" if len(ids) > max_len else "")
 
 
-def encode_preference(record: dict, tokenizer: Tokenizer, template: Template, max_len: int) -> list[list[int]] | None:
-    """A preference record -> for each response, best first, the ids of prompt + response + its end, at most max_len.
+def encode_preference(record: dict, tokenizer: Tokenizer, template: Template, max_len: int) -> Encoded:
+    """A preference record -> an example: for each response, best first, the ids of prompt + response + its end, at most
+    max_len.
 
-    A response that the cut made equal to a better one is left out: it would teach nothing (loss ln 2, gradient 0). None
-    if fewer than two remain, for example because the prompt alone fills max_len."""
-    rows = []
+    A response that the cut made equal to a better one is left out: it would teach nothing (loss ln 2, gradient 0). No
+    example if fewer than two remain, for example because the prompt alone fills max_len."""
+    rows, longest = [], 0
     for response in record["responses"]:
         answered = [*record["messages"], {"role": "assistant", "content": response}]
         ids, _ = encode_messages(answered, tokenizer, template)
+        longest = max(longest, len(ids))
         if ids[:max_len] not in rows:
             rows.append(ids[:max_len])
-    return rows if len(rows) > 1 else None
+    if len(set(record["responses"])) == 1:
+        return Encoded([], "left out: their responses are equal")
+    if len(rows) == 1:
+        return Encoded([], f"left out: their responses are equal up to {max_len} tokens")
+    return Encoded([rows], f"cut at {max_len} tokens" if longest > max_len else "")
 
 
-def encode_all(records: list[dict], encode: Callable, what: str) -> tuple[list, int]:
-    """encode(record) of each record that gives one, and the number of records that give None. ValueError if all give
-    None; in its sentence `what` names the records ("preferences")."""
-    encoded = [example for example in map(encode, records) if example is not None]
-    total = len(records)
-    if records and not encoded:
-        raise ValueError(f"none of the {total} {what} fits: the prompt alone fills max_len, or the responses are equal "
-                         "up to it; raise --max_len")
-    return encoded, total - len(encoded)
+def encode_all(records: list[dict], encode: Callable[[dict], Encoded], what: str) -> tuple[list, list[str]]:
+    """The examples of all records, and a note for every way in which some lose. ValueError if none is left; in its
+    sentence `what` names the records ("preferences")."""
+    encoded = [encode(record) for record in records]
+    examples = [example for one in encoded for example in one.examples]
+    counts = Counter(one.lost for one in encoded if one.lost)
+    notes = [f"{count} of {len(records)} {what} are {lost}" for lost, count in counts.items()]
+    if records and not examples:
+        raise ValueError(f"none of the {len(records)} {what} fits: " + "; ".join(notes) + "; raise --max_len")
+    return examples, notes
 
 
 # ---- ids -> batches -------------------------------------------------------------------------------------------------
@@ -947,6 +964,7 @@ def find_tokenizer(path: Path) -> Path:
 def open_kind(file: Path) -> tuple[SentencePiece | BytePairs, bytes]:
     """What a tokenizer's file says, and the bytes to save it as, so that transformers reads it."""
     content = file.read_bytes()
+    weights.refuse_pointer(content, file)
     if file.suffix == ".json":
         said = weights.read_json(file)
     elif LLAMA3_LINES.fullmatch(content):

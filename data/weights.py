@@ -122,6 +122,8 @@ def load(file: Path) -> dict[str, Tensor]:
     """Returns the tensors of a .safetensors file or pickle. They are mapped: the file is read where they are used.
 
     A pickle of before PyTorch 1.6 is read at once."""
+    with file.open("rb") as start:
+        refuse_pointer(start.read(100), file)
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
@@ -592,13 +594,21 @@ def in_memory(tensor: Tensor | Stored, dtype: torch.dtype) -> Tensor:
 
 def read_json(file: str | Path) -> dict:
     """Returns a JSON object; raises ValueError with the file's name where there is none."""
+    content = Path(file).read_bytes()
+    refuse_pointer(content, file)
     try:
-        content = json.loads(Path(file).read_text("utf-8"))
+        content = json.loads(content.decode())
     except (ValueError, RecursionError) as error:  # also for bytes that are no UTF-8, and for numbers of 5,000 digits
         raise ValueError(f"{file} is not JSON ({error}): copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not a JSON object: copy it again")
     return content
+
+
+def refuse_pointer(content: bytes, file: Path) -> None:
+    """Raises ValueError for the few lines that a clone without git-lfs has in the place of a large file."""
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file} is a pointer of git-lfs, not the file itself: run `git lfs pull` where it was cloned")
 
 
 def write_json(file: str | Path, value: object) -> None:

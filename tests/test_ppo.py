@@ -512,7 +512,7 @@ def keep_gradients(optimizer: zero.ZeRO2, kept: dict) -> None:
 def encoded(base) -> list:
     tokenizer = text.Tokenizer(demo.FOLDER)
     found = records.read_records([base / "ptx.json"], "sft")
-    return [text.encode_example(record, tokenizer, TEMPLATE, 64) for record in found]
+    return [text.encode_example(record, tokenizer, TEMPLATE, 64).examples[0] for record in found]
 
 
 def close(a: dict, b: dict, tolerance: float = 1e-5) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import data.demo
 import data.records
 from data.records import KINDS, normalise, read_records
 
@@ -83,6 +84,9 @@ def test_a_passage_belongs_to_the_question():
             record = {"instruction": "hi", key: "yo", answer: "b"}
             assert normalise(record, "sft")["messages"] == [*asked["messages"], assistant("b")]
             assert normalise(record, "prompt") == asked
+    assert normalise({"prompt": "hi", "context": "yo"}, "prompt") == asked
+    ranking = normalise({"prompt": asked["messages"][0]["content"], "input": "yo", "responses": ["a", "b"]}, "preference")
+    assert ranking == asked | {"responses": ["a", "b"]}
     both = normalise({"instruction": "hi", "input": "a", "context": "b"}, "prompt")
     assert both == {"messages": [user("hi", input="a\nb")]}
 
@@ -133,7 +137,69 @@ def test_answers_may_be_messages():
         normalise({"prompt": "a", "chosen": chat("x", "b")["messages"], "rejected": asked + c}, "preference")
 
 
+def marked(key: str, value: object) -> dict:
+    return {"messages": [user("a"), assistant("b") | {key: value}]}
+
+
 SFT, PAIR, PROMPT = {"instruction": "a", "output": "b"}, {"chosen": "a", "rejected": "b"}, {"prompt": "a"}
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("between", ["{}{}", "{}", "{}  {}"])
+def test_the_line_breaks_of_a_transcript(line_break, between):
+    """TabbyML/tabby#3279: with other line breaks the whole conversation was the user's first turn."""
+    mark = between.format(line_break, line_break)
+    talk = f"{mark}Human: a{mark}Assistant: b{mark}Human: c{mark}Assistant:"
+    asked = chat("a", "b", "c")["messages"]
+    assert normalise({"prompt": talk}, "prompt") == {"messages": asked}
+    pair = {"messages": asked, "responses": ["d", "e"]}
+    assert normalise({"prompt": talk, "chosen": " d", "rejected": " e"}, "preference") == pair
+    assert normalise({"chosen": talk + " d", "rejected": talk + " e"}, "preference") == pair
+    mixed = "Human: a\nAssistant: b\n\nHuman: c\nAssistant:"
+    assert normalise({"prompt": mixed}, "prompt") == {"messages": asked}
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 1, "train": False}])
+def test_a_reply_may_be_context(mark):
+    """axolotl PR#1703: a reply of weight 0 was learnt."""
+    talk = [user("2 + 2?", weight=0), assistant("Five.") | mark, user("No."), assistant("Four.") | {"weight": 1}]
+    learnt = [user("2 + 2?"), assistant("Five.") | {"train": False}, user("No."), assistant("Four.")]
+    assert normalise({"messages": talk}, "sft") == {"messages": learnt}
+    renamed = [{"from": turn.pop("role"), "value": turn.pop("content")} | turn for turn in talk]
+    assert normalise({"conversations": renamed}, "sft") == {"messages": learnt}
+
+
+READ = {"id": 7, "source": "web", "lang": "en", "score": 0.5, "input": None, "history": [], "tools": [], "labels": {}}
+
+
+@pytest.mark.parametrize("kind, record, names", [
+    ("sft", SFT | READ, ""),
+    ("sft", SFT | {"inputs": "c"}, "inputs"),
+    ("sft", SFT | {"response": "c", "label": False}, "label response"),
+    ("sft", {"text": "a", "system": "S"}, "system"),
+    ("sft", chat("a", "b") | {"context": "c"}, "context"),
+    ("sft", marked("reasoning_content", "c"), "reasoning_content"),
+    ("sft", marked("name", "Al") | READ, ""),
+    ("sft", {"messages": [user("a", value="c", **{"from": "gpt"}), assistant("b")]}, "from value"),
+    ("preference", {"prompt": "a", "responses": ["b", "c"], "margin": 2}, "margin"),
+    ("preference", {"prompt": "a", "chosen": [assistant("b") | {"thinking": "c"}], "rejected": "d"}, "thinking"),
+    ("prompt", SFT | {"response": "c", "chosen": "d", "answer": 4}, "answer"),
+])
+def test_keys_that_are_not_read_are_told_once_a_file(tmp_path, kind, record, names):
+    said = []
+    path = written(tmp_path, record, record)
+    assert len(read_records([path], kind, say=said.append)) == 2
+    told = ", ".join(f"{name} in 2" for name in names.split())
+    note = f"note: {path}: keys that are not read, with the number of their records: {told}"
+    assert said == ([note] if names else [])
+
+
+def test_the_demo_has_no_unread_keys():
+    for file in data.demo.FOLDER.glob("*.jsonl*"):
+        kind = {"preferences": "preference", "prompts": "prompt", "sft": "sft"}[file.name.partition(".")[0]]
+        assert read_records([file], kind, say=pytest.fail)
+
+
 
 
 @pytest.mark.parametrize("kind, bad, reason", [
@@ -154,8 +220,8 @@ SFT, PAIR, PROMPT = {"instruction": "a", "output": "b"}, {"chosen": "a", "reject
     ("sft", {"text": 3}, '"text" must be text, not int'),
     ("sft", '{"text": "\\ud83d"}', "surrogates not allowed"),
     ("sft", '{"text": "a"', "not valid JSON"),
-    ("sft", '{"text": ' + "7" * 5000 + "}", "not valid JSON .*4300 digits"),
-    ("sft", "[" * 100_000, "not valid JSON"),
+    ("sft", '{"text": ' + "7" * 5000 + "}", '"text" must be text, not float'),
+    ("sft", "[" * 100_000, "not valid JSON .*nested too deeply"),
     ("sft", chat("a"), "must end with a message of the assistant"),
     ("sft", {"messages": []}, "must end with"),
     ("sft", {"messages": [user("a"), user("b")]}, "turn 2 is the user's"),
@@ -175,6 +241,17 @@ SFT, PAIR, PROMPT = {"instruction": "a", "output": "b"}, {"chosen": "a", "reject
     ("prompt", {"prompt": " "}, "the prompt is empty"),
     ("prompt", {"instruction": ""}, "the prompt is empty"),
     ("prompt", {"prompt": "Human: a\n\nAssistant: b"}, "must end with a message of the user"),
+    ("prompt", {"prompt": "These are talks.\n\nHuman: a\n\nAssistant:"}, '"prompt" is no conversation'),
+    ("prompt", {"prompt": "Human: a\nHuman: b\nAssistant:"}, "turn 2 is the user's"),
+    ("preference", {"prompt": "a", "chosen": " ", "rejected": "b"}, "a response that is preferred to another one is em"),
+    ("preference", {"prompt": "a", "responses": ["b", "", "c"]}, "a response that is preferred to another one is empt"),
+    ("sft", marked("weight", 0.5), 'the "weight" or "train" of a message must be 0 or 1'),
+    ("sft", marked("train", "no"), 'the "weight" or "train" of a message must be 0 or 1'),
+    ("sft", {"messages": [user("a", weight=1), assistant("b")]}, "0 for all but replies"),
+    ("sft", marked("weight", 0), "no reply is a target"),
+    ("sft", chat("a", "b") | {"tools": [{"name": "f"}]}, '"tools" is not read here: no tool can be called'),
+    ("sft", marked("tool_calls", [{"name": "f"}]), '"tool_calls" is not read here: no tool can be called'),
+    ("sft", chat("a", "b") | {"images": ["a.png"]}, '"images" is not read here: text alone is'),
     ("prompt", {"instruction": "a", "history": [["b", "c"]]}, '"history" is not read here: write its turns into "mess'),
     ("sft", SFT | {"history": [["b", "c"]]}, '"history" is not read here: write its turns into "messages"'),
 ])
@@ -241,11 +318,16 @@ def test_real_instructionwild_prompts(language):
     (b'[\n{"text": "a"}\n{"text": "b"}]', "line 3: broken JSON list"),
     (b'[{"text": "a"},\n', "line 2: broken JSON list"),
     (b'[{"text": "a"}]\n]', "line 2: broken JSON list"),
-    (b"[" * 100_000, "broken JSON list"),
-    (b'[{"text": ' + b"7" * 5000 + b"}]", "broken JSON list .*4300 digits"),
+    (b"[" * 100_000, "line 1: broken JSON list .*nested too deeply"),
+    (b'[\n{"text": "a"},\n' + b"[" * 100_000, "line 3: broken JSON list .*nested too deeply"),
+    (b'[{"text": "a"}] b', "line 1: broken JSON list .*text follows the list"),
+    (b'[{"text": "a"}, ]', "line 1: broken JSON list"),
+    (b'[, {"text": "a"}]', "line 1: broken JSON list"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a pointer of git-lfs, .*git lfs pull"),
+    (b"PAR1\x15\x04", "is a Parquet file; turn it into JSON lines, .*read_parquet"),
     (b'[\n{"text":\n "a"},\n\n{"a": 1}\n]', "line 5: unknown form"),
-    (b'[\n\n{"text": "\xe5"}]', "line 3: not UTF-8"),
-    (b'\n{"text": "\xe5"}', "line 2: not UTF-8"),
+    (b'[\n\n{"text": "\xe5"}]', "line 3: not UTF-8 at byte 11 of the line"),
+    (b'\n{"text": "\xe5"}', "line 2: not UTF-8 at byte 11 of the line"),
     (b'{\n"text": "a"\n}', "line 1: not valid JSON .*; a file is a JSON list or has one JSON object per line"),
 ])
 def test_a_bad_file_is_one_sentence(tmp_path, content, reason):

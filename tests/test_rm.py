@@ -463,7 +463,7 @@ def test_logprobs_are_of_the_response_alone():
     tokenizer = Tokenizer(demo.FOLDER)
     record = records.normalise(demo.preference_records(1, 1)[0], "preference")
     for max_len in (160, 50):
-        ranking = rm.encode_responses(record, tokenizer, TEMPLATE, max_len)
+        [ranking] = rm.encode_responses(record, tokenizer, TEMPLATE, max_len).examples
         for response, words in zip(ranking, record["responses"]):
             ids = [i for i, learnt in zip(response.ids, response.target) if learnt]
             assert ids == tokenizer.encode(words, False, True)[:len(ids)] and len(response) <= max_len

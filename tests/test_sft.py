@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,8 @@ def same(a: dict, b: dict) -> bool:
 
 def encoded(file: Path, max_len: int = 160) -> list:
     tokenizer = Tokenizer(demo.FOLDER)
-    return [text.encode_example(r, tokenizer, TEMPLATE, max_len) for r in records.read_records([file], "sft")]
+    encode = partial(text.encode_example, tokenizer=tokenizer, template=TEMPLATE, max_len=max_len)
+    return text.encode_all(records.read_records([file], "sft"), encode, "examples")[0]
 
 
 def plain_loss(model: Llama, examples: list) -> tuple[float, int]:
