@@ -1234,11 +1234,12 @@ def test_the_best_answers_that_ended_are_records_to_train_on(tmp_path):
 def test_a_model_is_compared_by_its_first_answers():
     """Proxies 2, 0, 1 against 1, 1, 1: a win, a loss, a tie. The best of two by proxy has the gold 0.2, 0.6, 0.5."""
     found = of_three_prompts([2.0, 3.0, 0.0, 9.0, 1.0, 0.0], gold=[0.1, 0.2, 0.4, 0.6, 0.5, 0.9])
+    found[1::2] = [second._replace(ids=[7, 7, 7]) for second in found[1::2]]
     plain = [ppo.Answer({}, ids, True, 5.0, 1.0, gold) for ids, gold in (([1], 0.0), ([1, 2], 0.0), ([1], 0.9))]
     figures = ppo.compared(found, plain, [1, 2], ["proxy", "gold"])
     assert figures["win_rate"]["proxy"] == pytest.approx([0.5, *measure.wilson(0.5, 3)])
     assert figures["win_rate"]["gold"][0] == pytest.approx(2 / 3)
-    assert figures["model"] == pytest.approx({"proxy": 15 / 6, "gold": 2.7 / 6, "kl": 1, "eos_rate": 1, "length": 1,
+    assert figures["model"] == pytest.approx({"proxy": 15 / 6, "gold": 2.7 / 6, "kl": 1, "eos_rate": 1, "length": 2,
                                               "distinct_1": 1, "distinct_2": 0})
     assert figures["sft"] == pytest.approx({"proxy": 1, "gold": 0.3, "kl": 0, "eos_rate": 1, "length": 4 / 3,
                                             "distinct_1": 2 / 4, "distinct_2": 1})
@@ -1272,6 +1273,8 @@ def test_a_sweep_is_a_run_a_rung(base, tmp_path, monkeypatch):
     assert found["rungs"][0] == {"kl_coef": 3} | main(base, tmp_path / "again", "--eval", tmp_path / "alone")["model"]
     monkeypatch.delattr(ppo, "learn")
     assert main(base, tmp_path / "sweep", *short, "--sweep", 3, 0, "--resume") == found
+    with pytest.raises(NameError, match="learn"):
+        main(base, tmp_path / "sweep", *short, "--sweep", 3)
 
 
 @pytest.mark.parametrize("figures, rungs", [
