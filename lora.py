@@ -354,7 +354,7 @@ NUMBER = ("a finite number", weights.is_number)
 CHECKS = {
     "r": weights.whole(2**20),
     "lora_alpha": NUMBER,
-    "lora_dropout": NUMBER,
+    "lora_dropout": ("a number from 0 to below 1", lambda value: weights.is_number(value) and 0 <= value < 1),
     "reward_mean": NUMBER,
     "pad_token_id": weights.ID,
     "target_modules": ("names or a regular expression", lambda value: are_names(value) or is_expression(value)),

@@ -1056,7 +1056,7 @@ FLAGS = (
     ("gamma",                  number(0, 1),           1.0,   1.0,   "discount"),
     ("lam",                    number(0, 1),           0.95,  0.95,  "lambda of GAE"),
     ("clip",                   number(0, 1),           0.2,   0.2,   "eps: the ratio is kept within 1 +- eps"),
-    ("clip_high",              number(0),              None,  None,  "eps above 1, if not --clip (DAPO: 0.28)"),
+    ("clip_high",              number(0, 10),          None,  None,  "eps above 1, if not --clip (DAPO: 0.28)"),
     ("value_clip",             number(0, 10),          0.4,   0.4,   "a new value counts within this of the old"),
     ("target_kl",              number(),               0.1,   0.1,   "no more epochs above this KL a token (0: off)"),
     ("critic_lr",              number(0, 1),           9e-6,  5e-4,  "the critic's peak learning rate"),

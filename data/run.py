@@ -354,9 +354,11 @@ def command(main: Callable[[list[str] | None], object], argv: list[str] | None =
 
 
 def sentence(error: Exception) -> str:
-    """Returns an error in words, without the number of a system error: "[Errno 13] Permission denied: 'x'"."""
+    """Returns an error in words, without the number of a system error: "[Errno 13] Permission denied: 'x'".
+
+    It is one line: what was typed, or the name of a file, may have several."""
     if not (isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno")):
-        return str(error)
+        return " ".join(str(error).splitlines())
     reason = error.strerror.lower()
     return reason if error.filename is None else f"{error.filename}: {reason}"
 
@@ -471,7 +473,8 @@ def load_checkpoint(args: argparse.Namespace, world: World, marks: dict[str, str
         # With mmap a process reads only what it needs of each file.
         parts = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
     except Exception as error:      # zip, pickle and JSON errors share no base class
-        raise ValueError(f"the checkpoint {newest} cannot be read: remove it and start again ({error})") from None
+        reason = str(error).partition("\n")[0][:120]
+        raise ValueError(f"the checkpoint {newest} cannot be read: remove it and start again ({reason})") from None
     for what, mark in marks.items():
         if meta["marks"].get(what) != mark:
             raise ValueError(f"{newest} is of another {what} than this run: resume with the flags of the first run, or "
@@ -525,9 +528,12 @@ class Log:
         if world.rank == 0 and first == 0:
             shutil.rmtree(args.save_path / "resume", ignore_errors=True)
         if world.rank == 0:
-            lines = self.file.read_text("utf-8").splitlines(keepends=True) if self.file.exists() else []
-            whole_lines = [line for line in lines if line.endswith("\n")]       # a killed run may leave half a line
-            kept = [line for line in whole_lines if json.loads(line)["step"] <= first]
+            try:
+                lines = self.file.read_text("utf-8").splitlines(keepends=True) if first and self.file.exists() else []
+                whole_lines = [line for line in lines if line.endswith("\n")]   # a killed run may leave half a line
+                kept = [line for line in whole_lines if json.loads(line)["step"] <= first]
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(f"{self.file} has a line that no run has written: remove it ({error})") from None
             write_file(self.file, "".join(kept).encode())
         self.tokens, self.started = 0, time.perf_counter()
 

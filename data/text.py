@@ -409,7 +409,10 @@ class BytePairs:
         self.whole_words = model.get("ignore_merges")  # a word that is a piece stays one, whatever merges would make
         self.added = {token["content"]: token["id"] for token in tokens}
         self.special = {token["id"] for token in tokens if token["special"]}
-        self.pieces = {i: piece for piece, i in (self.vocabulary | self.added).items()}
+        ids = self.vocabulary | self.added
+        self.pieces = {i: piece for piece, i in ids.items()}
+        if len(self.pieces) < len(ids) or any(type(i) is not int or i < 0 for i in self.pieces):
+            raise ValueError("tokenizer.json must give every piece a whole number of its own: copy it again")
         ordinary = [content for content, i in self.added.items() if i not in self.special]
         self.searched = {True: one_of(self.added), False: one_of(ordinary)}  # by encode's `special`
         self.steps = [step_of(step) for step in normalizers + cuts]
@@ -978,10 +981,30 @@ def open_kind(file: Path) -> tuple[SentencePiece | BytePairs, bytes]:
         raise ValueError(f"{file} is not what a tokenizer's file should be: copy it again ({error!r})") from None
 
 
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_named_text(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() >= {"name", "template"} and all(map(is_text, value.values()))
+
+
+TOKEN = ('text or {"content": text}', lambda value: is_text(value.get("content") if isinstance(value, dict) else value))
+# What the keys of a tokenizer_config.json may hold, of those that are read here.
+CONFIG_RULES = {
+    "template": ("text", is_text),
+    "chat_template": ("text or a list of named ones",
+                      lambda value: is_text(value) or isinstance(value, list) and all(map(is_named_text, value))),
+    **dict.fromkeys(("eos_token", "pad_token", "unk_token"), TOKEN),
+}
+
+
 def read_config(directory: Path) -> dict:
     """What a directory's tokenizer_config.json says: nothing, if there is none."""
     file = directory / CONFIG_FILE
-    return weights.read_json(file) if file.exists() else {}
+    config = weights.read_json(file) if file.exists() else {}
+    weights.check({key: value for key, value in config.items() if value is not None}, CONFIG_RULES, file)
+    return config
 
 
 # What a Jinja text has if it says what a template of ours says, and what it then has not. Any other text is unknown. To

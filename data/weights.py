@@ -612,7 +612,8 @@ def refuse_pointer(content: bytes, file: Path) -> None:
 
 
 def write_json(file: str | Path, value: object) -> None:
-    write_file(file, json.dumps(value, indent=1, ensure_ascii=False).encode())
+    """Writes characters as they are. Half a surrogate pair, which UTF-8 has not, becomes its escape in JSON: \\ud83d."""
+    write_file(file, json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
 def write_file(file: str | Path, content: bytes | Callable[[Path], object]) -> None:

@@ -11,6 +11,7 @@ tests/test_fuzz.py runs a small part of this.
 """
 
 import argparse
+import copy
 import inspect
 import json
 import math
@@ -99,7 +100,7 @@ def damage_json(value: dict | list, draw: Draw) -> str:
             other, its = draw.choice(found)
             container[key] = json.loads(json.dumps(other.get(its) if isinstance(other, dict) else other[min(its, len(other) - 1)]))
         else:
-            container[key] = draw.choice([*ODD, "DEEP"])
+            container[key] = copy.deepcopy(draw.choice([*ODD, "DEEP"]))
     said = json.dumps(value).replace('"DEEP"', DEEP)
     if draw.random() < 0.1 and said.startswith("{"):    # a key twice
         said = '{"' + draw.choice(re.findall(r'"(\w+)":', said) or ["a"]) + '": ' + json.dumps(draw.choice(ODD)) + ", " + said[1:]
@@ -162,6 +163,7 @@ def make_inputs(folder: str) -> None:
     lora.save_adapter(llama, "adapter", str(Path("hf").resolve()))
     text.main(["train", str(demo.FOLDER / "prompts.jsonl"), "bpe", "--vocab_size", "300"])
     text.Tokenizer("bpe").save("bpe", "chatml")
+    Path("bpe/chat_template.jinja").write_text(weights.read_json("bpe/tokenizer_config.json")["chat_template"])
     Path("records").mkdir()
     for name, found in RECORDS.items():
         lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in found)
@@ -207,7 +209,8 @@ def check_model(folder: Path, file: str) -> None:
         for field, key in weights.KEYS.items():
             if asked.get(key) is not None and field not in ("dtype", "eos_id", "rope_theta", "max_seq_len"):
                 assert getattr(config, field) == asked[key], (key, asked[key])
-    assert served.model(torch.tensor([[1, 5, 9]])).shape == (1, 3, config.vocab_size)
+    tokens = torch.tensor([[1, 5, 9][:config.max_seq_len]])
+    assert served.model(tokens).shape == (*tokens.shape, config.vocab_size)
     check_text(served.tokenizer)
 
 
@@ -253,8 +256,8 @@ KINDS: list[tuple[str, list[str], Callable[[Path, str], None]]] = [
     ("int8", ["config.json", "model.safetensors"], check_model),
     ("adapter", ["adapter_config.json", "adapter_model.safetensors"], check_model),
     ("reward", ["config.json", "model.safetensors"], check_reward),
-    ("bpe", ["tokenizer.json", "tokenizer.json", "tokenizer_config.json"], check_tokenizer),
-    ("run", ["resume/step-00000002/meta.json", "resume/step-00000002/rank-0.pt", "metrics.jsonl"], check_resume),
+    ("bpe", ["tokenizer.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"], check_tokenizer),
+    ("run", ["resume/step-00000002/rank-0.pt", "metrics.jsonl"], check_resume),
 ]
 
 
@@ -355,7 +358,9 @@ def try_request(draw: Draw, server: serve.Server) -> str:
     (path, body), how = draw.choice(BODIES), draw.random()
     content = damage_json(body, draw).encode("utf-8", "surrogatepass") if how < 0.8 else json.dumps(body).encode()
     content = damage_bytes(content, draw) if 0.6 < how < 0.85 else content
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    # With "close" the server answers a client that has closed its sending half.
+    head = (f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n")
     if how > 0.97:
         pages = ["/", "/health", "/metrics", "/runs", "/v1/models", "/..", "/%00", "//x", "*"]
         head, content = f"{draw.choice(['GET', 'HEAD', 'PUT', 'X'])} {draw.choice(pages)} HTTP/1.1\r\nHost: localhost\r\n\r\n", b""

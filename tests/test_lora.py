@@ -499,7 +499,7 @@ TEXT, NUMBERS = ("(",), (-1, 1.5)
 
 
 @pytest.mark.parametrize("key, right", [
-    ("r", ()), ("lora_alpha", NUMBERS), ("lora_dropout", NUMBERS), ("reward_mean", NUMBERS), ("target_modules", ()),
+    ("r", ()), ("lora_alpha", NUMBERS), ("lora_dropout", ()), ("reward_mean", NUMBERS), ("target_modules", ()),
     ("rank_pattern", ()), ("alpha_pattern", ()), ("use_rslora", (True,)), ("base_model_name_or_path", TEXT),
     ("modules_to_save", ()), ("peft_type", ()), ("bias", ()),
 ])

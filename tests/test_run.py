@@ -88,6 +88,7 @@ def test_errors_of_the_system_are_told_without_their_number(tmp_path):
         (tmp_path / "x").read_text()
     assert run.sentence(caught.value) == f"{tmp_path}/x: no such file or directory"
     assert run.sentence(FileNotFoundError("x is missing")) == "x is missing"
+    assert run.sentence(ValueError("x\ny is no number")) == "x y is no number"
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -409,8 +410,16 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="step-00000002 is of another model than this run: resume with the flags of"):
         load(tmp_path, marks={"model": "x"})
     (tmp_path / "resume" / "step-00000002" / "rank-0.pt").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="cannot be read: remove it"):
+    with pytest.raises(ValueError, match="cannot be read: remove it") as caught:
         load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", [b"{", b"1", b"[]", b"{}", b'{"step": null}', b"\xff", b"\xef\xbb\xbf{}"])
+def test_a_damaged_line_of_metrics_is_refused(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has a line that no run has written: remove it \("):
+        run.Log(args_of(tmp_path), ALONE, 1, 4)
 
 
 # ---- metrics, summary, directories ----------------------------------------------------------------------------------

@@ -499,6 +499,22 @@ def test_a_damaged_tokenizer_json_is_one_sentence(content, sentence, tmp_path):
         open_json(tmp_path, {"eos_token": "<e>"})
 
 
+@pytest.mark.parametrize("i", [1, "0", -1, None, 0.5])
+def test_every_piece_has_an_id_of_its_own(i, tmp_path):
+    vocabulary = {piece: i for i, piece in enumerate(ALPHABET)} | {"!": i}
+    with pytest.raises(ValueError, match="tokenizer.json must give every piece a whole number of its own"):
+        open_json(tmp_path, model={"vocab": vocabulary, "merges": []})
+
+
+@pytest.mark.parametrize("key, value", [
+    ("template", ["zephyr"]), ("chat_template", 3), ("chat_template", [{"name": "default"}]), ("chat_template", ["a"]),
+    ("eos_token", 2), ("pad_token", {"content": None}), ("unk_token", []),
+])
+def test_a_damaged_tokenizer_config_is_one_sentence(key, value, tmp_path):
+    with pytest.raises(ValueError, match=f"tokenizer_config.json: {key} is .*, it must be text"):
+        read_template(open_json(tmp_path, {key: value}).file.parent)
+
+
 def llama3_lines(vocabulary: dict[str, int]) -> bytes:
     coded = {base64.b64encode(bytes(map(ALPHABET.index, piece))).decode(): i for piece, i in vocabulary.items()}
     return "".join(f"{piece} {i}\n" for piece, i in coded.items()).encode()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data import weights
 from data.text import Tokenizer
-from data.weights import Stored, read_config, read_tensors, write_file, write_model
+from data.weights import Stored, read_config, read_tensors, read_json, write_file, write_json, write_model
 from model import Block, Llama, LlamaConfig, rope_table
 
 ROOT = Path(__file__).parents[1]
@@ -368,6 +368,13 @@ def test_a_file_in_the_place_of_a_directory_is_one_sentence(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_file(tmp_path / "z", interrupt)
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+def test_half_a_character_is_written_as_json_escapes_it(tmp_path):
+    """A broken tokenizer_config.json has one, or a file name that is no UTF-8, which summary.json has among the flags."""
+    value = {"狐狸": "a\ud83d", "\udcff": "🦊"}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value and '"狐狸": "a\\ud83d"' in (tmp_path / "x.json").read_text("utf-8")
 
 
 def interrupt(path: Path) -> None:
