@@ -84,8 +84,8 @@ NEUTRAL = {"id", "uuid", "idx", "index", "prompt_id", "name", "title", "url", "s
 # Keys that change what a record or a message means and are not supported, with the remedy.
 REFUSED = {
     "history": 'write its turns into "messages"',  # LLaMA-Factory's earlier turns
-    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "no tool can be called, leave the record out"),
-    **dict.fromkeys(("images", "image", "audios", "audio", "videos", "video"), "text alone is, leave the record out"),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "no tool can be called, leave it out"),
+    **dict.fromkeys(("images", "image", "audios", "audio", "videos", "video"), "text alone is, leave it out"),
 }
 
 

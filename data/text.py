@@ -630,7 +630,7 @@ class Template(NamedTuple):
         return "{opening}{question}" in self.question
 
     def render(self, messages: list[dict]) -> list[Segment]:
-        """Checked messages -> segments. The words of a reply are one segment. A reply with "train": False is context."""
+        """Checked messages -> segments. The words of a reply are one segment. One with "train": False is no target."""
         segments, opening, system = [], self.opening, None
         if "input" in messages[0]:
             opening = self.opening_input or opening

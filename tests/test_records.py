@@ -85,7 +85,7 @@ def test_a_passage_belongs_to_the_question():
             assert normalise(record, "sft")["messages"] == [*asked["messages"], assistant("b")]
             assert normalise(record, "prompt") == asked
     assert normalise({"prompt": "hi", "context": "yo"}, "prompt") == asked
-    ranking = normalise({"prompt": asked["messages"][0]["content"], "input": "yo", "responses": ["a", "b"]}, "preference")
+    ranking = normalise({"prompt": "hi", "input": "yo", "responses": ["a", "b"]}, "preference")
     assert ranking == asked | {"responses": ["a", "b"]}
     both = normalise({"instruction": "hi", "input": "a", "context": "b"}, "prompt")
     assert both == {"messages": [user("hi", input="a\nb")]}
@@ -243,7 +243,7 @@ def test_the_demo_has_no_unread_keys():
     ("prompt", {"prompt": "Human: a\n\nAssistant: b"}, "must end with a message of the user"),
     ("prompt", {"prompt": "These are talks.\n\nHuman: a\n\nAssistant:"}, '"prompt" is no conversation'),
     ("prompt", {"prompt": "Human: a\nHuman: b\nAssistant:"}, "turn 2 is the user's"),
-    ("preference", {"prompt": "a", "chosen": " ", "rejected": "b"}, "a response that is preferred to another one is em"),
+    ("preference", {"prompt": "a", "chosen": " ", "rejected": "b"}, "a response that is preferred to another one is e"),
     ("preference", {"prompt": "a", "responses": ["b", "", "c"]}, "a response that is preferred to another one is empt"),
     ("sft", marked("weight", 0.5), 'the "weight" or "train" of a message must be 0 or 1'),
     ("sft", marked("train", "no"), 'the "weight" or "train" of a message must be 0 or 1'),

@@ -1229,5 +1229,5 @@ def test_a_file_that_is_no_tokenizer_is_one_sentence(tmp_path, junk):
     half = (demo.FOLDER / "tokenizer.model").read_bytes()[:500]
     content = {"nothing": b"", "git-lfs": b"version https://git-lfs.github.com/spec/v1", "half": half}[junk]
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(ValueError, match="tokenizer.model (is not a sentencepiece model|defines no BOS|is a pointer of git-lfs)"):
+    with pytest.raises(ValueError, match="tokenizer.model (is not a sentencepiece model|defines no BOS|is a pointer)"):
         Tokenizer(tmp_path)
