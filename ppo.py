@@ -890,51 +890,45 @@ def read_ptx(stage: Stage) -> list:
 # ---- 7. measuring: --eval, --best_of, --write, --sweep ---------------------------------------------------------------
 
 class Answer(NamedTuple):
-    record: dict            # of the prompt
+    prompt: dict                    # its record
     ids: list[int]
-    eos_rate: bool          # did it end?
-    kl: float               # to the SFT model, k1
-    proxy: float            # the score that the algorithm raises
-    gold: float | None      # the demo's
+    figures: dict[str, float]       # proxy (the score), kl (k1), eos_rate, length, and in the demo gold
 
 
 def judged(models: Models, prompts: list[Prompt], size: int, stage: Stage) -> list[Answer]:
     """`size` answers of models.actor to every prompt, one after another, drawn by all processes."""
     mine = rollout(models.actor, prompts, ("measure", stage.args.seed), stage, size, announce=True)
     e = scoring(models, mine, stage.args)
-    ids = [response for _, response in split(e)]
-    gold = gold_scores(e, stage).tolist() if stage.is_demo else [None] * len(ids)
-    kl = kl_k1(e.logp, e.ref_logp).sum(1)                                               # (B,)
-    answers = map(Answer, mine.asked, ids, e.ended.tolist(), kl.tolist(), e.score.tolist(), gold)
-    everyone = chain.from_iterable(run.gather([*answers]))
+    columns = {"proxy": e.score, "kl": kl_k1(e.logp, e.ref_logp).sum(1), "eos_rate": e.ended, "length": e.mask.sum(1)}
+    if stage.is_demo:
+        columns["gold"] = gold_scores(e, stage)
+    rows = zip(mine.asked, split(e), *(x.tolist() for x in columns.values()))
+    answers = [Answer(prompt, ids, dict(zip(columns, figures))) for prompt, (_, ids), *figures in rows]
+    everyone = chain.from_iterable(run.gather(answers))
     return [*everyone][:len(prompts) * size]    # the others are of processes that had no prompt of their own
 
 
-def means(answers: list[Answer], size: int, judges: list[str]) -> dict[str, float]:
+def means(answers: list[Answer], size: int) -> dict[str, float]:
     """Means over all answers; distinct-n is of the first answer to each prompt."""
     first = [answer.ids for answer in answers[::size]]
-    found = {name: fmean(getattr(answer, name) for answer in answers) for name in (*judges, "kl", "eos_rate")}
-    found["length"] = fmean(len(answer.ids) for answer in answers)
-    return found | {f"distinct_{n}": measure.distinct_n(first, n) for n in (1, 2)}
+    distinct = {f"distinct_{n}": measure.distinct_n(first, n) for n in (1, 2)}
+    return {name: fmean(answer.figures[name] for answer in answers) for name in answers[0].figures} | distinct
 
 
-def compared(found: list[Answer], plain: list[Answer], best_of: list[int], judges: list[str]) -> dict:
+def compared(found: list[Answer], plain: list[Answer], best_of: list[int]) -> dict:
     """What eval.json holds. plain: the SFT model's answers, one a prompt.
 
     The win rate is that of the first answer to each prompt, so that trials are independent."""
-    size = max(best_of)
-    score, other = ({name: torch.tensor([getattr(answer, name) for answer in answers]) for name in judges}
-                    for answers in (found, plain))                                      # (P * N,), (P,)
-    wins = {name: measure.win_rate(score[name][::size], other[name]) for name in judges}
-    groups = {name: x.view(-1, size) for name, x in score.items()}                      # (P, N)
-    return {
-        "model": means(found, size, judges),
-        "sft": means(plain, 1, judges) | {"kl": 0.0},
-        "win_rate": {name: [share, *measure.wilson(share, len(plain))] for name, share in wins.items()},
-        "best_of": [{"n": n, "kl": measure.best_of_kl(n)} | {
-            name: measure.best_of_n(groups["proxy"], x, n).mean().item() for name, x in groups.items()}
-            for n in best_of],
-    }
+    size, wins, best = max(best_of), {}, [{"n": n, "kl": measure.best_of_kl(n)} for n in best_of]
+    proxy = torch.tensor([answer.figures["proxy"] for answer in found]).view(-1, size)          # (P, N)
+    for name in [name for name in ("proxy", "gold") if name in plain[0].figures]:
+        value = torch.tensor([answer.figures[name] for answer in found]).view(-1, size)         # (P, N)
+        other = torch.tensor([answer.figures[name] for answer in plain])                        # (P,)
+        wins[name] = measure.win_rate(value[:, 0], other)
+        wins[f"{name}_low"], wins[f"{name}_high"] = measure.wilson(wins[name], len(other))
+        for row in best:
+            row[name] = measure.best_of_n(proxy, value, row["n"]).mean().item()
+    return {"model": means(found, size), "sft": means(plain, 1) | {"kl": 0.0}, "win_rate": wins, "best_of": best}
 
 
 def best_records(found: list[Answer], size: int, tokenizer: text.Tokenizer) -> list[dict]:
@@ -943,13 +937,12 @@ def best_records(found: list[Answer], size: int, tokenizer: text.Tokenizer) -> l
     Rejection sampling: Touvron et al. 2023, "Llama 2" (2307.09288)."""
     kept = []
     for group in text.chunks(found, size):
-        ended = [answer for answer in group if answer.eos_rate and tokenizer.decode(answer.ids).strip()]
-        for best in sorted(ended, key=lambda answer: answer.proxy)[-1:]:
-            said, asked = tokenizer.decode(best.ids).strip(), best.record
-            if "instruction" in asked["record"]:    # an input may stand beside it
-                kept.append(asked["record"] | {"output": said})
-            else:
-                kept.append({"messages": [*asked["messages"], {"role": "assistant", "content": said}]})
+        ended = [answer for answer in group if answer.figures["eos_rate"]]
+        for best in sorted(ended, key=lambda answer: answer.figures["proxy"])[-1:]:
+            said, record = tokenizer.decode(best.ids).strip(), best.prompt["record"]
+            messages = [*best.prompt["messages"], {"role": "assistant", "content": said}]
+            # An instruction may have an input beside it.
+            kept.append(record | {"output": said} if "instruction" in record else {"messages": messages})
     return kept
 
 
@@ -973,13 +966,12 @@ def measured(args: argparse.Namespace) -> dict:
     run.say_flags(stage.world, args)
     found = judged(models, asked, size, stage)
     plain = judged(models._replace(actor=ref, ref=actor), asked, 1, stage)
-    figures = compared(found, plain, args.best_of, ["proxy", "gold"] if stage.is_demo else ["proxy"])
+    figures = compared(found, plain, args.best_of)
     if stage.world.rank == 0:
         weights.write_json(args.save_path / "eval.json", figures)
-        print(f"{args.eval}, then {args.pretrain}")
+        print(f"{args.eval}, then {args.pretrain}; the win rate with its 95 % interval; best-of-n")
         print_rows([figures["model"], figures["sft"]])
-        for name, (share, low, high) in figures["win_rate"].items():
-            print(f"win rate by {name}: {share:.3f}, 95 % interval {low:.3f} to {high:.3f}")
+        print_rows([figures["win_rate"]])
         print_rows(figures["best_of"])
         if args.write:
             kept = best_records(found, size, stage.tokenizer)

@@ -1213,11 +1213,13 @@ def test_a_run_by_a_rule(base, tmp_path, monkeypatch, more):
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
-def of_three_prompts(proxy: list, ended: list = (True,) * 6, gold: list = (None,) * 6) -> list[ppo.Answer]:
+def of_three_prompts(proxy: list, ended: list = (True,) * 6, gold: list = (0.0,) * 6) -> list[ppo.Answer]:
     """Two answers to each of three prompts; answer i of all is the id 80 + i, and 1 nat from the SFT model."""
     found = [{"instruction": "Say.", "input": "This."}, {"prompt": "Hi."}, {"prompt": "Ho."}]
     kept = [{"messages": [{"role": "user", "content": "Hi."}], "record": record} for record in found for _ in "ab"]
-    return [ppo.Answer(kept[i], [80 + i], ended[i], 1.0, proxy[i], gold[i]) for i in range(6)]
+    names = ("proxy", "eos_rate", "gold", "kl")
+    return [ppo.Answer(*row, dict(zip(names, figures))) for *row, figures in zip(
+        kept, [[80 + i] for i in range(6)], zip(proxy, ended, gold, [1.0] * 6))]
 
 
 def test_the_best_answers_that_ended_are_records_to_train_on(tmp_path):
@@ -1235,13 +1237,15 @@ def test_a_model_is_compared_by_its_first_answers():
     """Proxies 2, 0, 1 against 1, 1, 1: a win, a loss, a tie. The best of two by proxy has the gold 0.2, 0.6, 0.5."""
     found = of_three_prompts([2.0, 3.0, 0.0, 9.0, 1.0, 0.0], gold=[0.1, 0.2, 0.4, 0.6, 0.5, 0.9])
     found[1::2] = [second._replace(ids=[7, 7, 7]) for second in found[1::2]]
-    plain = [ppo.Answer({}, ids, True, 5.0, 1.0, gold) for ids, gold in (([1], 0.0), ([1, 2], 0.0), ([1], 0.9))]
-    figures = ppo.compared(found, plain, [1, 2], ["proxy", "gold"])
-    assert figures["win_rate"]["proxy"] == pytest.approx([0.5, *measure.wilson(0.5, 3)])
-    assert figures["win_rate"]["gold"][0] == pytest.approx(2 / 3)
-    assert figures["model"] == pytest.approx({"proxy": 15 / 6, "gold": 2.7 / 6, "kl": 1, "eos_rate": 1, "length": 2,
+    plain = [ppo.Answer({}, ids, {"proxy": 1.0, "eos_rate": True, "gold": gold, "kl": 5.0})
+             for ids, gold in (([1], 0.0), ([1, 2], 0.0), ([1], 0.9))]
+    figures = ppo.compared(found, plain, [1, 2])
+    wins, (low, high), (gold_low, gold_high) = figures["win_rate"], *(measure.wilson(p, 3) for p in (1 / 2, 2 / 3))
+    assert wins == pytest.approx({"proxy": 1 / 2, "proxy_low": low, "proxy_high": high, "gold": 2 / 3,
+                                  "gold_low": gold_low, "gold_high": gold_high})
+    assert figures["model"] == pytest.approx({"proxy": 15 / 6, "gold": 2.7 / 6, "kl": 1, "eos_rate": 1,
                                               "distinct_1": 1, "distinct_2": 0})
-    assert figures["sft"] == pytest.approx({"proxy": 1, "gold": 0.3, "kl": 0, "eos_rate": 1, "length": 4 / 3,
+    assert figures["sft"] == pytest.approx({"proxy": 1, "gold": 0.3, "kl": 0, "eos_rate": 1,
                                             "distinct_1": 2 / 4, "distinct_2": 1})
     one, two = figures["best_of"]
     assert one == pytest.approx({"n": 1, "kl": 0, "proxy": 15 / 6, "gold": 2.7 / 6})
@@ -1360,7 +1364,7 @@ def test_two_processes(base, tmp_path, start):
             assert all((p - q).abs().max() < 1e-5 for p, q in zip(parameters_of_half, parameters)), name
     first, second = (torch.load(tmp_path / f"eval-{rank}.pt") for rank in (0, 1))
     for prompts, figures in zip((1, 3), first):     # one prompt is answered by both, and counted once
-        share, *interval = figures["win_rate"]["proxy"]
+        share, *interval = figures["win_rate"].values()
         assert interval == pytest.approx(measure.wilson(share, prompts))
     assert first == second and json.loads((tmp_path / "eval" / "eval.json").read_text("utf-8")) == first[1]
     assert len(metrics(tmp_path / "grpo")) == 3
