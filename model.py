@@ -305,6 +305,7 @@ def keep_top_p(logits: Tensor, top_p: float | Tensor) -> Tensor:
     probs, order = logits.softmax(-1).sort(descending=True)             # (B, V), likeliest first
     likelier = probs.cumsum(-1) - probs                                 # the probability of all likelier tokens
     drop = (likelier >= top_p) & (top_p < 1)                            # at 1 nothing is dropped by a rounded sum
+    drop &= likelier > 0                                                # nor the likeliest at a p that is rounded to 0
     return logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
 
 

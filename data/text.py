@@ -229,7 +229,7 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(self.content).hexdigest()  # equal fingerprints mean equal ids
         self.vocab_size = max(self.kind.pieces) + 1
         self.bos_id, self.eos_id, self.pad_id = self.kind.bos_id, self.kind.eos_id, self.kind.pad_id
-        opening = self.piece(self.encode("a", bos=False)[0])
+        opening = "".join(map(self.piece, self.encode("a", bos=False)))
         self.space = b" " if opening.startswith("▁") else b""  # encoding puts it before a text, decoding drops it
 
     def encode(self, text: str, bos: bool = True, eos: bool = False, special: bool = True,
@@ -355,14 +355,14 @@ class SentencePiece:
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.LoadFromSerializedProto(content)
-        except RuntimeError as error:
+            self.pieces = {i: self.sp.id_to_piece(i) for i in range(self.sp.vocab_size())}
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is not a sentencepiece model: copy it again ({error})") from None
         self.bos_id = self.sp.bos_id()
         self.eos_id = self.sp.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{file} defines no BOS or no EOS piece: it is not a LLaMA tokenizer")
         self.pad_id = max(self.sp.unk_id(), 0)  # characters without a piece become bytes, so no text produces it
-        self.pieces = {i: self.sp.id_to_piece(i) for i in range(self.sp.vocab_size())}
         self.special = set(filter(self.sp.is_control, self.pieces))
         self.added: dict[str, int] = {}  # it lists none
         self.config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,

@@ -468,8 +468,8 @@ def fields_from_hf(config: dict, file: Path) -> dict:
     check(generation, {"eos_token_id": IDS}, beside)
     dtype = config.get("dtype") or config["torch_dtype"] or read_tensors(file.parent)["tok_embeddings.weight"].dtype
     return fields | {
-        "n_kv_heads": fields["n_kv_heads"] or fields["n_heads"],
-        "head_dim": fields["head_dim"] or fields["dim"] // fields["n_heads"],
+        "n_kv_heads": fields["n_heads"] if fields["n_kv_heads"] is None else fields["n_kv_heads"],
+        "head_dim": fields["dim"] // fields["n_heads"] if fields["head_dim"] is None else fields["head_dim"],
         "rope_scaling": tuple(rope[key] for key in SCALINGS[config["rope_type"]]),
         "dtype": str(dtype).removeprefix("torch."),
         "eos_id": unite(fields["eos_id"], generation.get("eos_token_id")),

@@ -1224,10 +1224,11 @@ def test_where_a_tokenizer_is_found(tmp_path):
     assert Tokenizer(directory).vocab_size == Tokenizer(demo.FOLDER).vocab_size
 
 
-@pytest.mark.parametrize("junk", ["nothing", "git-lfs", "half"])
+@pytest.mark.parametrize("junk", ["nothing", "git-lfs", "half", "no text"])
 def test_a_file_that_is_no_tokenizer_is_one_sentence(tmp_path, junk):
-    half = (demo.FOLDER / "tokenizer.model").read_bytes()[:500]
-    content = {"nothing": b"", "git-lfs": b"version https://git-lfs.github.com/spec/v1", "half": half}[junk]
+    whole = (demo.FOLDER / "tokenizer.model").read_bytes()
+    content = {"nothing": b"", "git-lfs": b"version https://git-lfs.github.com/spec/v1", "half": whole[:500],
+               "no text": whole.replace("▁a".encode(), b"\xe2\x96\xffa")}[junk]  # a piece that is no UTF-8
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(ValueError, match="tokenizer.model (is not a sentencepiece model|defines no BOS|is a pointer)"):
         Tokenizer(tmp_path)

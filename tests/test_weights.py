@@ -704,7 +704,7 @@ def is_in(value: object, harmless: tuple) -> bool:
 @pytest.mark.parametrize("key, harmless", [
     ("hidden_size", ()), ("num_hidden_layers", ()), ("num_attention_heads", ()), ("num_key_value_heads", ()),
     ("intermediate_size", ()), ("vocab_size", ()), ("max_position_embeddings", ()), ("rms_norm_eps", ()),
-    ("head_dim", (None, 0)), ("tie_word_embeddings", ()), ("rope_theta", (None, 1.5, 10**30)),
+    ("head_dim", (None,)), ("tie_word_embeddings", ()), ("rope_theta", (None, 1.5, 10**30)),
     ("rope_parameters", (None, 0, {"a": 1})), ("rope_scaling", (None, 0, {"a": 1})), ("model_type", ()),
     ("quantization_config", (None, 0)), ("attention_bias", (None, 0)), ("mlp_bias", (None, 0)), ("hidden_act", (None,)),
     ("sliding_window", (None, 0, 10**30, math.nan)), ("bos_token_id", (None, -1, 0, 10**30)),
