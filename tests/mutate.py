@@ -145,8 +145,8 @@ def name_of(call: ast.AST) -> str:
 
 def of_number(value: int | float, node: ast.AST, parent: ast.AST) -> tuple[str, ast.AST]:
     """What a number is changed into depends on where it stands."""
-    is_axis = name_of(parent) in AXES and type(value) is int or getattr(parent, "arg", None) in ("dim", "axis", "dims")
-    if is_axis:
+    is_method = isinstance(getattr(parent, "func", None), ast.Attribute) and name_of(parent) in AXES
+    if type(value) is int and (is_method or getattr(parent, "arg", None) in ("dim", "dims")):
         return "axis", ast.Constant(0 if value else -1)
     if isinstance(parent, (ast.Subscript, ast.Slice)):
         return "index", ast.Constant(value - 1 if value < 0 else value + 1)
@@ -213,8 +213,7 @@ def is_numeric(name: str, function: ast.FunctionDef) -> bool:
 
 def expressions(node: ast.AST, parent: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
     """(node, parent) of all that is not a message, a refusal or an annotation."""
-    silent = isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr)) or NOT_NUMERIC.match(name_of(node))
-    if silent:
+    if isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr)) or NOT_NUMERIC.match(name_of(node)):
         return
     yield node, parent
     refuses = isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise)
@@ -331,7 +330,6 @@ def run_tests(tree: Path, files: Iterable[str], plugin: object, *flags: str) -> 
             os.dup2(os.open(tree.parent / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.path = [place for place in sys.path if place != str(ROOT / "tests")]
         signal.signal(signal.SIGINT, signal.default_int_handler)    # nohup has it ignored
-        signal.alarm(3 * SLOW[0] if flags else 0)
         code = pytest.main(["-p", "no:cacheprovider", "--rootdir", str(tree), "--basetemp", str(tree.parent / "tests"),
                             *flags, *files], plugins=[plugin])
         os._exit(code)
@@ -370,15 +368,15 @@ class Measured:
             self.known[file] = json.loads(saved.read_text())
         return self.known[file]
 
-    def covering(self, mutant: Mutant, most: float) -> Iterator[dict[str, float]]:
-        """Yields tests to run, each with its seconds, the fastest first: of the file's own, then of the others. What
-        runs at import alone is covered by all of its own."""
-        own = f"tests/test_{Path(mutant.file).stem}.py"
-        others = sorted(f"tests/{path.name}" for path in self.tree.glob("tests/test_*.py") if path.name not in own)
-        for files in [own], others:
-            tests = {test: row for file in files for test, row in self.tests(file).items()}
-            found = [test for test, row in tests.items() if f"{mutant.file} {mutant.function}" in row["functions"]]
-            yield within(most, {test: tests[test] for test in found} or (tests if files == [own] else {}))
+    def covering(self, mutant: Mutant, own: bool, most: float) -> dict[str, float]:
+        """The tests to run, each with its seconds, the fastest first: of the file's own, or of the others. What runs at
+        import alone is covered by all of its own."""
+        name = f"test_{Path(mutant.file).stem}.py"
+        files = [f"tests/{path.name}" for path in self.tree.glob("tests/test_*.py") if (path.name == name) == own]
+        tests = {test: row for file in sorted(files) for test, row in self.tests(file).items()}
+        function = f"{mutant.file} {mutant.function}"
+        found = {test: row for test, row in tests.items() if function in row["functions"]}
+        return within(most, found or (tests if own else {}))
 
 
 def within(most: float, tests: dict[str, dict]) -> dict[str, float]:
@@ -397,10 +395,13 @@ def within(most: float, tests: dict[str, dict]) -> dict[str, float]:
 # ---- is a mutant noticed? -------------------------------------------------------------------------------------------
 
 class Chosen:
-    """A pytest plugin: runs these tests in this order, and ends the process if one hangs."""
+    """A pytest plugin: runs these tests in this order, and ends the process if one hangs: no one handles the alarm."""
 
     def __init__(self, seconds: dict[str, float]):
         self.seconds = seconds
+
+    def pytest_sessionstart(self) -> None:
+        signal.alarm(3 * SLOW[0])       # for imports
 
     def pytest_collection_modifyitems(self, items: list) -> None:
         chosen = {item.nodeid: item for item in items}
@@ -411,15 +412,38 @@ class Chosen:
         signal.alarm(round(SLOW[0] + SLOW[1] * self.seconds[nodeid]))
 
 
-def noticed_by(tree: Path, rounds: Iterable[dict[str, float]]) -> str:
+def noticed_by(tree: Path, chosen: dict[str, float]) -> str:
     """The test that notices the mutant, which is written in the tree; empty if none does."""
-    for chosen in rounds:
-        files = sorted({test.partition("::")[0] for test in chosen})
-        code = run_tests(tree, files, Chosen(chosen), "-x", "--tb=no", "--show-capture=no") if chosen else 0
-        if code:
-            ran = re.findall("running (.*)", (tree.parent / "output").read_text("utf-8", "replace"))
-            return (ran[-1] if ran else "import") + (", which hangs" if code < 0 else "")
-    return ""
+    files = sorted({test.partition("::")[0] for test in chosen})
+    code = run_tests(tree, files, Chosen(chosen), "-x", "--tb=no", "--show-capture=no") if chosen else 0
+    if not code:
+        return ""
+    ran = re.findall("running (.*)", (tree.parent / "output").read_text("utf-8", "replace"))
+    return (ran[-1] if ran else "import") + (", which hangs" if code < 0 else "")
+
+
+def hunt(mutants: list[Mutant], trees: dict[str, ast.Module], args: argparse.Namespace) -> list[Mutant]:
+    """Returns the mutants that nobody notices. The tests of other files are run for those that the own let pass."""
+    with tempfile.TemporaryDirectory(prefix="octet-mutate-") as folder:
+        measured, tree = Measured(Path(folder)), Path(folder) / "mutant"
+        copy_tree(tree)
+        for own in True, False:
+            left, began = [], time.perf_counter()
+            for i, mutant in enumerate(mutants, 1):
+                chosen, file, whole = measured.covering(mutant, own, args.seconds), mutant.file, trees[mutant.file]
+                (tree / file).write_text(mutant.written(whole), "utf-8")
+                os.utime(tree / file, (i, i))       # by time and length Python tells what it has compiled before
+                by = noticed_by(tree, chosen)
+                (tree / file).write_text(ast.unparse(whole), "utf-8")
+                if not by:
+                    left.append(mutant)
+                each = (time.perf_counter() - began) / i
+                minutes = each * (len(mutants) - i) / 60
+                result = f"noticed by {by}" if by else f"LEFT by {len(chosen)} tests"
+                pace = f"{i}/{len(mutants)}, {each:.1f} s each, {minutes:.0f} min left"
+                print(f"{pace} | {mutant} | {result}", flush=True)
+            mutants = left
+    return left
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -444,42 +468,22 @@ def draw(mutants: list[Mutant], args: argparse.Namespace) -> list[Mutant]:
     return random.Random(f"{args.seed} {mutants[0].file}").sample(found, args.per_file)
 
 
-def row(name: str, there: list[Mutant], drawn: list[Mutant], left: list[Mutant]) -> str:
-    return f"| {name} | {len(there)} | {len(drawn)} | {len(drawn) - len(left)} | {len(left)} |"
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     trees = {file: ast.parse((ROOT / file).read_text("utf-8")) for file in FILES}
     there = {file: mutants_of(file, trees[file]) for file in FILES}
-    drawn = {file: draw(there[file], args) for file in FILES}
-    count = sum(map(len, drawn.values()))
+    drawn = list(chain(*(draw(mutants, args) for mutants in there.values())))
     if args.list:
-        print(*chain(*drawn.values()), f"{count} mutants", sep="\n")
+        print(*drawn, f"{len(drawn)} mutants", sep="\n")
         return 0
-    left = {file: [] for file in FILES}
-    with tempfile.TemporaryDirectory(prefix="octet-mutate-") as folder:
-        measured, tree = Measured(Path(folder)), Path(folder) / "mutant"
-        copy_tree(tree)
-        began = time.perf_counter()
-        for i, mutant in enumerate(chain(*drawn.values()), 1):
-            file, whole = mutant.file, trees[mutant.file]
-            (tree / file).write_text(mutant.written(whole), "utf-8")
-            os.utime(tree / file, (i, i))       # by time and length Python tells what it has compiled before
-            by = noticed_by(tree, measured.covering(mutant, args.seconds))
-            (tree / file).write_text(ast.unparse(whole), "utf-8")
-            if not by:
-                left[file].append(mutant)
-            each = (time.perf_counter() - began) / i
-            minutes = each * (count - i) / 60
-            result = f"noticed by {by}" if by else "LEFT"
-            print(f"{i}/{count}, {each:.1f} s each, {minutes:.0f} min left | {mutant} | {result}", flush=True)
+    left = hunt(drawn, trees, args)
     print(f"\n| file | mutants there are | drawn by seed {args.seed} | noticed | left |\n|---|---|---|---|---|")
-    for file in FILES:
-        print(row(file, there[file], drawn[file], left[file]))
-    all_left = list(chain(*left.values()))
-    print(row("all", list(chain(*there.values())), list(chain(*drawn.values())), all_left), *all_left, sep="\n")
-    return 1 if all_left else 0
+    for name in [*FILES, "all"]:
+        counts = [sum(mutant.file == name or name == "all" for mutant in some)
+                  for some in (chain(*there.values()), drawn, left)]
+        print(f"| {name} | {counts[0]} | {counts[1]} | {counts[1] - counts[2]} | {counts[2]} |")
+    print(*left, sep="\n")
+    return 1 if left else 0
 
 
 if __name__ == "__main__":

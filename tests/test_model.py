@@ -361,6 +361,15 @@ def test_greedy_batched_cached_is_single_uncached():
     assert model.generate(PROMPTS, [2, 3, 30], 0, eos_id=-1, repetition_penalty=1.5) == penalized
 
 
+@pytest.mark.lesson
+def test_a_repetition_penalty_lowers_what_was_seen():
+    """A positive logit is divided, however small it is: multiplied it would become likelier."""
+    logits = torch.tensor([[3.0, 0.5, -0.5, 0.0, 3.0], [3.0, 0.5, -0.5, 0.0, 3.0]])
+    seen = torch.tensor([[True, True, True, True, False], [False] * 4 + [True]])
+    expected = [[1.5, 0.25, -1.0, 0.0, 3.0], [3.0, 0.5, -0.5, 0.0, 1.5]]
+    assert M.penalize_repetition(logits, seen, 2.0).tolist() == expected
+
+
 def test_padding_of_the_prompts_is_no_token_that_was_seen():
     """Prompts are padded with id 0; a penalty on 0 would change what a short prompt gets."""
     model = markov({5: 0})

@@ -6,6 +6,7 @@ reported by a test of its own.
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import io
 import os
@@ -483,10 +484,17 @@ def test_plan_is_the_papers_table():
         assert {part: rows[f"device: {part}"] for part in on_device} == on_device and rows["cpu: all"] == 0
     assert offloaded["device: weights"] == 2 * P and offloaded["device: master"] == 0
     assert (offloaded["cpu: gradient"], offloaded["cpu: master"], offloaded["cpu: moments"]) == (P, P, 2 * P)
+    L = size.largest  # its gradient, and of zero2 the parts received and their sum in fp32
+    buckets = [zero.plan(size, "zero2", nproc, 512)["device: buckets"] for nproc in (1, 2, 4)]
+    assert buckets == [2 * L, 2 * L + (2 + 4) * L / 2, 2 * L + (2 + 4) * L / 4] and ddp["device: buckets"] == 2 * L
     assert zero2["sent a step"] == 2 * 2 * P * 3 / 4  # 2 Psi elements ...
     accumulated = zero.plan(size, "zero2", 4, 512, micro_batches=8)
     assert accumulated["sent a step"] == 9 * 2 * P * 3 / 4  # ... Psi a micro-batch and Psi a step
     assert zero.plan(size, "naive", 1, 512, element=4)["device: master"] == 0
+    whole, checkpointed = (zero.plan(size, "naive", 1, 512, grad_checkpoint=on)["device: activations"]
+                           for on in (False, True))
+    norm = inputs = 512 * 2 * 4096
+    assert checkpointed - norm == 32 * inputs + (whole - norm) / 32  # the inputs of all blocks, and one block whole
     one_card, no_card = (zero.plan(size, name, 1, 512, grad_checkpoint=True) for name in ("zero2_cpu", "zero2"))
     assert one_card["device: peak at once"] + 2**30 < 24 * 2**30 < no_card["device: peak at once"]
     assert one_card["device <-> cpu a step"] == 2 * 2 * P
@@ -518,6 +526,17 @@ def test_plan_of_a_run_counts_shared_weights_once():
     text, _ = zero.run_plan([model], [], "zero2", world, 512, torch.float32)
     parts = [rf"{part} \d+\.\d\d GB" for part in ("activations", "logits", "heap", "peak at once")]
     assert re.fullmatch(f"memory of a process: {', '.join(parts)}", text)
+
+
+def test_plan_of_a_run_has_the_activations_of_its_biggest_model():
+    """dim 16 x 20 layers is more than dim 64 x 2."""
+    wide, deep = llama(config=WIDER), llama(config=dataclasses.replace(CONFIG, n_layers=20))
+    text, found = zero.run_plan([wide, deep], [], "ddp", run.World(0, 2, torch.device("cpu")), 10**5, torch.float32)
+    total, largest = elements(wide) + elements(deep), max(p.numel() for p in wide.parameters())
+    size = zero.Size(deep.config, True, total, total, largest)
+    rows = zero.plan(size, "ddp", 2, 10**5, element=4, gpu=False)
+    assert found == rows["device: peak at once"]
+    assert 5e6 < rows["device: logits"] < 1e7 and "logits 0.01 GB" in text  # what rounds to 0.01 is shown
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
