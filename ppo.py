@@ -991,12 +991,12 @@ LADDER = [0.4, 0.2, 0.1, 0.05, 0.02, 0.0]       # kl_coef
 
 
 def sweep(args: argparse.Namespace) -> dict:
-    """--sweep: learns once for each kl_coef, until the KL is large or the gold score has lost a fifth of its best.
+    """--sweep: learns once for each kl_coef, until the KL is large or the gold score is below that of the SFT model.
 
     As Gao et al. 2022, "Scaling laws for reward model overoptimization" (2210.10760): gold and proxy against the KL,
-    for the algorithm and for the best-of-n answers of the SFT model. The fewer
-    comparisons taught the reward model, the sooner gold falls while the proxy still rises: in the demo that of
-    rm.py --max_datasets_size 400 shows it. A rung is a run in a directory of its own."""
+    for the algorithm and for the best-of-n answers of the SFT model. The fewer comparisons taught the reward model, the
+    sooner gold falls while the proxy still rises: in the demo, one of rm.py --max_datasets_size 400 shows it. A rung is
+    a run in a directory of its own."""
     world = run.start(args.device, args.strategy)
     best_of = args.best_of if max(args.best_of) > 1 else [2**i for i in range(7)]
     plain = rung(args, args.save_path / "sft", {"eval": args.pretrain, "best_of": best_of})
@@ -1004,12 +1004,11 @@ def sweep(args: argparse.Namespace) -> dict:
     for kl_coef in args.sweep or LADDER:
         figures = rung(args, args.save_path / f"kl-{kl_coef:g}", {"kl_coef": kl_coef})["model"]
         found["rungs"].append({"kl_coef": kl_coef} | figures)
-        golds = [row.get("gold", 0.0) for row in found["rungs"]]
         if world.rank == 0:
             weights.write_json(args.save_path / "sweep.json", found)
             print_rows(found["best_of"])
             print_rows(found["rungs"])
-        if figures["kl"] > LARGE_KL or golds[-1] < 0.8 * max(golds):
+        if figures["kl"] > LARGE_KL or figures.get("gold", 0) < plain["model"].get("gold", 0):
             break
     return found
 

@@ -1283,10 +1283,12 @@ def test_a_sweep_is_a_run_a_rung(base, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("figures, rungs", [
     ([{"kl": 5.0}, {"kl": 31.0}, {"kl": 9.0}], 2),
-    ([{"kl": 5.0, "gold": 0.8}, {"kl": 7.0, "gold": 0.9}, {"kl": 9.0, "gold": 0.73}, {"kl": 9.0, "gold": 0.71}], 4),
+    ([{"kl": 5.0, "gold": 0.8}, {"kl": 7.0, "gold": 0.9}, {"kl": 9.0, "gold": 0.51}, {"kl": 9.0, "gold": 0.49}], 4),
 ])
 def test_a_sweep_ends_where_it_breaks(base, tmp_path, monkeypatch, figures, rungs):
-    found = iter([{"best_of": [{"n": 1}]}, *({"model": row} for row in figures)])
+    """Where the KL is large, or the gold score below the SFT model's 0.5."""
+    plain = {"best_of": [{"n": 1}], "model": {"gold": 0.5} if "gold" in figures[0] else {}}
+    found = iter([plain, *({"model": row} for row in figures)])
     monkeypatch.setattr(ppo, "rung", lambda *given: next(found))
     assert len(main(base, tmp_path, "--sweep")["rungs"]) == rungs
 
