@@ -918,7 +918,8 @@ def means(answers: list[Answer], size: int) -> dict[str, float]:
 def compared(found: list[Answer], plain: list[Answer], best_of: list[int]) -> dict:
     """What eval.json holds. plain: the SFT model's answers, one a prompt.
 
-    The win rate is that of the first answer to each prompt, so that trials are independent."""
+    The win rate is that of the first answer to each prompt, so that trials are independent. The KL of best-of-n is that
+    to the model measured."""
     size, wins, best = max(best_of), {}, [{"n": n, "kl": measure.best_of_kl(n)} for n in best_of]
     proxy = torch.tensor([answer.figures["proxy"] for answer in found]).view(-1, size)          # (P, N)
     for name in [name for name in ("proxy", "gold") if name in plain[0].figures]:
@@ -947,7 +948,7 @@ def best_records(found: list[Answer], size: int, tokenizer: text.Tokenizer) -> l
 
 
 def measured(args: argparse.Namespace) -> dict:
-    """--eval: compares the model in this directory with the SFT model, on prompts that nothing was trained on.
+    """--eval: compares the model in this directory with the SFT model, on the first --eval_size held-out prompts.
 
     With --write the prompts are those to train on: held-out ones must not get into a training file."""
     stage = begin(args)
@@ -965,7 +966,7 @@ def measured(args: argparse.Namespace) -> dict:
     asked = (prompts if args.write else held)[:args.eval_size]
     run.say_flags(stage.world, args)
     found = judged(models, asked, size, stage)
-    plain = judged(models._replace(actor=ref, ref=actor), asked, 1, stage)
+    plain = judged(models._replace(actor=ref, ref=actor), asked, 1, stage)     # its KL is not used
     figures = compared(found, plain, args.best_of)
     if stage.world.rank == 0:
         weights.write_json(args.save_path / "eval.json", figures)
