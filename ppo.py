@@ -665,7 +665,8 @@ def plan(models: Models, prompts: int, examples: int, stage: Stage) -> tuple[int
     ptx = f"{examples} examples, weight {args.ptx_coef}" if examples else "off"
     stage.say(f"{prompts} prompts | {updates} updates of {args.update_timesteps} x {args.experience_batch_size} x "
               f"{world.world} answers, {args.max_epochs} epochs | ptx {ptx} | {parameters:,} parameters trained")
-    return updates, sft.say_memory(learning, modules(models[2:]), args.train_batch_size * args.max_seq_len, stage)
+    learnt, answered = (rows * args.max_seq_len for rows in (args.train_batch_size, args.experience_batch_size))
+    return updates, sft.say_memory(learning, modules(models[2:]), learnt, stage, answered)
 
 
 OWN = {"loss/value_avg": "value loss", "alike_groups": "alike groups"}     # with a critic, and with groups

@@ -362,11 +362,13 @@ def make_optimizer(model: nn.Module, stage: Stage) -> zero.ZeRO2:
                       strategy=args.strategy, trace=args.trace)
 
 
-def say_memory(trained: list[nn.Module], frozen: list[nn.Module], tokens: int, stage: Stage) -> int:
-    """Prints what a run with micro-batches of so many tokens needs of memory. Returns its peak in bytes."""
+def say_memory(trained: list[nn.Module], frozen: list[nn.Module], tokens: int, stage: Stage, cached: int = 0) -> int:
+    """Prints what a run with micro-batches of so many tokens needs of memory. Returns its peak in bytes.
+
+    cached: tokens of a rollout."""
     args = stage.args
     plan, peak = zero.run_plan(trained, frozen, args.strategy, stage.world, tokens, stage.dtype, args.lora_rank,
-                               args.grad_checkpoint)
+                               args.grad_checkpoint, cached)
     stage.say(plan)
     return peak
 

@@ -3,6 +3,7 @@
     torchrun --standalone --nproc_per_node=2 sft.py --strategy zero2      two processes, half of the optimizer each
     python sft.py --strategy zero2_cpu                                    optimizer in CPU memory, model on the GPU
     python zero.py --plan 7B --nproc 4                                    what fits where, before anything is loaded
+    python zero.py --plan 7B --ppo --lora_rank 8 --bits 4                 ppo.py, adapters beside a quantized base
 
 Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054) is the paper for what is sharded, Ren et al. 2021, "ZeRO-Offload"
 (arXiv 2101.06840) for the CPU part, Li et al. 2020, "PyTorch Distributed" (arXiv 2006.15704) for buckets and their
@@ -546,6 +547,11 @@ CARDS = (8, 12, 16, 24, 32, 40, 80)          # GiB
 HEAP = 200_000_000
 
 
+# Bytes for each number of a matrix while quantize.py dequantizes it. At 8 bits: fp32, and rounded to the compute dtype.
+# At 4 bits: the code in a byte, and in fp32 its zero, its scale, their difference and the product.
+DEQUANTIZED = {8: 6, 4: 17}
+
+
 class Size(NamedTuple):
     """Sizes of the models of a run, from which the plan is computed."""
     config: LlamaConfig    # of the largest
@@ -554,36 +560,59 @@ class Size(NamedTuple):
     trained: int
     largest: int           # elements of the largest trained parameter
     rank: int = 0          # of adapters
+    bits: int = 0          # of the linears of the layers, if they are quantized; then they are no parameters
+    codes: int = 0         # bytes of these linears
 
 
 class Part(NamedTuple):
     """What a process holds for one purpose."""
     what: str
-    alive: str             # "always"; "forward": until backward begins; "backward": when it ends
+    alive: str             # "always"; "forward": until backward begins; "backward": when it ends; "rollout": in ppo.py
     device: int            # bytes there
     cpu: int = 0           # bytes in CPU memory, beside a GPU
 
 
-def size_of(config: LlamaConfig, lora_rank: int = 0) -> Size:
-    """Returns the size of a language model, with adapters of lora_rank beside all linears of its layers."""
+def size_of(config: LlamaConfig, lora_rank: int = 0, bits: int = 0, ppo: bool = False) -> Size:
+    """Returns the size of a language model, with adapters of lora_rank beside all linears of its layers.
+
+    ppo: of the four models of ppo.py. With adapters they share one base, and the reward model has an adapter of that
+    rank too, on which the critic's is put."""
     with torch.device("meta"):                                 # shapes without memory
         model = Llama(config)
     linears = [module for module in model.layers.modules() if isinstance(module, nn.Linear)]
     adapters = sum(lora_rank * (linear.in_features + linear.out_features) for linear in linears)
     numel = [p.numel() for p in model.parameters()]
-    largest = lora_rank * config.ffn_dim or max(numel)
-    return Size(config, True, sum(numel) + adapters, adapters or sum(numel), largest, lora_rank)
+    largest, base = lora_rank * config.ffn_dim or max(numel), sum(numel)
+    trained, kept, codes = adapters or base, 0, 0
+    if ppo:
+        head = 0 if config.tie_embeddings else config.vocab_size * config.dim
+        judge = (adapters or base - head) + config.dim         # critic or reward model, with a head of one number
+        kept = judge if lora_rank else trained + judge         # what is not trained, beside the base of adapters
+        trained += judge
+    if bits:
+        codes = sum(code_bytes(linear, bits) for linear in linears)
+        base -= sum(linear.weight.numel() for linear in linears)
+    total = trained + kept + (base if lora_rank else 0)
+    return Size(config, True, total, trained, largest, lora_rank, bits, codes)
+
+
+def code_bytes(linear: nn.Linear, bits: int, group_size: int = 128) -> int:
+    """Returns the bytes of a quantized linear whose sides 8 divides, see Linear8 and Linear4 of quantize.py."""
+    O, I = linear.out_features, linear.in_features
+    grids = -(-I // group_size) * O
+    return bits * O * I // 8 + (4 * O if bits == 8 else 2 * grids + grids // 2 + 4 * I)     # scales, zeros, groups
 
 
 def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, grad_checkpoint: bool = False,
-         micro_batches: int = 1, gpu: bool = True) -> dict[str, int]:
+         micro_batches: int = 1, gpu: bool = True, cached: int = 0) -> dict[str, int]:
     """Returns the bytes of one process by what they are for. On the device and in CPU memory alike
 
-        peak = what is alive always + max(what is alive in forward, what is alive in backward)
+        peak = what is alive always + max(what is alive in forward, what is alive in backward, ... in a rollout)
 
     since backward frees activations while it computes gradients: the peak is where it begins, or where it ends.
 
-    tokens: of a micro-batch. element: bytes of a number that the model computes with.
+    tokens: of a micro-batch. element: bytes of a number that the model computes with. cached: tokens of a rollout in
+    the KV cache, 0 where there are none.
     """
     strategy = run.ALIASES.get(strategy, strategy)
     offload = strategy == "zero2_cpu" and gpu                  # the optimizer state lies in CPU memory ...
@@ -591,9 +620,13 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     N = nproc if strategy.startswith("zero2") else 1           # shards
     P, Psi, L = size.total, size.trained, size.largest
     n = -(-Psi // N)                                           # elements that this process owns
-    V, C = size.config.vocab_size, size.config.dim
+    c = size.config
+    V, C, Q, K, F = c.vocab_size, c.dim, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.ffn_dim
+    linears = element * C * (c.n_layers * (2 * Q + 2 * K + 3 * F) + V)              # their bytes, not quantized
+    scored = tokens if cached else min(tokens, 512)
     parts = [                                                  # of the state: ZeRO's section 3.1, gradient in fp32
-        Part("weights", "always", element * P),
+        Part("weights", "always", element * P + size.codes),
+        Part("dequantized", "always", DEQUANTIZED.get(size.bits, 0) * C * F),
         Part("gradient", "backward", 4 * n * here, 4 * n * offload),
         Part("master", "always", 4 * n * here * (element < 4), 4 * n * offload),    # in fp32 it is the weights
         Part("moments", "always", 8 * n * here, 8 * n * offload),
@@ -601,8 +634,13 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
         Part("buckets", "backward", element * L + (element + 4) * L // N * (N > 1)),
         Part("pinned", "always", 0, 4 * CopyStream.BUFFERS * -(-L // N) * offload),
         Part("activations", "forward", activation_bytes(size, tokens, element, grad_checkpoint, gpu)),
-        # `sft.HeadLoss`: logits and probabilities of 512 rows, and the gradients of hidden states and head
-        Part("logits", "forward", 4 * size.head * (2 * min(tokens, 512) * V + tokens * C + V * C * (size.rank == 0))),
+        # `sft.HeadLoss`: logits and probabilities of 512 rows, and the gradients of hidden states and head. ppo.py: log
+        # probabilities of all rows, their gradient and that of the logits
+        Part("logits", "forward", 4 * size.head * ((3 if cached else 2) * scored * V + tokens * C
+                                                   + V * C * (size.rank == 0))),
+        # `quantize.packed` holds codes twice, and on a CPU plain weights too.
+        Part("packed", "rollout", (cached > 0) * (size.codes or linears * (not gpu))),
+        Part("cache", "rollout", 2 * element * c.n_layers * K * cached),
         Part("heap", "always", HEAP * (not gpu)),
     ]
     rows = {}
@@ -611,7 +649,7 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
         for part in parts:
             rows[f"{where}: {part.what}"] = getattr(part, where)
             held[part.alive] += getattr(part, where)
-        rows[f"{where}: {name_of_peak}"] = held["always"] + max(held["forward"], held["backward"])
+        rows[f"{where}: {name_of_peak}"] = held.pop("always") + max(held.values())
     # Section 7: a reduce-scatter a micro-batch and an all-gather a step; ddp's fp32 all-reduce is one of each.
     sent = Psi * (nproc - 1) / nproc * (element * (micro_batches + 1) if N > 1 else 8)
     copied = n * (micro_batches * (element if N == 1 else 4) + element) * offload
@@ -639,14 +677,20 @@ def activation_bytes(size: Size, tokens: int, element: int, grad_checkpoint: boo
 
 
 def run_plan(trained: list[nn.Module], frozen: list[nn.Module], strategy: str, world: run.World, tokens: int,
-             dtype: torch.dtype, lora_rank: int = 0, grad_checkpoint: bool = False) -> tuple[str, int]:
+             dtype: torch.dtype, lora_rank: int = 0, grad_checkpoint: bool = False,
+             cached: int = 0) -> tuple[str, int]:
     """Returns the plan of a run in one line, and its peak in bytes. Of frozen models only the weights count."""
     numel = [p.numel() for model in trained for p in model.parameters() if p.requires_grad]
-    stored = {p.data_ptr(): p.nbytes for model in trained + frozen for p in model.parameters()}     # some are shared
+    models = trained + frozen                                  # some share weights
+    plain = sum({p.data_ptr(): p.nbytes for model in models for p in model.parameters()}.values())
+    stored = sum({t.data_ptr(): t.nbytes for model in models for t in model.state_dict().values()}.values())
+    scheme = getattr(models[0], "trunk", models[0]).quantized or {"bits": 0}
     config = max((model.config for model in trained), key=lambda c: c.dim * c.n_layers)
     head = any(hasattr(model, "output") for model in trained)
-    size = Size(config, head, sum(stored.values()) // dtype.itemsize, sum(numel), max(numel), lora_rank)
-    rows = plan(size, strategy, world.world, tokens, dtype.itemsize, grad_checkpoint, gpu=world.device.type == "cuda")
+    size = Size(config, head, plain // dtype.itemsize, sum(numel), max(numel), lora_rank, scheme["bits"],
+                stored - plain)
+    rows = plan(size, strategy, world.world, tokens, dtype.itemsize, grad_checkpoint, 1, world.device.type == "cuda",
+                cached)
     shown = ", ".join(row.removeprefix("device: ") + " " + gb(n) for row, n in rows.items() if n >= 5e6)
     return f"memory of a process: {shown}", rows["device: peak at once"]
 
@@ -669,6 +713,8 @@ def main(argv: list[str] | None = None) -> None:
     flag("--accumulation_steps", type=run.whole(1), default=1, help="micro-batches a step")
     flag("--max_len", type=run.whole(2), default=512, help="tokens of an example")
     flag("--lora_rank", type=run.whole(0), default=0, help="rank of adapters; 0 trains all weights")
+    flag("--bits", type=int, choices=[4, 8], default=0, help="of a quantized model, beside which adapters are trained")
+    flag("--ppo", action="store_true", help="the four models of ppo.py, and its rollouts")
     flag("--grad_checkpoint", action="store_true", help="recompute activations in backward")
     flag("--dtype", choices=["bf16", "fp32"], default="bf16", help="to compute in")
     args = parser.parse_args(argv)
@@ -677,17 +723,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan not in SHAPES and not Path(args.plan).is_dir():
         raise ValueError(f"--plan {args.plan}: neither a weights directory nor one of {shapes}")
     config = SHAPES.get(args.plan) or LlamaConfig(**weights.read_config(args.plan))
-    size, element = size_of(config, args.lora_rank), weights.DTYPES[args.dtype].itemsize
+    if args.bits and not args.lora_rank:
+        raise ValueError(f"--bits {args.bits} needs --lora_rank: quantized weights are frozen, what is trained are "
+                         "adapters")
+    size = size_of(config, args.lora_rank, args.bits, args.ppo)
+    tokens, element = args.batch_size * args.max_len, weights.DTYPES[args.dtype].itemsize
     usual = "naive" if args.nproc == 1 else "ddp"
     names = [args.strategy] if args.strategy else [usual, "zero2", "zero2_cpu"]
-    plans = [plan(size, name, args.nproc, args.batch_size * args.max_len, element, args.grad_checkpoint,
-                  args.accumulation_steps) for name in names]
+    plans = [plan(size, name, args.nproc, tokens, element, args.grad_checkpoint, args.accumulation_steps,
+                  cached=tokens * args.ppo) for name in names]
     # A gigabyte is for the CUDA context, cuBLAS and what the allocator cannot use.
     needed = [rows["device: peak at once"] / 2**30 + 1 for rows in plans]
     cards = [next((f"{card} GB" for card in CARDS if gib <= card), "none") for gib in needed]
     table = {row: [rows[row] for rows in plans] for row in plans[0]}
     cells = {"": names} | {row: map(gb, numbers) for row, numbers in table.items() if any(numbers)}
-    billions, millions = size.total / 1e9, size.trained / 1e6
+    billions, millions = size_of(config).total / 1e9, size.trained / 1e6
     print(f"LLaMA {args.plan}, {billions:.2f} G parameters, {millions:,.1f} M trained, {args.dtype}, "
           f"{args.nproc} processes, micro-batches of {args.batch_size} x {args.max_len} tokens: bytes of one process")
     for row, columns in (cells | {"fits a card of": cards}).items():

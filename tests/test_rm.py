@@ -18,6 +18,7 @@ import ppo
 import quantize
 import rm
 import sft
+import zero
 from data import demo, records, text
 from data.text import Tokenizer
 from data.weights import hf_name
@@ -289,14 +290,14 @@ def quantized(base, bits: int) -> str:
     folder = base / f"int{bits}"
     if not folder.exists():
         model = Llama.from_pretrained(base / "model")
-        quantize.quantize_model(model, quantize.Scheme("rtn", bits, -1 if bits == 8 else 16, bits == 8))
+        quantize.quantize_model(model, quantize.Scheme("rtn", bits, -1 if bits == 8 else 128, bits == 8))
         quantize.save(model, folder)
         Tokenizer(base / "model").save(folder, "alpaca")
     return folder.name
 
 
-def four_models(base, out, form: str, rm_path) -> tuple[ppo.Models, sft.Stage]:
-    args = ppo.parse(list(map(str, ("--pretrain", base / form, "--rm_path", rm_path, "--lora_rank", 2,
+def four_models(base, out, form: str, rm_path, rank: int = 2) -> tuple[ppo.Models, sft.Stage]:
+    args = ppo.parse(list(map(str, ("--pretrain", base / form, "--rm_path", rm_path, "--lora_rank", rank,
                                     "--save_path", out))))
     stage = sft.start(args, False, ppo.FINETUNE)
     return ppo.open_models(stage), stage
@@ -308,14 +309,33 @@ def places(model: torch.nn.Module) -> set[int]:
     return {tensor.data_ptr() for name, tensor in tensors if not re.search("lora_|score|^output", name)}
 
 
+def check_plan(models: ppo.Models, stage: sft.Stage, rank: int, bits: int = 0) -> None:
+    """zero.py --plan knows what ppo.py holds, from the shape alone; cached is larger than what an update takes."""
+    size, held = zero.size_of(models.actor.config, rank, bits, ppo=True), {}
+    for model in models:
+        held |= {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    assert 4 * size.total + size.codes == sum(held.values())
+    given = (list(models[:2]), list(models[2:]), "naive", stage.world, 64, stage.dtype, rank, False)
+    for cached in (0, 9, 99_999):
+        planned = zero.plan(size, "naive", 1, 64, 4, gpu=False, cached=cached)
+        assert zero.run_plan(*given, cached)[1] == planned["device: peak at once"]
+    assert planned["device: packed"] == (size.codes or 4 * (2 * (2 * 32 * 48 + 3 * 32 * 48) + 1280 * 32))
+
+
+def test_plan_of_four_models_of_their_own(base, tmp_path):
+    run(base, tmp_path / "rm", "--max_steps", 1)
+    check_plan(*four_models(base, tmp_path / "ppo", "model", tmp_path / "rm", 0), rank=0)
+
+
 @pytest.mark.parametrize("form", ["model", "adapter", "int8", "int4"])
 def test_four_models_have_one_base(base, tmp_path, capsys, form):
     """Stage 1 trained all weights or an adapter, or its model was quantized. What is shared computes what it did."""
     if form.startswith("int"):
         quantized(base, int(form[3:]))
     tokens = torch.arange(3, 60)[None]
-    run(base, tmp_path / "rm", "--pretrain", base / form, "--max_steps", 2, "--lora_rank", 3)
+    run(base, tmp_path / "rm", "--pretrain", base / form, "--max_steps", 2, "--lora_rank", 2)
     models, stage = four_models(base, tmp_path / "ppo", form, tmp_path / "rm")
+    check_plan(models, stage, 2, int(form[3:]) if form.startswith("int") else 0)
     assert places(models.actor) == places(models.critic) == places(models.reward) and len(places(models.actor)) > 12
     assert "of their own in memory" not in capsys.readouterr().out
     alone = RewardModel.from_pretrained(tmp_path / "rm").eval()

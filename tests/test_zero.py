@@ -14,6 +14,7 @@ import re
 import signal
 import traceback
 import warnings
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,8 +23,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
+import quantize
 import sft
 import zero
 from data import run
@@ -453,6 +456,36 @@ def test_size_of_a_model(tied):
     assert (adapted.total, adapted.trained, adapted.largest) == (elements(model), trained, 4 * 20)
 
 
+@pytest.mark.parametrize("bits, group_size", [(8, -1), (4, 128), (4, 32)])
+def test_bytes_of_a_quantized_matrix(bits, group_size):
+    """304 columns are two groups of 128 and one of 48."""
+    kind = {8: quantize.Linear8, 4: quantize.Linear4}[bits]
+    layer = kind.of(quantize.rtn(torch.randn(48, 304), bits, group_size, bits == 8))
+    found = sum(buffer.nbytes for buffer in layer.buffers())
+    assert found == zero.code_bytes(nn.Linear(304, 48), bits, group_size)
+
+
+class Live(TorchDispatchMode):
+    """Adds up the bytes of tensors while they live; views are not counted."""
+    now = most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        if made.data_ptr() not in [x.data_ptr() for x in args if isinstance(x, Tensor)]:
+            self.now += made.nbytes
+            self.most = max(self.most, self.now)
+            weakref.finalize(made, lambda n: setattr(self, "now", self.now - n), made.nbytes)
+        return made
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bytes_while_a_matrix_is_dequantized(bits):
+    layer = {8: quantize.Linear8, 4: quantize.Linear4}[bits].of(quantize.rtn(torch.randn(256, 512), bits, -1, bits == 8))
+    with Live() as live:
+        layer.dequantize(torch.bfloat16)
+    assert live.most == pytest.approx(zero.DEQUANTIZED[bits] * 256 * 512, rel=0.03)
+
+
 @pytest.mark.parametrize("dtype, rank", [(torch.float32, 0), (torch.float32, 4), (torch.bfloat16, 4)])
 def test_activations_are_what_autograd_keeps(dtype, rank):
     config = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=160, vocab_size=99,
@@ -505,6 +538,18 @@ def test_plan_on_the_command_line(capsys):
     text = capsys.readouterr().out
     assert re.search(r"fits a card of +16 GB", text) and re.search(r"device: weights +13\.5\d GB", text)
     assert "sent a step" in text
+
+
+@pytest.mark.parametrize("bits, card", [(8, 24), (4, 16)])
+def test_ppo_of_7b_beside_quantized_weights(capsys, bits, card):
+    """By the rows of an update that ppo.py takes unless told otherwise. Of four models whole, no card holds any."""
+    given = ["--plan", "7B", "--ppo", "--batch_size", "8", "--max_len", "128", "--strategy", "naive"]
+    zero.main([*given, "--lora_rank", "8", "--bits", str(bits)])
+    assert int(re.search(r"fits a card of +(\d+) GB", capsys.readouterr().out)[1]) <= card
+    zero.main(given)
+    assert re.search("fits a card of +none", capsys.readouterr().out)
+    with pytest.raises(ValueError, match=f"--bits {bits} needs --lora_rank: quantized weights are frozen"):
+        zero.main([*given, "--bits", str(bits)])
 
 
 def test_plan_of_a_directory(tmp_path, capsys):
