@@ -259,7 +259,7 @@ def install(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: float
 
 # ---- PEFT's files ---------------------------------------------------------------------------------------------------
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, (WEIGHTS, PICKLE) = weights.ADAPTER_CONFIG, weights.ADAPTER_WEIGHTS
 PREFIX = "base_model.model."  # of every tensor in PEFT's files
 
 
@@ -318,10 +318,6 @@ def save_adapter(model: nn.Module, path: str | Path, base: str, extra: dict | No
     weights.write_json(Path(path) / CONFIG, config | (extra or {}))
 
 
-def is_adapter(path: str | Path) -> bool:
-    return (Path(path) / CONFIG).is_file()
-
-
 # CHECKS: what the keys of adapter_config.json may hold, unless they are null. A key of LEFT_OUT asks for more than a
 # plain B A: it changes what the layer computes, or what the file holds. An init_lora_weights of ALTERS_BASE changes the
 # base too, from which it takes the first B A out.
@@ -375,6 +371,7 @@ def read_adapter_config(path: str | Path) -> dict:
     file = Path(path) / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no {CONFIG}: name the folder of a LoRA adapter")
+    weights.is_adapter(path)  # refuses one beside a model that is not its base
     config = {key: value for key, value in weights.read_json(file).items() if value is not None}
     needed = {"r": None, "lora_alpha": None, "target_modules": None}
     weights.check(needed | config, CHECKS, file)
@@ -393,7 +390,7 @@ def base_path(path: str | Path) -> Path:
 
 def home(path: str | Path) -> Path:
     """Returns where tokenizer and template lie: the directory, or the base of an adapter that has none."""
-    return base_path(path) if is_adapter(path) and not text.has_tokenizer(path) else Path(path)
+    return base_path(path) if weights.is_adapter(path) and not text.has_tokenizer(path) else Path(path)
 
 
 def read_adapter(path: str | Path) -> dict[str, Tensor]:
@@ -478,7 +475,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
 
     config, base = read_adapter_config(args.adapter), base_path(args.adapter)
-    if is_adapter(args.out) or args.out.resolve() == base.resolve():
+    if weights.is_adapter(args.out) or args.out.resolve() == base.resolve():
         raise ValueError(f"{args.out} is the base or an adapter: name a folder of its own for the merged model")
     if weights.quantization(base):
         raise ValueError(f"{base} is quantized, its grid has no place for what an adapter adds: name the original "

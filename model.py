@@ -448,9 +448,12 @@ class Llama(Transformer):
         """Returns the ids that end an answer. eos_id is as for `generate_steps`."""
         return set(weights.as_tuple(self.config.eos_id if eos_id is None else eos_id))
 
-    def stop_at(self, ids: Iterable[int]) -> None:
-        """Lets answers end at these ids too, here and in the directory that is written."""
-        self.config = replace(self.config, eos_id=weights.unite(self.config.eos_id, ids))
+    def stop_at(self, ids: Iterable[int], bos_id: int | None = None) -> None:
+        """Lets answers end at these ids too, here and in the directory that is written. bos_id: what the tokenizer
+        begins a text with. A config that takes it for an EOS, or has another BOS, is of another tokenizer."""
+        bos_id = self.config.bos_id if bos_id is None else bos_id
+        ends = [token for token in weights.as_tuple(self.config.eos_id) if token != bos_id]
+        self.config = replace(self.config, bos_id=bos_id, eos_id=weights.unite(ends, ids))
 
     def room(self, prompts: list[list[int]], max_new_tokens: int | list[int]) -> list[int]:
         """Returns how many new tokens each prompt may get: as asked, or as many as the context leaves. Raises
@@ -479,7 +482,13 @@ class Llama(Transformer):
                         head: bool = True) -> "Llama":
         """Reads a plain Hugging Face or Meta directory; dtype None keeps the file's. Raises ValueError or
         FileNotFoundError when anything is missing, left over, cut short, or of another architecture."""
-        config = plain_config(directory)
+        plain_config(directory)
+        return cls.read(directory, dtype, device, head)
+
+    @classmethod
+    def read(cls, directory: str | Path, dtype: torch.dtype | None, device, head: bool) -> "Llama":
+        """The same without an adapter that lies beside the weights."""
+        config = LlamaConfig(**weights.read_config(directory))
         tensors = weights.read_tensors(directory, vars(config))
         if head and "score.weight" in tensors:  # with tied embeddings nothing else would tell it from a language model
             raise ValueError(f"{directory} is a reward model, it has no words: open it with "
@@ -535,6 +544,8 @@ def slow_down(frequency: Tensor, factor: float = 1.0, *bands: float) -> Tensor:
 
 def plain_config(directory: str | Path) -> LlamaConfig:
     """Returns the config of a plain directory. Raises ValueError for a quantized one and for an adapter."""
+    if weights.is_adapter(directory):
+        raise weights.no_model(Path(directory))
     if weights.quantization(directory):
         raise ValueError(f"{directory} is quantized: open it with quantize.open_model, or on the command line with "
                          f"`python serve.py {directory} --say TEXT`")
@@ -658,7 +669,7 @@ def main(argv: list[str] | None = None) -> None:
     if dtype == torch.bfloat16 and device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16") is False:
         note("note: this processor has no instructions for bf16, --dtype fp32 is faster")
     model = Llama.from_pretrained(args.directory, dtype, device).eval()
-    model.stop_at(stops)
+    model.stop_at(stops, tokenizer.bos_id)
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in args.prompts:
         if args.chat:

@@ -789,7 +789,7 @@ def reward_base(actor: Llama, stage: Stage) -> Llama | None:
     if not args.lora_rank:
         return None
     base, reason = None, "is no adapter"
-    if lora.is_adapter(args.rm_path):
+    if weights.is_adapter(args.rm_path):
         base = args.rm_pretrain or lora.base_path(args.rm_path)
         if weights.same(base, start):
             return trunk_of(actor)
@@ -958,7 +958,7 @@ def measured(args: argparse.Namespace) -> dict:
     actor = quantize.open_model(args.eval, dtype, device)
     ref = quantize.open_model(args.pretrain, dtype, device, adapter="merge")
     for model in (actor, ref):
-        model.stop_at(stage.stops)
+        model.stop_at(stage.stops, stage.tokenizer.bos_id)
     models = Models(actor, None, ref, open_reward(stage, dtype))
     for model in modules(models):
         freeze(model, dtype).eval()

@@ -557,7 +557,7 @@ def open_model(directory: str | Path, dtype: torch.dtype | None = None, device="
         raise ValueError(f"quant is {quant!r} and adapter is {adapter!r}: they can be 8bit, 4bit or None, and merge, "
                          "keep or auto")
     path = Path(directory)
-    adapted = lora.is_adapter(path)
+    adapted = weights.is_adapter(path)
     home = (base or lora.base_path(path)) if adapted else path
     scheme = read_scheme(home)
     if scheme and quant and int(quant[0]) != scheme["bits"]:
@@ -568,7 +568,7 @@ def open_model(directory: str | Path, dtype: torch.dtype | None = None, device="
     if scheme:
         model = read_quantized(home, scheme, dtype, device, head)
     else:
-        model = Llama.from_pretrained(home, dtype, "cpu" if quant else device, head)
+        model = Llama.read(home, dtype, "cpu" if quant else device, head)
     merge = adapter == "merge" or (adapter == "auto" and not scheme and not quant)
     if adapted and merge:
         lora.load_adapter(model, path)
@@ -596,7 +596,8 @@ def read_quantized(directory: Path, scheme: dict, dtype: torch.dtype | None, dev
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer.to(device))
     if not quantized_layers(model):
-        raise ValueError(f"{directory} says that it is quantized, but no layer is: copy it again")
+        raise ValueError(f"{directory} says that it is quantized, but no layer is: copy it again, or remove the "
+                         "quantization_config or quantize_config.json of another model")
     unused = [name for name in tensors if not head and name.startswith(("output.", "score."))]
     weights.fill(model, tensors, dtype, device, directory, unused)
     model.make_rope()
@@ -973,7 +974,7 @@ def open_source(path: Path | None, template: str | None = None) -> Source:
     path = run.finished(Path("out/ppo"), "ppo", "--pretrain") if is_chain else path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a directory: name a weights directory")
-    base, home = lora.base_path(path) if lora.is_adapter(path) else path, lora.home(path)
+    base, home = lora.base_path(path) if weights.is_adapter(path) else path, lora.home(path)
     config = LlamaConfig(**weights.read_config(base))
     tokenizer = text.Tokenizer(home)
     text.check_tokenizer(tokenizer, config.vocab_size)

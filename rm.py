@@ -137,7 +137,7 @@ class RewardModel(nn.Module):
 def read_head(directory: str | Path) -> tuple[Tensor | None, dict]:
     """Returns score.weight, None where the directory holds a language model, and what else its config says."""
     directory = Path(directory)
-    if lora.is_adapter(directory):
+    if weights.is_adapter(directory):
         return lora.read_adapter(directory).get("score.weight"), lora.read_adapter_config(directory)
     fields = weights.read_config(directory)
     stored = weights.read_tensors(directory, fields).get("score.weight")
@@ -337,7 +337,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def is_for_reward_models(directory: Path) -> bool:
     """Is it out/rm, or does a reward model lie there?"""
-    is_model = lora.is_adapter(directory) or (directory / "config.json").exists()
+    is_model = weights.is_adapter(directory) or (directory / "config.json").exists()
     return directory.resolve() == Path("out/rm").resolve() or is_model and read_head(directory)[0] is not None
 
 

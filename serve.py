@@ -1196,7 +1196,7 @@ def open_served(args: argparse.Namespace) -> Served:
         template = text.TEMPLATES[text.choose_template(home, args.template, "plain", print)]
         model = quantize.open_model(directory, dtype, device, quant=args.quant)
         text.check_tokenizer(tokenizer, model.config.vocab_size)
-        model.stop_at([tokenizer.eos_id, text.answer_end(tokenizer, template)])
+        model.stop_at([tokenizer.eos_id, text.answer_end(tokenizer, template)], tokenizer.bos_id)
     context = args.max_len or model.config.max_seq_len
     if context > model.config.max_seq_len:
         raise ValueError(f"--max_len {context} is more than the model's context of {model.config.max_seq_len}")

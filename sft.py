@@ -299,13 +299,13 @@ def start(args: Namespace, is_demo: bool, defaults: dict, *inputs: Path) -> Stag
 
 def base_of(directory: Path) -> Path:
     """Returns the directory with a model's full weights: that of an adapter's base, else the directory itself."""
-    return lora.base_path(directory) if lora.is_adapter(directory) else directory
+    return lora.base_path(directory) if weights.is_adapter(directory) else directory
 
 
 def origin(args: Namespace) -> Path:
     """Returns the directory whose weights training starts from: --pretrain, or where that is an adapter and a new one
     is to be trained on it, SAVE_PATH/base. open_llama writes the merged model there."""
-    merges = args.lora_rank and lora.is_adapter(args.pretrain)
+    merges = args.lora_rank and weights.is_adapter(args.pretrain)
     return args.save_path / "base" if merges else args.pretrain
 
 
@@ -315,7 +315,7 @@ def open_llama(stage: Stage) -> Llama:
     A new adapter is trained beside what it will be loaded beside: the merged weights, rounded to the file's dtype."""
     args, directory = stage.args, origin(stage.args)
     if weights.quantization(base_of(args.pretrain)) is not None:
-        if lora.is_adapter(args.pretrain):
+        if weights.is_adapter(args.pretrain):
             stage.say(f"note: {args.pretrain} is an adapter of a quantized model: merged they are a full-precision "
                       "one, with that one's memory")
         elif not args.lora_rank:
@@ -328,7 +328,7 @@ def open_llama(stage: Stage) -> Llama:
         run.barrier()
     model = quantize.open_model(directory, stored_dtype(stage), stage.world.device, adapter="merge")
     text.check_tokenizer(stage.tokenizer, model.config.vocab_size)
-    model.stop_at(stage.stops)
+    model.stop_at(stage.stops, stage.tokenizer.bos_id)
     model.requires_grad_(not args.lora_rank)
     return model
 

@@ -78,8 +78,9 @@ def hf_name(name: str) -> str:
 
 
 def our_name(name: str) -> str:
-    """The inverse of hf_name."""
-    return ".".join(OUR_NAMES.get(part, part) for part in name.removeprefix("model.").split("."))
+    """The inverse of hf_name. torch.compile puts _orig_mod before the names of what it compiled."""
+    theirs = name.replace("_orig_mod.", "").removeprefix("model.")
+    return ".".join(OUR_NAMES.get(part, part) for part in theirs.split("."))
 
 
 def compare(found: Collection[str], wanted: Collection[str], fault: str, advice: str) -> None:
@@ -103,19 +104,38 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    name: str = ""      # in the file
 
 
 def read_tensors(directory: str | Path, fields: dict | None = None) -> dict[str, Stored]:
     """Returns the tensors of a model directory by our names. Meta's need fields["head_dim"] to reorder wq and wk."""
     directory = Path(directory)
     if not (directory / "config.json").exists():
-        return join_parts(meta_parts(directory), fields["head_dim"])
-    return {our_name(name): stored for file in weight_files(directory) for name, stored in open_tensors(file).items()}
+        tensors = join_parts(meta_parts(directory), fields["head_dim"])
+    else:
+        tensors = join_files(weight_files(directory))
+    room = sum(file.stat().st_size for file in glob(directory, ANY))
+    if any(math.prod(stored.shape) * stored.dtype.itemsize > room for stored in tensors.values()):
+        raise ValueError(f"{directory} has a tensor that is larger than its files, a pickle that repeats one number: "
+                         "get them from their maker")
+    return tensors
+
+
+def join_files(files: list[Path]) -> dict[str, Stored]:
+    """Returns the tensors of all files by our names."""
+    tensors = {}
+    for file in files:
+        for name, stored in open_tensors(file).items():
+            if our_name(name) in tensors:
+                raise ValueError(f"{file} has {name}, which stands there twice or in another file too: copy the files "
+                                 "of one saving")
+            tensors[our_name(name)] = stored
+    return tensors
 
 
 def open_tensors(file: Path) -> dict[str, Stored]:
     """Returns the tensors of one file by the names in it."""
-    return {name: Stored(tuple(t.shape), t.dtype, t.clone) for name, t in load(file).items()}
+    return {name: Stored(tuple(t.shape), t.dtype, t.clone, name) for name, t in load(file).items()}
 
 
 def load(file: Path) -> dict[str, Tensor]:
@@ -137,17 +157,33 @@ def load(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+# The files of weights that are looked for, in the order of transformers. The second name is AutoGPTQ's.
+WHOLE = ("model.safetensors", "gptq_model-*.safetensors", "pytorch_model.bin")
+ANY = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
+
+
 def weight_files(directory: Path) -> list[Path]:
-    """Returns the files of weights of a Hugging Face directory: safetensors where there are any, else pickles."""
-    for whole_file in (directory / "model.safetensors", directory / "pytorch_model.bin"):
-        index = whole_file.with_name(f"{whole_file.name}.index.json")
-        if index.exists():
-            return indexed_files(index, f"{whole_file.stem}-*-of-*{whole_file.suffix}")
-        if whole_file.exists():
-            return [whole_file]
-    others = [file.name for file in directory.iterdir() if file.suffix in (".safetensors", ".bin")]
-    raise FileNotFoundError(f"{directory} has config.json but no weights under their usual names{listed(others)}: "
-                            f"looked for {LAYOUTS}")
+    """Returns the files of weights of a Hugging Face directory. A note names the files of weights beside them."""
+    read = []
+    for name in WHOLE:
+        index = directory / f"{name}.index.json"
+        read = read or glob(directory, [name])[:1]
+        if index.exists() and not read:
+            stem, _, suffix = name.rpartition(".")
+            read = indexed_files(index, f"{stem}-*-of-*.{suffix}")
+    others = [file.name for file in glob(directory, ANY) if file not in read]
+    if not read:
+        raise FileNotFoundError(f"{directory} has config.json but no weights under their usual names{listed(others)}: "
+                                f"looked for {LAYOUTS}")
+    if (directory / ADAPTER_CONFIG).exists():
+        others = [name for name in others if name not in ADAPTER_WEIGHTS]
+    if others:
+        note(f"{directory} has other files of weights than those that are read{listed(others)}")
+    return read
+
+
+def glob(directory: Path, patterns: Iterable[str]) -> list[Path]:
+    return sorted(file for pattern in patterns for file in directory.glob(pattern))
 
 
 def indexed_files(index: Path, pattern: str) -> list[Path]:
@@ -231,7 +267,8 @@ def check_tensors(model: nn.Module, tensors: dict[str, Stored], source: str | Pa
             dtype = stored.dtype
             # Integers and 8-bit floats are quantized weights without their scales.
             kind = "" if dtype.is_floating_point and dtype.itemsize > 1 else f" in {dtype}"
-            found.append(f"{names(name)} {stored.shape}{kind}")
+            shown = names(name) if name in wanted else stored.name or name
+            found.append(f"{shown} {stored.shape}{kind}")
     compare(found, wanted.values(), f"{source} does not fit its config",
             "get the config and all weights of one model that is not quantized")
     if tied and "output.weight" in tensors:
@@ -361,10 +398,30 @@ def read_config(directory: str | Path) -> dict:
     return fields
 
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def is_adapter(directory: str | Path) -> bool:
+    """Is a directory a LoRA adapter? One that names its own directory as base may lie beside that model. ValueError for
+    one beside another model."""
+    directory = Path(directory)
+    file = directory / ADAPTER_CONFIG
+    if not file.is_file() or not {path.name for path in glob(directory, ANY)} - {*ADAPTER_WEIGHTS}:
+        return file.is_file()
+    if not glob(directory, ADAPTER_WEIGHTS):
+        note(f"{directory} holds a model, and an {ADAPTER_CONFIG} without weights, which changes nothing")
+        return False
+    base = str(read_json(file).get("base_model_name_or_path"))
+    if directory.resolve() not in ((directory / base).resolve(), Path(base).resolve()):
+        raise ValueError(f"{directory} holds a model, and an adapter of {base}: put the adapter into a directory of "
+                         f'its own, or, if it is of this model, write "base_model_name_or_path": "." into {file}')
+    return True
+
+
 def no_model(directory: Path) -> Exception:
     """Returns the error for a directory with neither config.json nor params.json."""
-    if (directory / "adapter_config.json").exists():
-        return ValueError(f"{directory} holds an adapter, not a model: merge it first with `python lora.py merge "
+    if (directory / ADAPTER_CONFIG).exists():
+        return ValueError(f"{directory} holds an adapter: merge it first with `python lora.py merge "
                           f"{directory} OUT`, or open it with quantize.open_model, on the command line with "
                           f"`python serve.py {directory} --say TEXT`")
     for file in directory.glob("*.bin"):
@@ -375,9 +432,11 @@ def no_model(directory: Path) -> Exception:
 
 
 def quantization(directory: str | Path) -> dict | None:
-    """Returns the quantization_config in config.json, unchecked; None where there is none."""
-    file = Path(directory) / "config.json"
-    return file.exists() and read_json(file).get("quantization_config") or None
+    """Returns the quantization_config in config.json, unchecked; None where there is none. Older files of AutoGPTQ have
+    it in quantize_config.json."""
+    file, older = (Path(directory) / name for name in ("config.json", "quantize_config.json"))
+    settings = read_json(file).get("quantization_config") if file.exists() else None
+    return settings or older.exists() and {"quant_method": "gptq"} | read_json(older) or None
 
 
 # Field of LlamaConfig: its key in config.json.

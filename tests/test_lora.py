@@ -285,7 +285,7 @@ def test_save_and_load_give_the_same_model(tmp_path):
     assert config["target_modules"] == seven
     with pytest.raises(ValueError, match="no adapters"):
         save_adapter(small(), tmp_path / "empty", base="x")
-    assert lora.is_adapter(tmp_path) and not lora.is_adapter(tmp_path / "empty")
+    assert weights.is_adapter(tmp_path) and not weights.is_adapter(tmp_path / "empty")
 
 
 def test_reward_adapter_keeps_its_head(tmp_path):
@@ -549,7 +549,7 @@ def test_merge_command_refuses(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="quantized is quantized, .* name the original .*`python quantize.py out`"):
         lora.main(["merge", "beside", "out"])
     save_adapter(model, "on top", base="../adapter")
-    with pytest.raises(ValueError, match="adapter holds an adapter, not a model: merge it first"):
+    with pytest.raises(ValueError, match="adapter holds an adapter: merge it first"):
         lora.main(["merge", "on top", "out"])
     tensors = safetensors.torch.load_file("base/model.safetensors")
     tensors.pop("model.norm.weight")

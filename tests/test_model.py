@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -430,6 +431,16 @@ def test_ids_that_end_an_answer_are_added_and_saved(before, after, tmp_path):
     assert Llama.from_pretrained(tmp_path).config.eos_id == after
 
 
+@pytest.mark.parametrize("bos, eos, after", [
+    (0, 1, (1, 2)), (1, 1, (1, 2)), (1, (2, 7), (1, (2, 7))), (3, 7, (1, (7, 2)))])
+def test_bos_and_eos_are_those_of_the_tokenizer(bos, eos, after):
+    """An old conversion had BOS 0 and EOS 1 in config.json, beside a tokenizer with 1 and 2. They were written back."""
+    model = markov({3: 4}, vocab=16)
+    model.config = replace(model.config, bos_id=bos, eos_id=eos)
+    model.stop_at([2], bos_id=1)
+    assert (model.config.bos_id, model.config.eos_id) == after
+
+
 def test_the_context_is_the_limit():
     model = tiny(max_seq_len=32)
     answers = model.generate([some(30), some(32), some(2)], 50, 0, eos_id=-1)
@@ -587,7 +598,7 @@ def test_command_line_ends_at_the_eos_of_tokenizer_and_config(tmp_path, monkeypa
     """An old conversion had EOS 1 in config.json beside a tokenizer whose EOS is 2: its answers never ended."""
     stops = []
     monkeypatch.setattr(Llama, "generate_steps", lambda self, *_, **__: stops.append(self.stops()) or [])
-    for n, (eos_id, wanted) in enumerate(((1, {1, 2}), ((2, 7), {2, 7}), (None, {2}))):
+    for n, (eos_id, wanted) in enumerate(((1, {2}), (3, {2, 3}), ((2, 7), {2, 7}), (None, {2}))):
         M.main([str(saved(tmp_path / str(n), eos_id=eos_id)), "a fox"])
         assert stops[-1] == wanted
 

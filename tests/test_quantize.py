@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import warnings
 import weakref
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import lora
+import model as M
 import quantize as Q
 import rm
 import sft
@@ -711,6 +713,58 @@ def test_open_an_adapter_on_another_base(tmp_path):
     beside = open_model(second)
     path = write_adapter(tmp_path / "adapter", first, beside)
     assert near(open_model(path, base=second)(TOKENS), beside(TOKENS))
+
+
+@pytest.mark.parametrize("base", [".", "{}", "adapter/../adapter"])
+def test_an_adapter_beside_the_base_that_it_names(tmp_path, monkeypatch, base):
+    """huggingface/peft#1381: it was applied or ignored, by the spelling of the path and by the script."""
+    monkeypatch.chdir(tmp_path)
+    path = write_demo(Path("adapter"))
+    beside = open_model(path)
+    write_adapter(path, base.format(path.resolve()), beside)
+    assert near(open_model(path)(TOKENS), beside(TOKENS))
+    lora.main(["merge", "adapter", "merged"])
+    assert near(Llama.from_pretrained("merged")(TOKENS), beside(TOKENS))
+    for use in (Llama.from_pretrained, lambda path: M.main(["convert", path, "out"])):
+        with pytest.raises(ValueError, match="adapter holds an adapter: merge it first"):
+            use("adapter")
+
+
+def test_an_adapter_beside_another_model(tmp_path, capsys):
+    """What a directory holds is asked once: all scripts refuse two models, and no adapter is what has no weights."""
+    base, path = write_demo(tmp_path / "base"), write_demo(tmp_path / "both", seed=1)
+    write_adapter(path, base, tiny())
+    for use in (open_model, Llama.from_pretrained, lambda path: run_main(path, "--eval"),
+                lambda path: lora.main(["merge", str(path), str(tmp_path / "out")])):
+        with pytest.raises(ValueError, match=f"both holds a model, and an adapter of {base}: put the adapter into"):
+            use(path)
+    (path / lora.WEIGHTS).unlink()
+    assert torch.equal(open_model(path)(TOKENS), tiny(1)(TOKENS))
+    assert "both holds a model, and an adapter_config.json without weights" in capsys.readouterr().err
+    write_adapter(path, base, tiny())
+    (path / lora.CONFIG).unlink()
+    assert torch.equal(open_model(path)(TOKENS), tiny(1)(TOKENS))
+    assert "other files of weights than those that are read (adapter_model.safetensors)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gptq_model-4bit-32g.safetensors", "model.safetensors"])
+def test_settings_beside_the_config_are_read(tmp_path, name):
+    """AutoGPTQ's older files. They were never called quantized."""
+    path = write_quantized(tmp_path, BY_32)
+    expected = open_model(path)(TOKENS)
+    config = json.loads((path / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (path / "config.json").write_text(json.dumps(config))
+    older = {key: settings[key] for key in ("bits", "group_size", "desc_act", "sym")}
+    (path / "quantize_config.json").write_text(json.dumps(older | {"checkpoint_format": settings["checkpoint_format"]}))
+    (path / "model.safetensors").rename(path / name)
+    assert torch.equal(open_model(path)(TOKENS), expected)
+    with pytest.raises(ValueError, match="is quantized: open it with"):
+        Llama.from_pretrained(path)
+    plain = write_demo(tmp_path / "plain")
+    shutil.copy(path / "quantize_config.json", plain)
+    with pytest.raises(ValueError, match="no layer is: copy it again, or remove the .* quantize_config.json"):
+        open_model(plain)
 
 
 def test_open_and_round(tmp_path, capsys):

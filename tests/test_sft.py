@@ -27,7 +27,7 @@ import sft
 import zero
 from data import demo, records, text
 from data.text import Tokenizer
-from data.weights import DTYPES
+from data.weights import DTYPES, is_adapter
 from model import Llama, LlamaConfig
 
 ROOT, REAL = Path(__file__).parents[1], Path(__file__).parents[2] / "shared" / "real"
@@ -338,13 +338,14 @@ def test_adapter_and_an_adapter_on_it(base, tmp_path):
     make_model(first)  # of an earlier run: would be read instead of the adapter
     summary = run(base, first, "--lora_rank", 4)
     assert before == {file.name: file.read_bytes() for file in (base / "model").iterdir()}
-    assert lora.is_adapter(first) and not {"config.json", "model.safetensors"} & {file.name for file in first.iterdir()}
+    assert is_adapter(first)
+    assert not {"config.json", "model.safetensors"} & {file.name for file in first.iterdir()}
     assert lora.base_path(first).samefile(base / "model")
     assert summary["eval_loss"] < summary["eval_loss_before"] - 0.01
     for folder, more in ((full, ()), (second, ("--lora_rank", 2))):
         again = run(base, folder, "--pretrain", first, *more)
         assert again["eval_loss_before"] == pytest.approx(summary["eval_loss"], abs=1e-5)
-    assert not lora.is_adapter(full) and not (full / "base").exists()
+    assert not is_adapter(full) and not (full / "base").exists()
     assert lora.base_path(second).samefile(second / "base")
     merged = Llama.from_pretrained(base / "model")
     lora.load_adapter(merged, first)

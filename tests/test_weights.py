@@ -959,3 +959,92 @@ def test_broken_json_names_its_file(text, words, tmp_path):
     (tmp_path / "x.json").write_text(text, "latin-1")
     with pytest.raises(ValueError, match=f"x.json {words}.*: copy it again"):
         weights.read_json(tmp_path / "x.json")
+
+
+# ---- directories with more than one model ---------------------------------------------------------------------------
+
+
+def add_shards(directory: Path, seed: int = 1, index: bool = True, files: bool = True) -> None:
+    """Another model's shards, or their index, beside what lies in the directory."""
+    write_model(directory / "other", vars(tiny(seed).config), dict(tiny(seed).named_parameters()), shard_bytes=20_000)
+    kept = (["*.index.json"] if index else []) + (["model-*"] if files else [])
+    for file in [file for pattern in kept for file in (directory / "other").glob(pattern)]:
+        file.rename(directory / file.name)
+    shutil.rmtree(directory / "other")
+
+
+def add_pickle(directory: Path) -> None:
+    tensors = {weights.hf_name(name): p.data for name, p in tiny(1).named_parameters()}
+    torch.save(tensors, directory / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("add, named", [
+    (add_pickle, "(pytorch_model.bin)"),
+    (add_shards, "(model-00001-of-"),
+    (lambda path: add_shards(path, index=False), "(model-00001-of-"),
+    (lambda path: add_shards(path, files=False), ""),
+    (lambda path: write_meta(tiny(1, n_kv_heads=4), path / "m").joinpath("consolidated.00.pth").rename(
+        path / "consolidated.00.pth"), "(consolidated.00.pth)"),
+    (lambda path: shutil.copy(path / "model.safetensors", path / "stray.safetensors"), "(stray.safetensors)"),
+    (lambda path: (path / "training_args.bin").write_bytes(b"no weights"), ""),
+    (lambda path: (path / "pytorch_model.bin.index.json").write_text("{}"), ""),
+])
+def test_a_whole_file_is_read_and_other_files_of_weights_are_named(add, named, tmp_path, capsys):
+    """As transformers reads it. A stale index beside it was refused with "copy the missing files"."""
+    add(saved(tmp_path))
+    assert same(Llama.from_pretrained(tmp_path), tiny())
+    note = f"note: {tmp_path} has other files of weights than those that are read {named}"
+    said = capsys.readouterr().err
+    assert said.startswith(note) and said.count("\n") == 1 if named else said == ""
+
+
+def test_a_tensor_of_two_shards_is_refused(tmp_path):
+    """The later one won, without a word."""
+    add_shards(configure(saved(tmp_path / "a")))
+    (tmp_path / "a" / "model.safetensors").unlink()
+    last = sorted((tmp_path / "a").glob("model-*.safetensors"))[-1]
+    tensors = safetensors.torch.load_file(last)
+    safetensors.torch.save_file(tensors | {EMBEDDING: torch.zeros(64, 32)}, last)
+    assert f"{last} has {EMBEDDING}, which stands there twice or in another file too" in refusal(tmp_path / "a")
+
+
+def test_names_of_torch_compile_are_read(tmp_path):
+    def compiled(tensors):
+        for name in list(tensors):
+            tensors[name.replace("model.layers.", "model.layers._orig_mod.")] = tensors.pop(name)
+    assert same(Llama.from_pretrained(rewrite(saved(tmp_path), compiled)), tiny())
+
+
+def test_unexpected_tensors_have_the_names_of_their_file(tmp_path):
+    """A refusal named tensors that the file did not have."""
+    def under(tensors):
+        tensors["module." + UP] = tensors.pop(UP)
+        tensors["transformer.h.0.attn.weight"] = torch.zeros(2)
+    said = refusal(rewrite(saved(tmp_path), under))
+    assert f"1 missing ({UP} (44, 32)), 2 unexpected (module.{UP} (44, 32), transformer.h.0.attn.weight (2,))" in said
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_named(name, tmp_path):
+    """The advice was to copy the file again, which gives the pointer again."""
+    (saved(tmp_path) / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert f"{name} is a pointer of git-lfs, not the file itself: run `git lfs pull`" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["bin", "meta"])
+def test_a_tensor_is_no_larger_than_its_file(layout, tmp_path):
+    """One number of a pickle, repeated, can fill any memory, however small the file is."""
+    large = dict(dim=2**14, n_heads=2**11, n_kv_heads=2**11, n_layers=1)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Llama(LlamaConfig(**SIZES | large)).named_parameters()}
+    if layout == "bin":
+        configure(saved(tmp_path), hidden_size=2**14, num_attention_heads=2**11, num_key_value_heads=2**11,
+                  num_hidden_layers=1)
+        (tmp_path / "model.safetensors").unlink()
+        name, names = "pytorch_model.bin", {name: weights.hf_name(name) for name in shapes}
+    else:
+        name, names = "consolidated.00.pth", {name: name for name in shapes}
+        params = {"dim": 2**14, "n_layers": 1, "n_heads": 2**11, "norm_eps": 1e-5, "max_seq_len": 64}
+        (tmp_path / "params.json").write_text(json.dumps(params))
+    torch.save({names[ours]: torch.zeros(1).expand(shape) for ours, shape in shapes.items()}, tmp_path / name)
+    assert "has a tensor that is larger than its files" in refusal(tmp_path)
