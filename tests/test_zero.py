@@ -520,6 +520,8 @@ def test_plan_is_the_papers_table():
     L = size.largest  # its gradient, and of zero2 the parts received and their sum in fp32
     buckets = [zero.plan(size, "zero2", nproc, 512)["device: buckets"] for nproc in (1, 2, 4)]
     assert buckets == [2 * L, 2 * L + (2 + 4) * L / 2, 2 * L + (2 + 4) * L / 4] and ddp["device: buckets"] == 2 * L
+    pinned = {row: n for row, n in offloaded.items() if "pinned" in row}
+    assert pinned == {"device: pinned": 0, "cpu: pinned": 3 * 4 * L / 4}
     assert zero2["sent a step"] == 2 * 2 * P * 3 / 4  # 2 Psi elements ...
     accumulated = zero.plan(size, "zero2", 4, 512, micro_batches=8)
     assert accumulated["sent a step"] == 9 * 2 * P * 3 / 4  # ... Psi a micro-batch and Psi a step
