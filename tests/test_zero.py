@@ -522,6 +522,10 @@ def test_plan_is_the_papers_table():
     assert buckets == [2 * L, 2 * L + (2 + 4) * L / 2, 2 * L + (2 + 4) * L / 4] and ddp["device: buckets"] == 2 * L
     pinned = {row: n for row, n in offloaded.items() if "pinned" in row}
     assert pinned == {"device: pinned": 0, "cpu: pinned": 3 * 4 * L / 4}
+    V, C, rows = 32000, 4096, 512
+    with_adapters = zero.plan(size._replace(rank=16), "ddp", 4, 2 * rows)["device: logits"]
+    assert ddp["device: logits"] == 4 * (2 * rows * V + rows * C + V * C)
+    assert with_adapters == 4 * (2 * rows * V + 2 * rows * C)  # they train no head, and logits are made 512 rows at once
     assert zero2["sent a step"] == 2 * 2 * P * 3 / 4  # 2 Psi elements ...
     accumulated = zero.plan(size, "zero2", 4, 512, micro_batches=8)
     assert accumulated["sent a step"] == 9 * 2 * P * 3 / 4  # ... Psi a micro-batch and Psi a step
