@@ -1207,8 +1207,11 @@ def test_a_tokenizer_is_saved_as_it_came(tmp_path):
 def test_a_saved_tokenizer_names_the_padding_of_a_reward_model(tmp_path, name):
     """transformers looks for the last id that is no padding, so it must pad with the id that config.json names."""
     tokenizer = open_json(tmp_path, {"pad_token": "!", "x": 1}, added_tokens=[added("<e>", 260), added("<pad>", 261)])
+    tokenizer.save(tmp_path / "no_map", pad_id=tokenizer.pad_id)
+    assert not (tmp_path / "no_map" / "special_tokens_map.json").exists()
     (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "!", "x": 1}')
     tokenizer.save(tmp_path / "plain")
+    assert (tmp_path / "plain" / "special_tokens_map.json").read_text() == '{"pad_token": "!", "x": 1}'
     tokenizer.save(tmp_path / "reward", pad_id=tokenizer.pad_id)
     plain, reward = [json.loads((tmp_path / folder / name).read_text()) for folder in ("plain", "reward")]
     assert plain["pad_token"] == "!" and reward == plain | {"pad_token": "<pad>"}

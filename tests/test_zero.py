@@ -525,7 +525,7 @@ def test_plan_is_the_papers_table():
     V, C, rows = 32000, 4096, 512
     with_adapters = zero.plan(size._replace(rank=16), "ddp", 4, 2 * rows)["device: logits"]
     assert ddp["device: logits"] == 4 * (2 * rows * V + rows * C + V * C)
-    assert with_adapters == 4 * (2 * rows * V + 2 * rows * C)  # they train no head, and logits are made 512 rows at once
+    assert with_adapters == 4 * (2 * rows * V + 2 * rows * C)  # no head is trained; 512 rows at a time
     assert zero2["sent a step"] == 2 * 2 * P * 3 / 4  # 2 Psi elements ...
     accumulated = zero.plan(size, "zero2", 4, 512, micro_batches=8)
     assert accumulated["sent a step"] == 9 * 2 * P * 3 / 4  # ... Psi a micro-batch and Psi a step
