@@ -259,8 +259,8 @@ def reporting(file: str) -> str:
     tree = ast.parse((ROOT / file).read_text("utf-8"))
     for name, function in functions(tree.body):
         place = 1 if ast.get_docstring(function) else 0
-        function.body[place:place] = ast.parse(f"report.ran({file + ' ' + name!r})").body
-    tree.body[1:1] = ast.parse("import octet_report as report").body        # after the docstring
+        function.body[place:place] = ast.parse(f"octet_report.ran({file + ' ' + name!r})").body
+    tree.body[1:1] = ast.parse("import octet_report").body        # after the docstring
     return ast.unparse(tree)
 
 
@@ -361,10 +361,11 @@ class Measured:
             digest.update((self.tree / file).read_bytes())
             saved = self.kept / f"{stem}-{digest.hexdigest()[:16]}.json"
             if not saved.exists():
-                print(f"{file}: which test runs what", flush=True)
                 log = self.tree.parent / f"{stem}.log"
                 (self.tree / "octet_report.py").write_text(REPORT.format(log=str(log)))
                 run_tests(self.tree, [file], Coverage(log, saved))
+                bad = re.findall("(?:FAILED|ERROR) .*", (self.tree.parent / "output").read_text("utf-8", "replace"))
+                print(f"{file}: {len(json.loads(saved.read_text()))} tests pass", *bad, sep="\n", flush=True)
             self.known[file] = json.loads(saved.read_text())
         return self.known[file]
 
