@@ -622,6 +622,12 @@ def test_bad_input_is_a_sentence(base, judges, tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("form", ["model", "adapter", "nothing"])
+def test_a_policy_may_be_written_over_a_language_model(base, form):
+    args = rm.parse(["--loss_fn", "dpo", "--pretrain", "out/sft", "--save_path", str(base / form)])
+    assert args.save_path == base / form
+
+
 def test_missing_stage_1_names_its_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="out/sft does not exist: run sft.py first"):
