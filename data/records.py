@@ -76,17 +76,10 @@ KINDS = {
         Form("chosen"),
     )),
 }
-NOTHING = (None, "", [], {})
-MARKS = ("weight", "train")  # of a message: 0 or false makes a reply context
-# Keys of a record or of a message that say nothing to be learnt.
-NEUTRAL = {"id", "uuid", "idx", "index", "prompt_id", "name", "title", "url", "source", "dataset", "category", "topic",
-           "tags", "lang", "language", "score", "model", "date", "timestamp", "license", "meta", "metadata"}
-# Keys that change what a record or a message means and are not supported, with the remedy.
-REFUSED = {
-    "history": 'write its turns into "messages"',  # LLaMA-Factory's earlier turns
-    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "no tool can be called, leave it out"),
-    **dict.fromkeys(("images", "image", "audios", "audio", "videos", "video"), "text alone is, leave it out"),
-}
+MARKS = {"weight", "train"}  # of a message: 0 or false makes a reply context
+# Keys of a record or of a message that say nothing to be learnt, and keys that change what it means.
+NEUTRAL = {"id", "index", "prompt_id", "name", "title", "url", "source", "category", "lang", "score", "meta"}
+REFUSED = {"history", "tools", "functions", "tool_calls", "function_call", "image", "images", "audio", "video"}
 
 
 def find_form(record: object, kind: str) -> Form | None:
@@ -95,24 +88,20 @@ def find_form(record: object, kind: str) -> Form | None:
     return next((form for form in KINDS[kind].forms if keys.issuperset((form.question, *form.answers))), None)
 
 
-def unread(record: dict, kind: str) -> set[str]:
-    """The keys with a value that normalise does not read, of a record and of its messages."""
+def unread(record: dict, kind: str) -> list[str]:
+    """The keys with a value that normalise does not read, of a record and of its messages. ValueError if the rest
+    means something else without one of them."""
     form = find_form(record, kind)
-    read = NEUTRAL | {form.question, *form.answers, *form.beside}
+    read = {form.question, *form.answers, *form.beside}
+    values = [record[key] for key in (form.question, *form.answers)]
     if kind == "prompt":  # PPO samples an answer of its own
         read |= {key for other in KINDS.values() for form in other.forms for key in form.answers}
-    found = {key for key in record.keys() - read if record[key] not in NOTHING}
-    lists = [record[key] for key in (form.question, *form.answers) if isinstance(record[key], list)]
-    for message in [turn for turns in lists for turn in turns if isinstance(turn, dict)]:
-        read = NEUTRAL | {*MARKS, *who_and_what(message)}
-        found |= {key for key in message.keys() - read if message[key] not in NOTHING}
-    return found
-
-
-def refuse_keys(found: dict) -> None:
-    for key, remedy in REFUSED.items():
-        if found.get(key):
-            raise ValueError(f'"{key}" is not read here: {remedy}')
+    turns = [turn for value in values if isinstance(value, list) for turn in value if isinstance(turn, dict)]
+    parts = [(record, read), *((turn, MARKS | {*who_and_what(turn)}) for turn in turns)]
+    found = {key for part, read in parts for key in part.keys() - read if part[key] not in (None, "", [], {})}
+    if wrong := sorted(found & REFUSED):
+        raise ValueError(f'"{wrong[0]}" is not read here, and the record means something else without it: leave it out')
+    return sorted(found - NEUTRAL)
 
 
 def normalise(record: object, kind: str) -> dict:
@@ -136,7 +125,6 @@ def normalise(record: object, kind: str) -> dict:
 
 def read_form(record: dict, form: Form, kind: str) -> dict:
     """The record of this form in the shape that read_records documents."""
-    refuse_keys(record)
     if form.question == "text":
         if not read_text(record["text"], "text").strip():
             raise ValueError('"text" is empty')
@@ -150,10 +138,7 @@ def read_form(record: dict, form: Form, kind: str) -> dict:
     if kind == "sft":
         for key in form.answers:
             messages += read_answer(record[key], key)
-        check_messages(messages, "assistant")
-        if not any(message["role"] == "assistant" and message.get("train", True) for message in messages):
-            raise ValueError("no reply is a target: leave the record out")
-        return {"messages": messages}
+        return {"messages": check_messages(messages, "assistant")}
     if form.question != "prompt" and messages and messages[-1]["role"] == "assistant":
         messages.pop()  # PPO samples an answer of its own
     return {"messages": check_messages(messages, "user")}
@@ -245,7 +230,6 @@ def read_turns(value: object, key: str) -> list[dict]:
                          'begins with "Human:"')
     messages, known = [], ", ".join(ROLES)
     for turn in turns:
-        refuse_keys(turn)
         who, what = who_and_what(turn)
         role = str(turn.get(who))
         if role not in ROLES:
@@ -360,8 +344,8 @@ def read_file(path: Path, kind: str, skip_bad: bool, limit: int | None, say: Cal
             record = normalise(value, kind)
             if kind == "prompt":
                 record |= {"record": value, "place": f"{path}, line {line}"}
-            records.append(record)
             not_read.update(unread(value, kind))
+            records.append(record)
         except ValueError as error:
             if not skip_bad:
                 raise ValueError(f"{path}, line {line}: {error} (mend it or pass --skip_bad_records)") from None
@@ -373,7 +357,7 @@ def read_file(path: Path, kind: str, skip_bad: bool, limit: int | None, say: Cal
         total = len(faults) + len(records)
         say(f"{path}: skipped {len(faults)} bad of {total} records, first {faults[0]}")
     if not_read:
-        keys = ", ".join(f"{key} in {count}" for key, count in sorted(not_read.items()))
+        keys = ", ".join(f"{key} in {count}" for key, count in not_read.items())
         say(f"note: {path}: keys that are not read, with the number of their records: {keys}")
     return records
 

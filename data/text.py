@@ -812,7 +812,7 @@ def encode_example(record: dict, tokenizer: Tokenizer, template: Template, max_l
         return Encoded([(row, [False] + [True] * (len(row) - 1)) for row in rows])
     ids, target = encode_messages(record["messages"], tokenizer, template)
     if not any(target[:max_len]):
-        return Encoded([], f"left out: the prompt alone fills {max_len} tokens")
+        return Encoded([], f"left out: none of their first {max_len} tokens is a target")
     return Encoded([(ids[:max_len], target[:max_len])], f"cut at {max_len} tokens" if len(ids) > max_len else "")
 
 

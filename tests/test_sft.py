@@ -272,7 +272,7 @@ def test_prompt_that_fills_max_len_is_left_out(base, tmp_path, capsys):
     for name in ("three", "four"):
         run(base, tmp_path / name, "--dataset", tmp_path / f"{name}.json")
     assert losses(tmp_path / "three") == losses(tmp_path / "four")
-    assert "1 of 4 examples are left out: the prompt alone fills 160 tokens" in capsys.readouterr().out
+    assert "1 of 4 examples are left out: none of their first 160 tokens is a target" in capsys.readouterr().out
 
 
 def test_overfitted_answers_end(tmp_path):

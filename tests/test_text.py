@@ -729,13 +729,14 @@ def test_the_cut():
     assert lost == ""
     assert full[prompt:] == [107, 108, 109, 2] and flags == [False] * prompt + [True] * 4
     assert encode(chat("hi", "abc"), max_len=prompt + 3) == ([(full[:-1], flags[:-1])], f"cut at {prompt + 3} tokens")
-    assert encode(chat("hi", "abc"), max_len=prompt) == ([], f"left out: the prompt alone fills {prompt} tokens")
+    none = f"left out: none of their first {prompt} tokens is a target"
+    assert encode(chat("hi", "abc"), max_len=prompt) == ([], none)
     short, long, cut = chat("hi", "abc"), chat("hi" * 50, "abc"), chat("hi", "abcdefghi" * 9)
     examples, notes = encode_all([short, long, short, cut], partial(encode, max_len=40), "examples")
     assert examples[:2] == [(full, flags)] * 2 and len(examples[2][0]) == 40
-    assert notes == ["1 of 4 examples are left out: the prompt alone fills 40 tokens",
+    assert notes == ["1 of 4 examples are left out: none of their first 40 tokens is a target",
                      "1 of 4 examples are cut at 40 tokens"]
-    with pytest.raises(ValueError, match="none of the 2 examples fits: 2 of 2 .* 40 tokens; raise --max_len"):
+    with pytest.raises(ValueError, match="none of the 2 examples fits: 2 of 2 .* a target; raise --max_len"):
         encode_all([long, long], partial(encode, max_len=40), "examples")
     assert encode_all([], encode, "examples") == ([], [])
 
