@@ -989,7 +989,7 @@ def print_rows(rows: list[dict]) -> None:
         print("".join(f"{x:12.4g}" for x in row.values()))
 
 
-LADDER = [0.4, 0.2, 0.1, 0.05, 0.02, 0.0]       # kl_coef
+LADDER = [0.8, 0.4, 0.2, 0.1, 0.05, 0.0]        # kl_coef
 
 
 def sweep(args: argparse.Namespace) -> dict:
