@@ -136,13 +136,13 @@ def test_merged_is_the_adapter_and_unmerged_is_the_base_to_the_bit():
     """Merging had no effect, or the adapter was applied twice [EricLBuehler/candle-lora#26]. loralib's weights drift
     when train() and eval() alternate."""
     model, base = trained(), small().state_dict()
-    on = logits(model)
+    on, saved = logits(model), model.state_dict().keys()
     bound = 3e-5 * on.abs().max()  # kernels of other processors add up in another order
     for _ in range(5):
         merge(model)
         merge(model)
         model.train().eval()
-        assert 0 < differ(logits(model), on) < bound
+        assert 0 < differ(logits(model), on) < bound and model.state_dict().keys() == saved
         with pytest.raises(ValueError, match="call unmerge"), disabled(model):
             pass
         unmerge(model)
@@ -278,6 +278,9 @@ def test_save_and_load_give_the_same_model(tmp_path):
     assert torch.equal(state, torch.get_rng_state())
     assert differ(logits(again), logits(model)) < 1e-6
     assert [config[key] for key in ("note", "r", "lora_alpha", "lora_dropout", "rank_pattern")] == [1, 4, 8, 0.1, {}]
+    told = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "inference_mode": True,
+            "init_lora_weights": True, "bias": "none", "modules_to_save": None}  # what PEFT would do otherwise
+    assert {key: config[key] for key in told} == told
     again.layers[1].attention.wq = again.layers[1].attention.wq.base  # one q_proj without, so names must become full
     save_adapter(again, tmp_path / "part", base="x")
     assert len(load_adapter(small(), tmp_path / "part")["target_modules"]) == 13

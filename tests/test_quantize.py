@@ -559,6 +559,8 @@ def test_kernels_are_in_use():
     """The fall-back is as right as the kernels, so a fault of ours in calling them would only be slow."""
     assert Q.fast_product(layer_of(4, 64, 64)) and Q.fast_product(layer_of(8, 64, 64))
     assert Q.fast_product(nn.Linear(1024, 1024, bias=False))
+    if torch.cpu._is_vnni_supported() and not os.environ.get("ONEDNN_MAX_CPU_ISA"):
+        assert Q.kernel_works(Q.int8_product, Linear8, torch.int8, "cpu")
     if torch.cpu._is_avx512_bf16_supported() and not os.environ.get("ONEDNN_MAX_CPU_ISA"):
         assert Q.fast_product(nn.Linear(1024, 1024, bias=False).bfloat16())
 

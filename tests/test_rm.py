@@ -151,6 +151,9 @@ def test_head_starts_at_one_over_root_of_dim_plus_one():
     model, again = (tiny(dim=2048, ffn_dim=8, n_layers=1, vocab_size=8) for _ in range(2))
     assert model.score.weight.std().item() == pytest.approx(2049 ** -0.5, rel=0.06) and model.score.bias is None
     assert torch.equal(model.score.weight, again.score.weight)
+    seeded = RewardModel(model.trunk, torch.Generator().manual_seed(0))
+    drawn = torch.randn(1, 2048, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(seeded.score.weight, 2049 ** -0.5 * drawn, rtol=1e-5)  # 2047 would be 5e-4 off
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
