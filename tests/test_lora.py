@@ -280,7 +280,7 @@ def test_save_and_load_give_the_same_model(tmp_path):
     assert [config[key] for key in ("note", "r", "lora_alpha", "lora_dropout", "rank_pattern")] == [1, 4, 8, 0.1, {}]
     told = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "inference_mode": True,
             "init_lora_weights": True, "bias": "none", "modules_to_save": None}  # what PEFT would do otherwise
-    assert {key: config[key] for key in told} == told
+    assert told.items() <= json.loads((tmp_path / lora.CONFIG).read_text()).items()
     again.layers[1].attention.wq = again.layers[1].attention.wq.base  # one q_proj without, so names must become full
     save_adapter(again, tmp_path / "part", base="x")
     assert len(load_adapter(small(), tmp_path / "part")["target_modules"]) == 13
