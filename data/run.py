@@ -46,7 +46,7 @@ import torch.distributed.nn
 from torch import Tensor, nn
 
 from data.text import TEMPLATES
-from data.weights import DTYPES, read_json, write_file, write_json
+from data.weights import DTYPES, append_line, read_json, write_file, write_json
 
 try:
     import resource
@@ -442,7 +442,7 @@ def save_checkpoint(args: argparse.Namespace, world: World, meta: dict, optimize
         barrier()
         write_file(temporary / f"rank-{world.rank}.pt", partial(torch.save, part))
         barrier()
-    except OSError:         # the disk is full
+    except (OSError, RuntimeError):     # the disk is full, here or at another process, to which the connection is lost
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if world.rank == 0:
@@ -553,8 +553,7 @@ class Log:
         """Writes a row. JSON has no Infinity, such as the gradient norm of a skipped step: it is written as null."""
         finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
         if self.world.rank == 0:
-            with self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(finite) + "\n")
+            append_line(self.file, json.dumps(finite))
 
     def progress(self, step: int, text: str, log: bool) -> None:
         """Prints the progress line: on a terminal over the one before, elsewhere as a line of its own if `log`."""

@@ -28,8 +28,8 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -671,7 +671,7 @@ def refuse_pointer(content: bytes, file: Path) -> None:
 
 
 def write_json(file: str | Path, value: object) -> None:
-    """Writes characters as they are. Half a surrogate pair, which UTF-8 has not, becomes its escape in JSON: \\ud83d."""
+    """Writes characters as they are. Half a surrogate pair, which UTF-8 lacks, becomes its escape in JSON, \\ud83d."""
     write_file(file, json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
@@ -684,17 +684,31 @@ def write_file(file: str | Path, content: bytes | Callable[[Path], object]) -> N
     file = Path(file)
     temporary = file.with_name(file.name + ".tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(b"" if callable(content) else content)
-        mode = temporary.stat().st_mode  # the mode of the umask; safetensors would make it 0600
-        if callable(content):
-            content(temporary)
-        temporary.chmod(mode)
-        os.replace(temporary, file)
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(b"" if callable(content) else content)
+            mode = temporary.stat().st_mode  # the mode of the umask; safetensors would make it 0600
+            if callable(content):
+                content(temporary)
+            temporary.chmod(mode)
+            os.replace(temporary, file)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def append_line(file: Path, line: str) -> None:
+    """Adds a line to a text file. A kill or a full disk may leave a part of it."""
+    with writing(file), file.open("a", encoding="utf-8") as out:
+        out.write(line + "\n")
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Inside, what the disk refuses becomes an OSError of one sentence."""
+    try:
+        yield
     # On a full disk torch.save raises RuntimeError, and safetensors an error that derives from Exception alone.
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise OSError(f"{file} cannot be written: make room or name another directory ({reason})") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

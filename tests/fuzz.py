@@ -4,9 +4,9 @@
     --files 2000        records, weights, configs, indices, tokenizers, adapters, checkpoints, each a valid one damaged
     --flags 1000        command lines of all scripts, a tenth of which also run
 
-A case is drawn by the seed and its number alone, so `--only file-17` tries one again. It may be accepted, and then must be
-what it says (see `check_...` below), or refused: by one sentence that names the file, as run.command prints it, or by a
-status from 400 to 499 in OpenAI's form. Anything else is a fault: another exception, a crash, more than 20 seconds, 4 GB.
+A case is drawn by the seed and its number alone, so `--only file-17` tries one again. It may be accepted, and then must
+be what it says (see `check_...` below), or refused: by one sentence that names the file, as run.command prints it, or
+by a status from 400 to 499 in OpenAI's form. Anything else is a fault: another exception, a crash, 20 seconds, 4 GB.
 tests/test_fuzz.py runs a small part of this.
 """
 
@@ -35,7 +35,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"   # for the processes
 
 import torch  # noqa: E402
 
@@ -57,22 +56,23 @@ Draw = random.Random
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 DEEP = "[" * 100_000 + "]" * 100_000
-ODD = [None, True, False, -1, 0, 1, 2, 7, 10**6, 2**31, 2**63, -2**63, 10**30, 0.5, -0.0, 1e-320, 1e308, math.nan, math.inf,
-       "", "x", "nan", "null", "1", "a\0b", "\ud83d", "\u2028", "x" * 5000, "../x", "/etc/passwd", [], {}, [None], [[]],
-       [0] * 3000, ["a", 1], {"a": 1}, {"": None}]
+ODD = [None, True, False, -1, 0, 1, 2, 7, 10**6, 2**31, 2**63, -2**63, 10**30, 0.5, -0.0, 1e-320, 1e308, math.nan,
+       math.inf, "", "x", "nan", "null", "1", "a\0b", "\ud83d", "\u2028", "x" * 5000, "../x", "/etc/passwd", [], {}, [None],
+       [[]], [0] * 3000, ["a", 1], {"a": 1}, {"": None}]
 
 
 def damage_bytes(data: bytes, draw: Draw) -> bytes:
-    """One of: bits flipped, a part cut out, doubled, zeroed or replaced; another encoding; nothing left; junk around."""
+    """One of: bits flipped, a part cut out, doubled, zeroed or replaced; another encoding; nothing left; junk."""
     at, size = draw.randrange(len(data) + 1), draw.choice([1, 2, 8, 100, 5000])
     part = data[at:at + size]
     changed = bytearray(data)
     for place in draw.choices(range(len(data)), k=draw.choice([1, 1, 4, 30])) if data else ():
         changed[min(place, draw.choice([len(data), 200]) - 1)] ^= 1 << draw.randrange(8)
+    before, after = data[:at], data[at + size:]
     return draw.choice([
-        bytes(changed), bytes(changed), data[:at], data[at:], data[:at] + data[at + size:], data[:at] + part + data[at:],
-        data[:at] + bytes(len(part)) + data[at + size:], data[:at] + draw.randbytes(len(part)) + data[at + size:],
-        data.decode("latin-1").encode("utf-16"), b"\xef\xbb\xbf" + data, data + draw.randbytes(size), b"", b"null", data * 2])
+        bytes(changed), bytes(changed), before, after, before + after, before + part + data[at:],
+        before + bytes(len(part)) + after, before + draw.randbytes(len(part)) + after, b"", b"null", data * 2,
+        data.decode("latin-1").encode("utf-16"), b"\xef\xbb\xbf" + data, data + draw.randbytes(size)])
 
 
 def places(value: object) -> Iterator[tuple[dict | list, object]]:
@@ -97,13 +97,14 @@ def damage_json(value: dict | list, draw: Draw) -> str:
         elif how == 1:
             container[draw.choice(["", "extra", "Messages", str(key).upper()])] = container.pop(key)
         elif how == 2:
-            other, its = draw.choice(found)
-            container[key] = json.loads(json.dumps(other.get(its) if isinstance(other, dict) else other[min(its, len(other) - 1)]))
+            other, its = draw.choice(found or [([None], 0)])
+            container[key] = json.loads(json.dumps(other[its]))
         else:
             container[key] = copy.deepcopy(draw.choice([*ODD, "DEEP"]))
     said = json.dumps(value).replace('"DEEP"', DEEP)
     if draw.random() < 0.1 and said.startswith("{"):    # a key twice
-        said = '{"' + draw.choice(re.findall(r'"(\w+)":', said) or ["a"]) + '": ' + json.dumps(draw.choice(ODD)) + ", " + said[1:]
+        key = draw.choice(re.findall(r'"(\w+)":', said) or ["a"])
+        said = json.dumps({key: draw.choice(ODD)})[:-1] + ", " + said[1:]
     return said
 
 
@@ -176,9 +177,11 @@ def make_inputs(folder: str) -> None:
 RECORDS = {
     "sft.json": [*demo.instruction_records(5, 8), {"instruction": "Say", "context": "so", "response": "So."}],
     "sft.jsonl": [{"text": "Once."}, {"prompt": "Hi", "completion": " Hello."}, {"messages": [
-        {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm."}]},
+        {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hm."}]},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}],
-    "preference.jsonl": [{"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}, {"prompt": "Hi", "responses": ["A", "B", "C"]},
+    "preference.jsonl": [{"prompt": "Hi", "chosen": "Hello.", "rejected": "No."},
+                         {"prompt": "Hi", "responses": ["A", "B", "C"]},
                          {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}],
     "prompt.json": [{"prompt": "Write."}, {"instruction": "Write.", "input": "fox"}, {"messages": [
         {"role": "user", "content": "Hi"}]}],
@@ -286,8 +289,9 @@ def outcome(call: Callable[[], object], *names: object) -> str:
 
 # ---- command lines --------------------------------------------------------------------------------------------------
 
-ODD_WORDS = ["", "-", "--", "-1", "0", "1", "2", "00", "1e-320", "1e308", "1e999", "nan", "-inf", "0x10", "1_0", "\uff11", "1.5",
-             "9" * 400, "auto", "none", "True", "a" * 5000, "../hf", "nowhere", "/dev/null", "caf\u00e9", "\udcff", "a\nb", "a b", "*"]
+ODD_WORDS = ["", "-", "--", "-1", "0", "1", "2", "00", "1e-320", "1e308", "1e999", "nan", "-inf", "0x10", "1_0",
+             "\uff11", "1.5", "9" * 400, "auto", "none", "True", "a" * 5000, "../hf", "nowhere", "/dev/null", "caf\u00e9",
+             "\udcff", "a\nb", "a b", "*"]
 SCRIPTS = {
     "sft": (sft, TRAIN),
     "rm": (rm, f"{LOOP} --pretrain ../hf --dataset ../records/preference.jsonl"),
@@ -300,7 +304,8 @@ SCRIPTS = {
     "zero": (zero, "--plan tiny"),
     "lora": (lora, "merge ../adapter out"),
 }
-AMOUNTS = re.compile("episodes|timesteps|epochs|steps|batch_size|group_size|new_tokens|interval|len$")  # more is only slower
+# More of these is only slower.
+AMOUNTS = re.compile("episodes|timesteps|epochs|steps|batch_size|group_size|new_tokens|interval|best_of|len$")
 
 
 def try_flags(draw: Draw, number: int) -> str:
@@ -337,9 +342,10 @@ BODIES = [
     ("/v1/completions", {"prompt": "a fox", "max_tokens": 3, "temperature": 0.5, "n": 2, "stop": ["x"], "seed": 1}),
     ("/v1/completions", {"prompt": [[1, 5], [1, 9, 7]], "max_tokens": 2, "logprobs": 2, "top_p": 0.5, "user": "me"}),
     ("/v1/chat/completions", {"max_tokens": 3, "messages": [{"role": "system", "content": "Be kind."}, {
-        "role": "user", "content": [{"type": "text", "text": "Hi"}]}], "logprobs": True, "top_logprobs": 2}),
-    ("/v1/chat/completions", {"max_completion_tokens": 2, "messages": [{"role": "user", "content": "Hi"}], "stream": True,
-                              "stream_options": {"include_usage": True}, "presence_penalty": 1, "frequency_penalty": -1}),
+        "role": "user", "content": [{"type": "text", "text": "Hi"}]}], "logprobs": True, "top_logprobs": 2,
+        "frequency_penalty": -1}),
+    ("/v1/chat/completions", {"max_completion_tokens": 2, "messages": [{"role": "user", "content": "Hi"}],
+                              "stream": True, "stream_options": {"include_usage": True}, "presence_penalty": 1}),
 ]
 NUMBERS = {"temperature": (0, 2), "top_p": (0, 1), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
            "n": (1, 2**31), "max_tokens": (1, 2**31), "max_completion_tokens": (1, 2**31), "top_logprobs": (0, 20)}
@@ -347,7 +353,8 @@ NUMBERS = {"temperature": (0, 2), "top_p": (0, 1), "presence_penalty": (-2, 2), 
 
 def start_server() -> serve.Server:
     served = serve.open_served(serve.parse(["hf"]))
-    server = serve.Server(serve.Engine(served, 4, 64), serve.parse(["hf", "--http_port", "0", "--benchmark", "--runs", "."]))
+    args = serve.parse(["hf", "--http_port", "0", "--benchmark", "--runs", "."])    # --benchmark logs no requests
+    server = serve.Server(serve.Engine(served, 4, 64), args)
     for target in (server.engine.run, server.serve_forever):
         threading.Thread(target=target, daemon=True).start()
     return server
@@ -363,7 +370,8 @@ def try_request(draw: Draw, server: serve.Server) -> str:
             f"Content-Length: {len(content)}\r\n\r\n")
     if how > 0.97:
         pages = ["/", "/health", "/metrics", "/runs", "/v1/models", "/..", "/%00", "//x", "*"]
-        head, content = f"{draw.choice(['GET', 'HEAD', 'PUT', 'X'])} {draw.choice(pages)} HTTP/1.1\r\nHost: localhost\r\n\r\n", b""
+        verb, page = draw.choice(["GET", "HEAD", "PUT", "X"]), draw.choice(pages)
+        head, content = f"{verb} {page} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", b""
     sent = head.encode() + content
     sent = damage_bytes(sent, draw) if how > 0.85 else sent
     with socket.create_connection(server.server_address, timeout=20) as connection:
@@ -391,7 +399,8 @@ def try_request(draw: Draw, server: serve.Server) -> str:
 def check_answer(body: dict, said: bytes) -> None:
     """A request that was answered asks for what there is, and has it."""
     known = {*serve.COMPLETION, *serve.CHAT}
-    assert all(key in known or value is None or value in serve.NEUTRAL.get(key, []) for key, value in body.items()), body
+    strange = {key: value for key, value in body.items() if key not in known and value is not None}
+    assert all(value in serve.NEUTRAL.get(key, []) for key, value in strange.items()), body
     for key, (low, high) in NUMBERS.items():
         value = body.get(key)
         assert value is None or type(value) in (int, float) and low <= value <= high, body
@@ -443,7 +452,7 @@ def work(folder: str, what: str, seed: int, numbers: list[int], pipe: Connection
 
 
 def try_all(folder: str, what: str, seed: int, numbers: list[int]) -> Iterator[tuple[str, str]]:
-    """Yields each case's name, and "accepted", "refused", or what is wrong. A case that ends its process is named too."""
+    """Yields each case's name, and "accepted", "refused", or what is wrong, were it the end of its process."""
     done = 0
     while done < len(numbers):
         reader, writer = FORKS.Pipe(duplex=False)
@@ -496,11 +505,13 @@ def main() -> int:
         what, _, number = args.only.partition("-")
         cases = {what: [int(number)]}
     print(f"seed {args.seed}", flush=True)
+    os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"   # for the processes
     began = time.monotonic()
     ends, faults = fuzz(args.seed, cases)
     print(f"\nseed {args.seed}, {time.monotonic() - began:.0f} s\nkind        tried  accepted  refused  faults")
     for what, numbers in cases.items():
-        print(f"{what:<10}{len(numbers):>7}" + "".join(f"{ends[what, end]:>9}" for end in ("accepted", "refused", "faults")))
+        accepted, refused, wrong = (ends[what, end] for end in ("accepted", "refused", "faults"))
+        print(f"{what:<10}{len(numbers):>7}{accepted:>10}{refused:>9}{wrong:>8}")
     return int(bool(faults))
 
 

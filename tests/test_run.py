@@ -361,6 +361,16 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_last_checkpoint(tmp_path):
     assert load(tmp_path)[0]["step"] == 1
 
 
+def test_a_full_disk_under_metrics_is_a_sentence(tmp_path):
+    log, limits = run.Log(args_of(tmp_path), ALONE, 0, 4), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: make room or name another directory \("):
+            log.append({"step": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_checkpoint_brings_everything_back(tmp_path, capsys):
     torch.manual_seed(5)
     save(tmp_path, 3)
