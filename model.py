@@ -632,23 +632,21 @@ def parse(argv: list[str]):
          help="prompt template of --chat (the one that the directory names, else plain)")
     flag("--max_new_tokens", type=run.whole(0), default=200,
          help="longest continuation in tokens")
-    flag("--temperature", type=float, default=1.0,
+    flag("--temperature", type=run.number(0), default=1.0,
          help="0 takes the likeliest token")
-    flag("--top_k", type=int, default=0,
+    flag("--top_k", type=run.whole(0), default=0,
          help="keep the k likeliest tokens (0 = all)")
-    flag("--top_p", type=float, default=1.0,
+    flag("--top_p", type=run.number(0, 1, above=True), default=1.0,
          help="keep the likeliest tokens that make up this probability (1 = all)")
-    flag("--repetition_penalty", type=float, default=1.0,
+    flag("--repetition_penalty", type=run.number(0, above=True), default=1.0,
          help="above 1 makes tokens already seen less likely")
-    flag("--seed", type=int, default=0,
+    flag("--seed", type=run.whole(-2**31, 2**31), default=0,
          help="of sampling")
     flag("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
          help="auto: bf16 on CUDA, fp32 elsewhere")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
          help="auto: cuda where there is one, else cpu")
-    args = parser.parse_intermixed_args(argv)  # a prompt may follow a flag
-    check_sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
-    return args
+    return parser.parse_intermixed_args(argv)  # a prompt may follow a flag
 
 
 def main(argv: list[str] | None = None) -> None:

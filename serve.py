@@ -1150,7 +1150,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda if there is one")
     flag("--template", choices=sorted(text.TEMPLATES), help="prompt template (the directory's own, or plain)")
     # engine
-    flag("--max_batch", type=run.whole(1), default=16, help="answers at once: rows of the cache")
+    flag("--max_batch", type=run.whole(1, 4096), default=16, help="answers at once: rows of the cache")
     flag("--max_len", type=run.whole(2), help="tokens that a row has room for, prompt and answer (the model's context)")
     flag("--max_waiting", type=run.whole(0, 2**20), default=256,
          help="answers that may wait for a row; further requests get 429")
@@ -1166,7 +1166,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # measuring
     flag("--benchmark", action="store_true",
          help="measure instead of serving: clients that ask over HTTP, each its next question when it has its answer")
-    flag("--concurrency", type=matching("[1-9][0-9]*(,[1-9][0-9]*)*", "list of numbers such as 1,4,16"),
+    flag("--concurrency", type=matching("[1-9][0-9]{0,2}(,[1-9][0-9]{0,2})*", "list of numbers such as 1,4,16"),
          default="1,4,16", help="numbers of clients, one line of the table each")
     flag("--prompt_tokens", type=run.whole(1), default=32, help="length of the benchmark's prompts")
     flag("--new_tokens", type=run.whole(1), default=64, help="length of its answers")

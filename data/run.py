@@ -258,7 +258,7 @@ def training_parser(description: str, save_path: str) -> Parser:
     flag("--skip_bad_records", action="store_true", help="count and skip broken records instead of stopping")
     # optimization
     flag("--lr", type=number(0, 1), help="peak learning rate")
-    flag("--weight_decay", type=number(), help="AdamW's decay of matrices; vectors are never decayed")
+    flag("--weight_decay", type=number(0, 10), help="AdamW's decay of matrices; vectors are never decayed")
     flag("--warmup", type=number(0, 1), default=0.05, help="share of the updates over which the learning rate rises")
     flag("--clip_grad", type=number(), default=1.0, help="clip the global gradient norm to this (0 = never)")
     flag("--max_steps", type=whole(1), help="stop after so many updates")
@@ -267,10 +267,10 @@ def training_parser(description: str, save_path: str) -> Parser:
     flag("--grad_checkpoint", action="store_true",
          help="recompute activations in backward: less memory, a third more time")
     # LoRA
-    flag("--lora_rank", type=whole(0), default=0,
+    flag("--lora_rank", type=whole(0, 4096), default=0,
          help="rank of low-rank adapters on every linear layer; 0 trains all weights")
     flag("--lora_alpha", type=number(0, above=True), help="adapters are scaled by alpha / rank (2 * rank)")
-    flag("--lora_dropout", type=number(0, 1), default=0.0, help="dropout on the input of the adapters")
+    flag("--lora_dropout", type=number(0, 0.9), default=0.0, help="dropout on the input of the adapters")
     # run
     flag("--strategy", choices=STRATEGIES, default="ddp",
          help="naive is for one process; ddp sums gradients over all; zero2 also shards gradients and optimizer, "

@@ -16,6 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import model
+import ppo
+import quantize
+import rm
+import serve
+import sft
+import zero
 from data import run
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +88,34 @@ def test_numbers_within_their_range(kind, given, value):
 def test_numbers_outside_their_range(kind, given, message):
     with pytest.raises(argparse.ArgumentTypeError, match=f"^{message}$"):
         kind(given)
+
+
+SCRIPTS = {"model": model, "zero": zero, "sft": sft, "rm": rm, "ppo": ppo, "quantize": quantize, "serve": serve}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_has_a_range_where_it_is_declared(script, monkeypatch):
+    """GPT2-Chinese#60: a learning rate far above 1 was taken. A bare int or float takes any number, and NaN."""
+    flags = []
+    monkeypatch.setattr(run.Parser, "print_help", lambda self: flags.extend(self._actions))
+    with pytest.raises(SystemExit):
+        SCRIPTS[script].main(["--help"])
+    assert flags and not [flag.dest for flag in flags if flag.type in (int, float) and not flag.choices]
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("sft", "--warmup 100"), ("sft", "--lr 2"), ("sft", "--lora_dropout 1"), ("sft", "--lora_rank 100000"),
+    ("sft", "--weight_decay 1e3"), ("sft", "--accumulation_steps 0"), ("rm", "--beta 0"), ("rm", "--warmup -1"),
+    ("ppo", "--lam 95"), ("ppo", "--gamma 2"), ("ppo", "--clip 20"), ("ppo", "--value_clip 40"),
+    ("quantize", "--damp 1.5 DIR"), ("quantize", "--bits 3 DIR"), ("quantize", "--max_len 1 DIR"),
+    ("serve", "--max_batch 1000000000"), ("serve", "--http_port 65536"), ("serve", "--concurrency 1,100000"),
+    ("model", "DIR Hi --temperature -1"), ("model", "DIR Hi --top_p 2"), ("model", "DIR Hi --top_k -1"),
+    ("model", "DIR Hi --repetition_penalty 0"), ("model", "DIR Hi --seed 99999999999999999999"),
+    ("zero", "--plan 7B --nproc 0"),
+])
+def test_a_number_that_can_only_be_a_mistake_is_refused(script, flags):
+    with pytest.raises(run.WrongFlag, match=r"must be|invalid choice|no list of numbers"):
+        SCRIPTS[script].main(flags.split())
 
 
 def test_errors_of_the_system_are_told_without_their_number(tmp_path):

@@ -370,8 +370,15 @@ def test_a_file_in_the_place_of_a_directory_is_one_sentence(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_adding_to_a_file_on_a_full_disk_is_the_same_sentence():
+    """The rows of metrics.jsonl are added one by one."""
+    with pytest.raises(OSError, match=r"^/dev/full cannot be written: make room or name another directory \(No space"):
+        weights.append_line(Path("/dev/full"), "{}")
+
+
 def test_half_a_character_is_written_as_json_escapes_it(tmp_path):
-    """A broken tokenizer_config.json has one, or a file name that is no UTF-8, which summary.json has among the flags."""
+    """A broken tokenizer_config.json has one, or a file name that is no UTF-8, which is a flag in summary.json."""
     value = {"狐狸": "a\ud83d", "\udcff": "🦊"}
     write_json(tmp_path / "x.json", value)
     assert read_json(tmp_path / "x.json") == value and '"狐狸": "a\\ud83d"' in (tmp_path / "x.json").read_text("utf-8")
