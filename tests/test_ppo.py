@@ -43,13 +43,19 @@ def write(file: Path, found: list) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A folder with an SFT model, a reward model rm/, prompts.json (8) and ptx.json (5)."""
+    """A folder with an SFT model, a reward model rm/, one that is an adapter on the SFT model, rm-lora/, prompts.json
+    (8) and ptx.json (5)."""
     folder = tmp_path_factory.mktemp("base")
     Llama(LlamaConfig(**SIZES), generator=drawn(1)).save_pretrained(folder / "model")
     reward = RewardModel(Llama(LlamaConfig(**SIZES), head=False, generator=drawn(2)), drawn(2))
     reward.config.extra["reward_mean"] = 0.3
     reward.save_pretrained(folder / "rm")
-    for name in ("model", "rm"):
+    reward = RewardModel(quantize.open_model(folder / "model", head=False), drawn(2))
+    lora.attach(reward, 2, generator=drawn(2))
+    for layer in lora.adapters(reward).values():
+        layer.lora_B.data.normal_(std=0.1, generator=drawn(3))
+    lora.save_adapter(reward, folder / "rm-lora", folder / "model", {"reward_mean": 0.1})
+    for name in ("model", "rm", "rm-lora"):
         text.Tokenizer(demo.FOLDER).save(folder / name, "alpaca")
     write(folder / "prompts.json", demo.prompt_records(0)[:8])
     write(folder / "ptx.json", demo.instruction_records(5, 5))
@@ -91,7 +97,12 @@ def metrics(out: Path) -> list[dict]:
 
 
 def weights(folder: Path) -> dict:
-    return safetensors.torch.load_file(folder / "model.safetensors")
+    return safetensors.torch.load_file(next(folder.glob("*model.safetensors")))
+
+
+def on_one_base(base: Path) -> tuple:
+    """The flags of a run whose four models share their base."""
+    return "--lora_rank", 2, "--rm_path", base / "rm-lora"
 
 
 def same(a: dict, b: dict) -> bool:
@@ -911,9 +922,10 @@ def kill_in(monkeypatch, step: int) -> None:
     monkeypatch.setattr(ppo, "update", update)
 
 
-@pytest.mark.parametrize("algorithm", [(), ("--algorithm", "grpo", "--group_size", 2)], ids=["ppo", "grpo"])
-def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch, algorithm):
-    more = ("--num_episodes", 6, "--save_interval", 3, "--pretrain_dataset", base / "ptx.json", *PTX, *algorithm)
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "one base"])
+def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch, kind):
+    added = {"ppo": (), "grpo": ("--algorithm", "grpo", "--group_size", 2), "one base": on_one_base(base)}[kind]
+    more = ("--num_episodes", 6, "--save_interval", 3, "--pretrain_dataset", base / "ptx.json", *PTX, *added)
     whole = main(base, tmp_path / "whole", *more)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="with the same command and --resume"):
         kill_in(patch, 5)
@@ -1312,6 +1324,7 @@ def train_in_each_way(base: Path, out: Path) -> None:
     parameters = [p.data for model in models[:2] for p in model.parameters()]
     torch.save((figures, gradients, parameters), out / f"update-{world.rank}.pt")
     learnt = {name: learn(name, base, out / name, world) for name in ppo.ALGORITHMS}
+    learnt["one base"] = learn("ppo", base, out / "ppo", world, *on_one_base(base))
     torch.save(learnt, out / f"algorithms-{world.rank}.pt")
     measured = [main(base, out / "eval", "--eval", base / "model", "--eval_size", size) for size in (1, 3)]
     torch.save(measured, out / f"eval-{world.rank}.pt")
@@ -1319,16 +1332,16 @@ def train_in_each_way(base: Path, out: Path) -> None:
     run.stop()
 
 
-def learn(name: str, base: Path, out: Path, world: run.World) -> tuple:
-    """Advantages, loss and actor of an update by an algorithm, a process of two has every other group."""
+def learn(name: str, base: Path, out: Path, world: run.World, *more) -> tuple:
+    """Advantages, loss and what an update by an algorithm trains. A process of two has every other group."""
     size = 1 if name == "ppo" else 2
     mine = torch.arange(4).view(-1, size)[world.rank::world.world].flatten()
     args, models = opened(base, out, "--algorithm", name, "--group_size", size, "--max_epochs", 2, "--kl_coef", 0.2,
-                          "--train_batch_size", len(mine))
+                          "--train_batch_size", len(mine), *more)
     e = ppo.select(rolled(), mine)
     e = ppo.advantages(ppo.scoring(models, e, args), args)
     figures, _ = update(models, e, [], args, world, 3.0)
-    return mine, e.adv, figures, [p.data for p in models.actor.parameters()]
+    return mine, e.adv, figures, [p.data for model in ppo.trained(models) for p in model.parameters()]
 
 
 def test_two_processes(base, tmp_path, start):
@@ -1357,8 +1370,9 @@ def test_two_processes(base, tmp_path, start):
         assert all((p - q).abs().max() < 1e-6 for p, q in zip(parameters_of_rank, parameters))
         assert all(close(found_of_rank[name], found[name]) for name in ("actor", "critic"))
     halves = [torch.load(tmp_path / f"algorithms-{rank}.pt") for rank in (0, 1)]
-    for name in ppo.ALGORITHMS:
-        _, adv, figures, parameters = learn(name, base, tmp_path / "none", WORLD)
+    for name in halves[0]:
+        kind, more = ("ppo", on_one_base(base)) if name == "one base" else (name, ())
+        _, adv, figures, parameters = learn(kind, base, tmp_path / "none", WORLD, *more)
         for half in halves:
             rows, adv_of_half, figures_of_half, parameters_of_half = half[name]
             assert (adv[rows] - adv_of_half).abs().max() < 1e-5 and adv.any(), name
