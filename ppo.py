@@ -154,11 +154,21 @@ class Experience(NamedTuple):
     alike: Tensor | None = None         # (B,) True where all answers to the prompt have the same reward
 
 
+def lengths(e: Experience) -> Tensor:
+    """Tokens of prompt and response, (B,)."""
+    return e.prompt_len + e.mask.sum(1)
+
+
 def select(e: Experience, rows: Tensor) -> Experience:
     """Returns these rows (b,), without the columns of tokens that are padding in all of them."""
     e = Experience(*(x[rows] if isinstance(x, Tensor) else None for x in e))
-    longest = (e.prompt_len + e.mask.sum(1)).max()
-    return e._replace(tokens=e.tokens[:, :longest])             # (b, T)
+    return e._replace(tokens=e.tokens[:, :lengths(e).max()])    # (b, T)
+
+
+def by_length(e: Experience, rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Cuts these rows (b,) into parts of `size` that have similar lengths, so that little is computed for padding."""
+    order = lengths(e)[rows].argsort(stable=True)               # (b,)
+    return rows[order.cpu()].split(size)
 
 
 # ---- 1. rollout -----------------------------------------------------------------------------------------------------
@@ -220,8 +230,8 @@ def critic_values(critic: RewardModel, e: Experience) -> Tensor:
 
 def reward_scores(reward: RewardModel, e: Experience) -> Tensor:
     """The reward model's score at the last response token, (B,)."""
-    last = e.prompt_len + e.mask.sum(1) - 1                                     # (B,)
-    return reward.values(e.tokens).gather(1, last[:, None]).squeeze(1)          # (B, T) -> (B,)
+    last = lengths(e)[:, None] - 1                                              # (B, 1)
+    return reward.values(e.tokens).gather(1, last).squeeze(1)                   # (B, T) -> (B,)
 
 
 def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -257,7 +267,8 @@ def scoring(models: Models, answers: Experience, args: argparse.Namespace) -> Ex
         by_rule = torch.tensor(found, device=answers.tokens.device)                             # (B, F)
         weight = by_rule.new_tensor([rule.weight for rule in models.reward.rules])              # (F,)
         answers = answers._replace(by_rule=by_rule, score=by_rule @ weight)                     # (B,)
-    for rows in torch.arange(len(answers.tokens)).split(args.train_batch_size):                 # 2. scoring
+    order = by_length(answers, torch.arange(len(answers.tokens)), args.train_batch_size)
+    for rows in order:                                                                          # 2. scoring
         e = select(answers, rows)
         found = {"logp": logprobs(models.actor, e, args.temperature)}                           # (b, R)
         if models.critic is not None:
@@ -267,7 +278,8 @@ def scoring(models: Models, answers: Experience, args: argparse.Namespace) -> Ex
             score = reward_scores(models.reward, e) if e.score is None else e.score             # (b,)
         found["score"] = score - args.eos_penalty * ~e.ended                                    # (b,)
         parts.append(found)
-    e = answers._replace(**{name: torch.cat([part[name] for part in parts]) for name in found})     # the same with B
+    back = torch.cat(order).argsort()                                                           # (B,)
+    e = answers._replace(**{name: torch.cat([part[name] for part in parts])[back] for name in found})   # B again
     kl_coef = 0.0 if ALGORITHMS[args.algorithm].kl_in_loss else args.kl_coef
     return e._replace(reward=token_rewards(kl_k1(e.logp, e.ref_logp), e.score, e.mask, kl_coef))    # 3. rewards (B, R)
 
@@ -360,7 +372,7 @@ def micro_batches(e: Experience, minibatch: Tensor, size: int) -> Iterator[tuple
     parts and processes, it is the mean over those of all processes. Every process has equally many rows, so equally
     many parts."""
     total = run.all_reduce(counts(e.mask[minibatch]))           # of all processes
-    parts = minibatch.split(size)
+    parts = by_length(e, minibatch, size)
     for rows in parts:
         share = counts(e.mask[rows]) / total
         yield select(e, rows), dict(zip(("tokens", "answers"), share.tolist())), rows is parts[-1]
@@ -596,8 +608,7 @@ def evaluate(models: Models, prompts: list[Prompt], when: str, stage: Stage) -> 
 
 def split(e: Experience) -> list[tuple[list[int], list[int]]]:
     """The ids of prompt and response of every row."""
-    ends = e.prompt_len + e.mask.sum(1)
-    rows = zip(e.tokens.tolist(), e.prompt_len.tolist(), ends.tolist())
+    rows = zip(e.tokens.tolist(), e.prompt_len.tolist(), lengths(e).tolist())
     return [(row[:start], row[start:end]) for row, start, end in rows]
 
 
@@ -1037,7 +1048,7 @@ FLAGS = (
     ("update_timesteps",       whole(1),               10,    1,     "rollouts an update learns from"),
     ("max_epochs",             whole(1),               5,     2,     "passes over the rollouts of an update"),
     ("experience_batch_size",  whole(1),               8,     64,    "answers a process and rollout"),
-    ("train_batch_size",       whole(1),               8,     16,    "answers a process and micro-batch"),
+    ("train_batch_size",       whole(1),               8,     8,     "answers a process and micro-batch"),
     ("ptx_batch_size",         whole(1),               1,     4,     "ptx examples a process and minibatch"),
     ("max_input_len",          whole(1),               96,    64,    "longest prompt in tokens; longer are left out"),
     ("max_seq_len",            whole(2),               128,   160,   "longest prompt with answer in tokens"),
@@ -1065,6 +1076,7 @@ FINETUNE = {name: usual for name, _, usual, _, _ in FLAGS} | {
 CORRECTIONS = {"no_std": ("grpo", "gspo", "cispo"), "no_length": ("grpo",), "no_whiten": ("ppo",)}
 DEMO = FINETUNE | {name: value for name, _, _, value, _ in FLAGS} | {
     "lr": 3e-4,
+    "accumulation_steps": 2,
     "prompt_dataset": [demo.FOLDER / "prompts.jsonl"],
     "pretrain_dataset": [demo.FOLDER / "sft.jsonl.gz"],
 }

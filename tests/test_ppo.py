@@ -479,6 +479,12 @@ def test_parts_of_a_batch_are_scored_as_the_whole(base, tmp_path):
         assert a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-5)
 
 
+def test_rows_of_similar_length_share_a_part():
+    """Rows of 9, 5, 7 and 5 tokens; the two of 5 keep their order."""
+    assert [part.tolist() for part in ppo.by_length(rolled(), torch.arange(4), 2)] == [[1, 3], [2, 0]]
+    assert [part.tolist() for part in ppo.by_length(rolled(), T([2, 3, 0]), 2)] == [[3, 2], [0]]
+
+
 # ---- the update -----------------------------------------------------------------------------------------------------
 
 def fixed(args: argparse.Namespace, models: Models) -> Experience:
