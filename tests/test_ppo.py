@@ -837,6 +837,8 @@ def test_a_run_changes_actor_and_critic_alone(base, tmp_path, monkeypatch, dtype
     table = metrics(tmp_path)
     assert [row["step"] for row in table] == [1, 2, 3] == list(range(1, summary["steps"] + 1))
     assert all(NAMES == row.keys() for row in table)
+    parts = [[row[f"seconds/{part}"] for part in ("rollout", "scoring", "update")] for row in table]
+    assert all(min(took) > 0 and sum(took) < row["seconds"] + 1e-3 for took, row in zip(parts, table))
     assert table[0]["objective/kl"] == 0 and abs(table[-1]["objective/kl"]) > 0
     assert table[0]["loss/ptx_avg"] > 1 and table[0]["policy/approxkl_avg"] > 0
     actor, far = Llama.from_pretrained(tmp_path), 1e-9 if dtype == "fp32" else 1e-2
@@ -1042,6 +1044,7 @@ def test_demo_preset_measures_gold(base, tmp_path, monkeypatch, capsys):
              "--max_datasets_size", 20, "--critic_lr", 0, "--lr", 0)
     summary = ppo.main([str(flag) for flag in given])
     assert (summary["gold_before"], summary["gold_after"]) == (0.25, 0.75) and summary["kl"] == 0
+    assert summary["steps"] == 1
     assert summary["flags"]["kl_coef"] == ppo.DEMO["kl_coef"] and summary["flags"]["ptx_coef"] == ppo.DEMO["ptx_coef"]
     assert 0 <= metrics(tmp_path)[0]["objective/gold"] <= 1
     printed = capsys.readouterr().out

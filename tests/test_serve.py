@@ -372,6 +372,7 @@ def test_queue_and_counters():
     finish(engine)
     names = ("slots_used", "waiting", "answers_total", "completion_tokens_total", "first_token_seconds_count")
     assert [told()[name] for name in names] == ["0", "0", "5", "25", "5"]
+    assert 0 < float(told()["first_token_seconds_sum"]) < 60
 
 
 def test_a_request_that_is_over_frees_its_row_within_one_step():
