@@ -443,7 +443,10 @@ def save_checkpoint(args: argparse.Namespace, world: World, meta: dict, optimize
         write_file(temporary / f"rank-{world.rank}.pt", partial(torch.save, part))
         barrier()
     except (OSError, RuntimeError):     # the disk is full, here or at another process, to which the connection is lost
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            for file in ["meta.json"] * (world.rank == 0) + [f"rank-{world.rank}.pt"]:
+                (temporary / file).unlink(missing_ok=True)
+            temporary.rmdir()           # by the last process: another one may still write into it
         raise
     if world.rank == 0:
         temporary.rename(new)

@@ -57,8 +57,8 @@ Draw = random.Random
 
 DEEP = "[" * 100_000 + "]" * 100_000
 ODD = [None, True, False, -1, 0, 1, 2, 7, 10**6, 2**31, 2**63, -2**63, 10**30, 0.5, -0.0, 1e-320, 1e308, math.nan,
-       math.inf, "", "x", "nan", "null", "1", "a\0b", "\ud83d", "\u2028", "x" * 5000, "../x", "/etc/passwd", [], {}, [None],
-       [[]], [0] * 3000, ["a", 1], {"a": 1}, {"": None}]
+       math.inf, "", "x", "nan", "null", "1", "a\0b", "\ud83d", "\u2028", "x" * 5000, "../x", "/etc/passwd", [], {},
+       [None], [[]], [0] * 3000, ["a", 1], {"a": 1}, {"": None}]
 
 
 def damage_bytes(data: bytes, draw: Draw) -> bytes:
@@ -290,8 +290,8 @@ def outcome(call: Callable[[], object], *names: object) -> str:
 # ---- command lines --------------------------------------------------------------------------------------------------
 
 ODD_WORDS = ["", "-", "--", "-1", "0", "1", "2", "00", "1e-320", "1e308", "1e999", "nan", "-inf", "0x10", "1_0",
-             "\uff11", "1.5", "9" * 400, "auto", "none", "True", "a" * 5000, "../hf", "nowhere", "/dev/null", "caf\u00e9",
-             "\udcff", "a\nb", "a b", "*"]
+             "\uff11", "1.5", "9" * 400, "auto", "none", "True", "a" * 5000, "../hf", "nowhere", "/dev/null",
+             "caf\u00e9", "\udcff", "a\nb", "a b", "*"]
 SCRIPTS = {
     "sft": (sft, TRAIN),
     "rm": (rm, f"{LOOP} --pretrain ../hf --dataset ../records/preference.jsonl"),
