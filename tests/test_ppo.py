@@ -1008,6 +1008,15 @@ def test_show_tokens_of_an_answer_that_ended():
     assert lines[-3].split() == ["</s>", "1", "3.000", "3.000", "0.000", *["3.000"] * 4]
 
 
+def test_a_prompt_of_max_input_len_tokens_is_kept():
+    tokenizer, plain = text.Tokenizer(demo.FOLDER), text.TEMPLATES["plain"]
+    found = [{"messages": [{"role": "user", "content": "fox " * n}]} for n in (1, 5, 9)]
+    limit = len(text.encode_prompt(found[1]["messages"], tokenizer, plain))
+    stage = Stage(argparse.Namespace(max_input_len=limit), WORLD, torch.float32, tokenizer, plain, [2], False)
+    kept = ppo.encode_prompts(found, stage)
+    assert [prompt.record for prompt in kept] == found[:2] and len(kept[1].ids) == limit
+
+
 @pytest.mark.parametrize("kl_coef", [0.1, 1.0])
 def test_toy_reward_is_raised(base, tmp_path, monkeypatch, kl_coef):
     """A point for every token 7, of which an answer has room for 8 or 9. Within 15 updates; a larger --kl_coef holds it
