@@ -1282,12 +1282,19 @@ def test_a_model_is_compared_by_its_first_answers():
     assert two == pytest.approx({"n": 2, "kl": math.log(2) - 1 / 2, "proxy": 13 / 3, "gold": 1.3 / 3})
 
 
-def test_eval_measures_a_directory(base, tmp_path, capsys):
+def test_eval_measures_a_directory(base, tmp_path, monkeypatch, capsys):
     """The SFT model itself is 0 nats away from itself."""
-    best = tmp_path / "best.json"
+    best, answers, judged = tmp_path / "best.json", [], ppo.judged
+
+    def spy(*given):
+        found = judged(*given)
+        answers.extend(found)
+        return found
+    monkeypatch.setattr(ppo, "judged", spy)
     found = main(base, tmp_path / "out", "--eval", base / "model", "--best_of", "1,3", "--write", best)
     assert found == json.loads((tmp_path / "out" / "eval.json").read_text("utf-8")) and "gold" not in found["model"]
     assert found["model"]["kl"] == pytest.approx(0, abs=1e-4) and 1 < found["model"]["length"] < 64
+    assert answers and all(answer.figures["length"] == len(answer.ids) for answer in answers)
     one, three = found["best_of"]
     assert one["proxy"] == pytest.approx(found["model"]["proxy"]) and three["proxy"] > one["proxy"]
     kept = json.loads(best.read_text("utf-8"))
