@@ -16,9 +16,9 @@ that decide.
 
 Four models: the actor (policy) starts as the SFT model, and ref is the SFT model unchanged; the critic starts as the
 reward model, and reward is the reward model unchanged. With --lora_rank only two are in memory: ref is the actor with
-its adapter off, reward the critic with its adapter off and the first head. Where the reward model is an adapter on the
-weights from which the actor starts, all four stand on one frozen base (Santacroce et al. 2023, 2310.00036): the reward
-model keeps its adapter beside it, and the critic's is put on that one.
+its adapter off, and the critic is an adapter and a head on the weights of the reward model. Where that is an adapter
+itself, on the weights from which the actor starts, all four stand on one frozen base (Santacroce et al. 2023,
+2310.00036).
 
 A row is prompt | response | padding, all padding on the right, so no model needs a mask. Prompt of 3, response of 4:
 
@@ -74,7 +74,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, count, islice
 from pathlib import Path
 from statistics import fmean
@@ -98,7 +98,7 @@ class Models(NamedTuple):
     actor: Llama
     critic: RewardModel | None      # None where the baseline is the mean of a group
     ref: Llama                      # with LoRA the same object as actor
-    reward: RewardModel | rules.Rules   # with LoRA the critic's trunk under a head of its own
+    reward: RewardModel | rules.Rules   # with LoRA the critic shares its frozen weights
 
 
 class Optimizers(NamedTuple):
@@ -119,13 +119,9 @@ def trained(models: Models) -> list[nn.Module]:
     return modules((models.actor, models.critic))
 
 
-@contextmanager
-def frozen(models: Models) -> Iterator[None]:
-    """Inside, ref and reward are what they were at the start: with LoRA, the adapters are off."""
-    with ExitStack() as stack:
-        for model in trained(models) if models.ref is models.actor else []:
-            stack.enter_context(lora.disabled(model))
-        yield
+def frozen(models: Models) -> AbstractContextManager:
+    """Inside, ref is what it was at the start: with LoRA, the actor's adapter is off."""
+    return lora.disabled(models.actor) if models.ref is models.actor else nullcontext()
 
 
 class Prompt(NamedTuple):
@@ -819,14 +815,11 @@ def open_judges(actor: Llama, stage: Stage) -> tuple[RewardModel | None, RewardM
         if has_critic:      # no reward model to start as: the actor's trunk, and a new head
             critic = RewardModel(trunk_of(actor), seeded("critic", args.seed))
         return critic, reward
-    if not has_critic:
-        return None, freeze(reward, stage.dtype)
-    critic = reward
-    if not args.lora_rank:
-        return critic, freeze(copy.deepcopy(critic), stage.dtype)
-    reward = RewardModel(freeze(critic.trunk, stage.dtype))
-    reward.score = freeze(copy.deepcopy(critic.score), stage.dtype)
-    return critic, reward
+    if args.lora_rank:
+        freeze(reward.trunk, stage.dtype)       # so that the critic has the same in memory
+    if has_critic:
+        critic = lora.twin(reward)
+    return critic, freeze(reward, stage.dtype)
 
 
 def open_models(stage: Stage) -> Models:
