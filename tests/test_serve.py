@@ -152,6 +152,16 @@ def test_draw_treats_rows_by_themselves():
     assert together == [*apart, -1] and together[0] == logits[0].argmax()
     assert draw(torch.zeros(1, 5), [1.0], [1.0], [1.0]).item() == 4
     assert draw(torch.zeros(1, 5), [1.0], [1.0], [1e-17]).item() == 0
+    rounded = torch.randn(100, 30, generator=torch.Generator().manual_seed(3))  # some sums end a little below 1
+    ones = [1.0] * 100
+    assert rounded.softmax(-1).cumsum(-1)[:, -1].min() < 1 and draw(rounded, ones, ones, ones).max() < 30
+
+
+def test_a_folded_tokenizer_has_text_for_every_id():
+    """Ids are those of a model of random weights, whose vocabulary is larger. The first three pieces have no text."""
+    folded, n = serve.Folded(demo.FOLDER), TOKENIZER.vocab_size - 3
+    assert [folded.token_bytes(i) for i in (0, n - 1, n, 5 * n + 4)] == [
+        TOKENIZER.token_bytes(i) for i in (3, n + 2, 3, 7)]
 
 
 @pytest.mark.lesson
@@ -1186,6 +1196,9 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(directory, tmp_path):
     process.join(30)
     told = (tmp_path / "told").read_text()
     assert process.exitcode == 0 and "finished" in told and "Traceback" not in told
+    c = MODEL.config
+    size = 2 * 4 * c.n_layers * c.n_kv_heads * c.head_dim * c.max_seq_len / 1e9  # keys and values in fp32, of one row
+    assert f"1 slots x {c.max_seq_len} tokens, cache up to {size:.2f} GB" in told
 
 
 def test_a_second_signal_ends_at_once(directory, tmp_path):
