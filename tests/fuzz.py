@@ -381,7 +381,7 @@ def try_request(draw: Draw, server: serve.Server) -> str:
             answer = b"".join(iter(lambda: connection.recv(65536), b""))
         except ConnectionError:     # the server left first
             answer = b""
-    if not answer and how > 0.85:   # no request came, or a part of one
+    if how > 0.85 and not (answer and b" HTTP/" in sent.partition(b"\n")[0]):  # a part of one, or HTTP/0.9
         return "refused"
     status = re.match(rb"HTTP/1\.1 (\d{3}) ", answer)
     assert status, (sent[:300], answer[:300])
