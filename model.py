@@ -151,8 +151,12 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, where: Where, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, where: Where, cache: "KVCache | None" = None,
+                at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or only its rows and columns `at`, (N,) and (N,) -> (N, C)."""
         x = x + self.attention(self.attention_norm(x), where, cache)
+        if at is not None:
+            x = x[at]                                                     # (N, C)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -189,16 +193,20 @@ class Transformer(nn.Module):
         return self.output(self.hidden(tokens, mask))
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None, cache: "KVCache | None" = None,
-               start: list[int] | Tensor | None = None) -> Tensor:
-        """The last block's output after the final norm, (B, T, C). `locate` says what each token sees."""
+               start: list[int] | Tensor | None = None, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The last block's output after the final norm, (B, T, C). `locate` says what each token sees.
+
+        at: the rows and columns, (N,) each, of the tokens whose output is wanted, (N, C). In the last block the others
+        then only give keys and values."""
         where = self.locate_all(start, cache) if isinstance(start, Tensor) else self.locate(tokens, mask, start)
         x = self.tok_embeddings(tokens)                                     # (B, T, C)
         for layer in self.layers:
+            wanted = at if layer is self.layers[-1] else None
             if self.grad_checkpoint and torch.is_grad_enabled():
                 # The reentrant kind gives no gradient where x needs none, as behind a frozen embedding.
-                x = checkpoint(layer, x, where, use_reentrant=False)
+                x = checkpoint(layer, x, where, None, wanted, use_reentrant=False)
             else:
-                x = layer(x, where, cache)
+                x = layer(x, where, cache, wanted)
         return self.norm(x)
 
     def locate(self, tokens: Tensor, mask: Tensor | None = None, start: list[int] | None = None) -> Where:
@@ -278,7 +286,8 @@ class KVCache:
         return view
 
     def keep(self, rows: list[int]) -> None:
-        """Drops all rows but these, layer by layer, so that a second copy of the whole never exists."""
+        """Keeps these rows, in this order; one that is named twice is there twice. It goes layer by layer, so that a
+        second copy of the whole never exists."""
         for layer, kv in enumerate(self.kv):
             self.kv[layer] = kv[:, rows]
 
@@ -391,13 +400,18 @@ class Llama(Transformer):
         if not rows:
             return
         slots = max(at[i] + left[i] for i in rows)
-        cache = KVCache(self.config, len(rows), slots, self.norm.weight.dtype, self.device)
         seen = torch.zeros(len(rows), self.config.vocab_size, dtype=torch.bool, device=self.device)  # (B, V)
         for b, i in enumerate(rows):
             seen[b, prompts[i]] = True
-        tokens, _ = text.pad([prompts[i] for i in rows])                                             # (B, T)
-        h = self.hidden(tokens.to(self.device), cache=cache)                                         # (B, T, C)
-        h = torch.stack([h[b, at[i] - 1] for b, i in enumerate(rows)])         # (B, C), at each prompt's last token
+        distinct = list(dict.fromkeys(tuple(prompts[i]) for i in rows))        # P prompts: each is computed once
+        cache = KVCache(self.config, len(distinct), slots, self.norm.weight.dtype, self.device)
+        tokens, _ = text.pad(distinct)                                                               # (P, T)
+        last = torch.arange(len(distinct)), torch.tensor([len(prompt) - 1 for prompt in distinct])   # (P,), (P,)
+        h = self.hidden(tokens.to(self.device), cache=cache, at=last)          # (P, C), at each prompt's last token
+        if len(distinct) < len(rows):
+            place = [distinct.index(tuple(prompts[i])) for i in rows]
+            cache.keep(place)
+            h = h[place]                                                                             # (B, C)
         step = self.step_of(cache)
         while True:
             logits = self.output(h).float()                                                          # (B, V)

@@ -210,7 +210,7 @@ def response_places(e: Experience) -> tuple[Tensor, Tensor, Tensor]:
 def logprobs(model: Llama, e: Experience, temperature: float = 1.0) -> Tensor:
     """Log-probability of every response token under softmax(logits / temperature), (B, R), zero elsewhere."""
     row, place, column = response_places(e)
-    h = model.hidden(e.tokens)[row, column - 1]                                 # (B, T, C) -> (N, C): see the picture
+    h = model.hidden(e.tokens, at=(row, column - 1))                            # (B, T) -> (N, C): see the picture
     logits = model.output(h).float() / temperature                              # (N, V)
     sampled = e.tokens[row, column]                                             # (N,)
     logp = -F.cross_entropy(logits, sampled, reduction="none")                  # (N,)
@@ -220,14 +220,14 @@ def logprobs(model: Llama, e: Experience, temperature: float = 1.0) -> Tensor:
 def critic_values(critic: RewardModel, e: Experience) -> Tensor:
     """Value of the state before each response token, (B, R), zero elsewhere."""
     row, place, column = response_places(e)
-    value = critic.values(e.tokens)[row, column - 1]                            # (B, T) -> (N,)
+    value = critic.values(e.tokens, at=(row, column - 1))                       # (B, T) -> (N,)
     return value.new_zeros(e.mask.shape).index_put((row, place), value)         # (B, R)
 
 
 def reward_scores(reward: RewardModel, e: Experience) -> Tensor:
     """The reward model's score at the last response token, (B,)."""
-    last = lengths(e)[:, None] - 1                                              # (B, 1)
-    return reward.values(e.tokens).gather(1, last).squeeze(1)                   # (B, T) -> (B,)
+    row = torch.arange(len(e.tokens), device=e.tokens.device)                   # (B,)
+    return reward.values(e.tokens, at=(row, lengths(e) - 1))                    # (B, T) -> (B,)
 
 
 def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -1155,6 +1155,7 @@ def learn(args: argparse.Namespace) -> dict:
     held, examples = held[:args.eval_size], read_ptx(stage)
     run.say_flags(stage.world, args)
     marks = run.fingerprint(nn.ModuleList(trained(models)), [[prompt.ids for prompt in prompts], examples], args.seed)
+    marks["algorithm"] = args.algorithm
     optimizers = Optimizers(*(None if model is None else sft.make_optimizer(model, stage) for model in models[:2]))
     updates, planned = plan(models, len(prompts), len(examples), stage)
 

@@ -93,12 +93,12 @@ class RewardModel(nn.Module):
     def reward_mean(self) -> float:
         return self.config.extra.get("reward_mean", 0.0)
 
-    def values(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns a score after every token, (B, T), in fp32. The critic of ppo.py needs all, a reward the last alone.
+    def values(self, tokens: Tensor, mask: Tensor | None = None, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Returns a score after every token, (B, T), in fp32, or after those in these rows and columns `at`, (N,).
 
         Padding on the right needs no mask."""
-        h = self.trunk.hidden(tokens, mask)                                         # (B, T, C)
-        scores = F.linear(h.float(), self.score.weight.float()).squeeze(-1)         # (B, T)
+        h = self.trunk.hidden(tokens, mask, at=at)                                  # (B, T, C), or (N, C)
+        scores = F.linear(h.float(), self.score.weight.float()).squeeze(-1)         # (B, T), or (N,)
         return scores - self.reward_mean                                            # 5.
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:

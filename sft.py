@@ -55,11 +55,10 @@ def target_states(model: Llama, tokens: Tensor, target: Tensor) -> tuple[Tensor,
     tokens (B, T) are ids, padded on the right. target (B, T) is True at target tokens, never in column 0. Both may be
     on the CPU: then the targets are found without waiting for the GPU.
     """
-    index = target[:, 1:].flatten().nonzero().flatten()                 # (N,) targets, among B * (T - 1) places
-    answer = tokens[:, 1:].flatten()[index]                             # (N,) their ids
-    tokens, index, answer = (x.to(model.device, non_blocking=True) for x in (tokens, index, answer))
-    h = model.hidden(tokens)[:, :-1].flatten(0, 1)                      # (B * (T - 1), C) one place before each token
-    return h.index_select(0, index), answer                             # (N, C), (N,)
+    row, column = target[:, 1:].nonzero(as_tuple=True)                  # (N,), (N,): one place before each target token
+    answer = tokens[row, column + 1]                                    # (N,) their ids
+    tokens, row, column, answer = (x.to(model.device, non_blocking=True) for x in (tokens, row, column, answer))
+    return model.hidden(tokens, at=(row, column)), answer               # (N, C), (N,)
 
 
 def lm_loss(model: Llama, tokens: Tensor, target: Tensor) -> Tensor:

@@ -76,10 +76,11 @@ def markov(successors: dict[int, int], sizes: list[int] | None = None, vocab: in
         table[token, successor] = 9.0
     model.output.weight.data = table.T.contiguous()
 
-    def hidden(tokens: Tensor, *_, **__) -> Tensor:
+    def hidden(tokens: Tensor, at: tuple | None = None, **_) -> Tensor:
         if sizes is not None:
             sizes.append(len(tokens))
-        return F.one_hot(tokens, vocab).float()
+        h = F.one_hot(tokens, vocab).float()
+        return h if at is None else h[at]
     model.hidden = hidden
     return model
 
@@ -231,6 +232,20 @@ def test_gradient_checkpointing_changes_no_gradient():
         model(torch.tensor([some(12)])).logsumexp(-1).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_hidden_states_of_some_tokens_are_those_of_all(recompute):
+    """And their gradients: the last block leaves out what only the others need."""
+    model, tokens = tiny(), torch.tensor([some(12), some(12)[::-1]])
+    at = torch.tensor([0, 1, 1]), torch.tensor([3, 0, 11])
+    model.grad_checkpoint = recompute
+    gradients = []
+    for h in (model.hidden(tokens)[at], model.hidden(tokens, at=at)):
+        model.zero_grad()
+        h.square().mean().backward()
+        gradients.append([h.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert all(torch.allclose(a, b, atol=1e-5) and a.any() for a, b in zip(*gradients))
 
 
 @pytest.mark.lesson
@@ -393,6 +408,19 @@ def test_padding_of_the_prompts_is_no_token_that_was_seen():
     model = markov({5: 0})
     model.output.weight.data[1, 5] = 8.0  # after 5 comes 0 (9), or 1 (8) where 0 is penalized
     assert model.generate([[5], [5, 5, 5]], 1, 0, eos_id=-1, repetition_penalty=1.5) == [[0], [0]]
+
+
+def test_a_prompt_of_several_rows_is_computed_once(monkeypatch):
+    model, prompts, shapes = tiny(), [[5, 6, 7], [5, 6, 7], [8], [5, 6, 7]], []
+    alone = [model.generate([prompt], 6, 0, eos_id=-1)[0] for prompt in prompts]
+    real = model.hidden
+
+    def hidden(tokens: Tensor, **rest) -> Tensor:
+        shapes.append(tuple(tokens.shape))
+        return real(tokens, **rest)
+    monkeypatch.setattr(model, "hidden", hidden)
+    assert model.generate(prompts, 6, 0, eos_id=-1) == alone
+    assert shapes == [(2, 3)] + [(4, 1)] * 5
 
 
 def test_finished_rows_leave_and_the_others_do_not_notice():

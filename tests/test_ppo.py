@@ -949,8 +949,9 @@ def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch, kind):
     assert len({row["objective/scores"] for row in tables[0]}) == 6
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert all(whole[name] == cut[name] for name in ("reward_before", "reward_after", "kl"))
-    with pytest.raises(ValueError, match="of another seed"):
-        main(base, tmp_path / "cut", *more, "--resume", "--seed", 1)
+    for flag, value in (("seed", 1), ("algorithm", "rloo")):
+        with pytest.raises(ValueError, match=f"of another {flag}"):
+            main(base, tmp_path / "cut", *more, "--group_size", 2, "--resume", f"--{flag}", value)
 
 
 def test_the_streams_go_on_from_update_to_update(base, tmp_path, monkeypatch):
