@@ -718,7 +718,7 @@ def test_open_an_adapter_on_another_base(tmp_path):
 
 
 @pytest.mark.parametrize("base", [".", "{}", "adapter/../adapter"])
-def test_an_adapter_beside_the_base_that_it_names(tmp_path, monkeypatch, base):
+def test_an_adapter_beside_the_base_that_it_names(tmp_path, monkeypatch, capsys, base):
     """huggingface/peft#1381: it was applied or ignored, by the spelling of the path and by the script."""
     monkeypatch.chdir(tmp_path)
     path = write_demo(Path("adapter"))
@@ -726,6 +726,7 @@ def test_an_adapter_beside_the_base_that_it_names(tmp_path, monkeypatch, base):
     write_adapter(path, base.format(path.resolve()), beside)
     assert near(open_model(path)(TOKENS), beside(TOKENS))
     lora.main(["merge", "adapter", "merged"])
+    assert not capsys.readouterr().err
     assert near(Llama.from_pretrained("merged")(TOKENS), beside(TOKENS))
     for use in (Llama.from_pretrained, lambda path: M.main(["convert", path, "out"])):
         with pytest.raises(ValueError, match="adapter holds an adapter: merge it first"):
@@ -740,6 +741,7 @@ def test_an_adapter_beside_another_model(tmp_path, capsys):
                 lambda path: lora.main(["merge", str(path), str(tmp_path / "out")])):
         with pytest.raises(ValueError, match=f"both holds a model, and an adapter of {base}: put the adapter into"):
             use(path)
+    assert not (tmp_path / "out").exists()
     (path / lora.WEIGHTS).unlink()
     assert torch.equal(open_model(path)(TOKENS), tiny(1)(TOKENS))
     assert "both holds a model, and an adapter_config.json without weights" in capsys.readouterr().err

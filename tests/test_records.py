@@ -268,6 +268,11 @@ def test_a_bad_record_is_told_or_counted(tmp_path, kind, bad, reason):
             read_records([written(tmp_path, bad)], kind, skip_bad=True)
 
 
+def test_only_the_worst_response_may_be_empty():
+    worst = normalise({"prompt": "a", "chosen": "b", "rejected": " "}, "preference")
+    assert worst == {"messages": [user("a")], "responses": ["b", ""]}
+
+
 def test_an_empty_history_changes_nothing():
     assert normalise(SFT | {"history": []}, "sft") == chat("a", "b")
 

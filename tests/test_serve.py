@@ -721,7 +721,7 @@ def test_logprobs_of_impossible_tokens_are_json():
 def byte_level(tmp_path_factory) -> Served:
     """A random model with a byte-level tokenizer, whose answers end at <|im_end|>."""
     folder = tmp_path_factory.mktemp("bytes")
-    (folder / "story.txt").write_text("Once there was a fox. 从前有一只狐狸。" * 20)
+    (folder / "story.txt").write_text("Once there was a fox. 从前有一只狐狸。" * 20, "utf-8")
     text.main(["train", str(folder / "story.txt"), str(folder), "--vocab_size", "300"])
     MODEL.save_pretrained(folder)
     return serve.open_served(serve.parse([str(folder), "--template", "chatml"]))

@@ -48,6 +48,13 @@ class Bytes:
         return MARKERS.index(marker) + 1 if marker in MARKERS else None
 
 
+class Begins(Bytes):
+    """The same, with an id where a text begins."""
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False, first: bool = True, **more: bool) -> list[int]:
+        return [9] * first + super().encode(text, bos, eos)
+
+
 def real(name: str) -> Path:
     if not (REAL / name).exists():
         pytest.skip(f"needs the real file {REAL / name}")
@@ -757,13 +764,14 @@ def test_every_token_of_a_text_is_a_target_once():
 @pytest.mark.parametrize("name", ["alpaca", "llama2", "plain", "vicuna", "zephyr"])
 def test_a_reply_that_is_no_target_has_the_same_ids(name):
     """axolotl PR#1703: a wrong reply that stands before the right one was learnt too."""
-    talk, tokenizer = chat("a", "b", "c", "d")["messages"], Tokenizer(demo.FOLDER)
-    [(ids, target)], _ = encode_example({"messages": talk}, tokenizer, TEMPLATES[name], 999)
-    talk[1] |= {"train": False}
-    [(same, fewer)], _ = encode_example({"messages": talk}, tokenizer, TEMPLATES[name], 999)
-    assert same == ids
-    last = target.index(False, target.index(True))
-    assert fewer == [False] * last + target[last:]
+    for tokenizer in (Tokenizer(demo.FOLDER), Begins()):
+        talk = chat("a", "b", "c", "d")["messages"]
+        [(ids, target)], _ = encode_example({"messages": talk}, tokenizer, TEMPLATES[name], 999)
+        talk[1] |= {"train": False}
+        [(same, fewer)], _ = encode_example({"messages": talk}, tokenizer, TEMPLATES[name], 999)
+        assert same == ids
+        last = target.index(False, target.index(True))
+        assert fewer == [False] * last + target[last:]
 
 
 @pytest.mark.lesson
@@ -795,6 +803,7 @@ def test_preferences_that_the_cut_makes_equal(responses, room, rows):
     (["a", "a"], 9, "left out: their responses are equal"),
     (["abcx", "abcy"], 3, "left out: their responses are equal up to {} tokens"),
     (["abcx", "abcy"], 4, "cut at {} tokens"),
+    (["abcx", "abcy"], 5, ""),
 ])
 def test_what_is_lost_of_preferences_is_told(responses, room, lost):
     record = {"messages": [user("hi")], "responses": responses}
