@@ -16,8 +16,12 @@ The rows of wq and wk are permuted where Meta's files are read, here and nowhere
     row of one head in Meta's file   0  1  2  3  4  5  6  7        (D = 8; pairs are neighbours)
     row inside                       0  2  4  6  1  3  5  7        (pairs are D/2 = 4 apart)
 
+A directory may hold several of these, an adapter, or quantized weights. What it is, all scripts ask here: weight_files
+chooses what is read and names the rest, is_adapter and quantization tell who can open it.
+
 A file may be damaged, foreign or hostile. Sizes in a config must lie in a range. Shapes are compared before a tensor is
-read. An index may name files of its own directory only. Pickles are opened with weights_only=True, which runs no code.
+read, and no tensor is larger than the files. An index may name files of its own directory only. Pickles are opened with
+weights_only=True, which runs no code.
 
 Letters: H heads of wq (or of wk), D head dim, C dim.
 """

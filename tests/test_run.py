@@ -294,7 +294,8 @@ def test_an_error_of_ours_keeps_its_traceback(error):
 
 def test_a_terminal_without_chinese(tmp_path):
     """Under LC_ALL=C a story ended the run after its training: 'ascii' codec can't encode characters."""
-    (tmp_path / "story.py").write_text("from data import run\nrun.command(lambda argv: print('从前', flush=True))", "utf-8")
+    story = "from data import run\nrun.command(lambda argv: print('从前', flush=True))"
+    (tmp_path / "story.py").write_text(story, "utf-8")
     env = ENV | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     result = subprocess.run([sys.executable, tmp_path / "story.py"], env=env, capture_output=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (0, b"??\n", b"")
