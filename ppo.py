@@ -1154,8 +1154,8 @@ def learn(args: argparse.Namespace) -> dict:
     prompts, held = read_prompts(stage)
     held, examples = held[:args.eval_size], read_ptx(stage)
     run.say_flags(stage.world, args)
-    marks = run.fingerprint(nn.ModuleList(trained(models)), [[prompt.ids for prompt in prompts], examples], args.seed)
-    marks["algorithm"] = args.algorithm
+    data = [[prompt.ids for prompt in prompts], examples]
+    marks = {"algorithm": args.algorithm} | run.fingerprint(nn.ModuleList(trained(models)), data, args.seed)
     optimizers = Optimizers(*(None if model is None else sft.make_optimizer(model, stage) for model in models[:2]))
     updates, planned = plan(models, len(prompts), len(examples), stage)
 
