@@ -1,5 +1,6 @@
 """model.py against numpy by hand, the reference logits in shared/real, and itself by another way."""
 
+import inspect
 import itertools
 import json
 import math
@@ -403,6 +404,11 @@ def test_a_repetition_penalty_lowers_what_was_seen():
     assert M.penalize_repetition(logits, seen, 2.0).tolist() == expected
 
 
+def test_steps_have_the_defaults_of_generate():
+    whole, steps = (inspect.signature(function).parameters for function in (Llama.generate, Llama.generate_steps))
+    assert {name: whole[name].default for name in whole} == {name: steps[name].default for name in steps}
+
+
 def test_padding_of_the_prompts_is_no_token_that_was_seen():
     """Prompts are padded with id 0; a penalty on 0 would change what a short prompt gets."""
     model = markov({5: 0})
@@ -537,6 +543,7 @@ def test_sampling_at_the_edges():
         assert torch.equal(sample(x, temperature), x.argmax(-1))
     assert torch.equal(sample(x, 1.0, top_k=1), x.argmax(-1)) and torch.equal(sample(x, 1.0, top_p=1e-9), x.argmax(-1))
     assert len(sample(torch.zeros(500, 8), 1.0, top_k=3).unique()) == 3  # equal logits are still only three
+    assert len(sample(torch.zeros(500, 8), 1.0).unique()) == 8
     for broken, temperature in itertools.product((math.nan, math.inf), (0.0, 1.0)):
         logits = torch.tensor([[0.0, broken], [-math.inf, 1.0], [broken, 0.0]])
         assert sample(logits, temperature).tolist() == [-1, 1, -1]

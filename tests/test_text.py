@@ -1050,6 +1050,14 @@ def test_windows_are_sorted_by_length_and_no_smaller_than_50_batches():
         assert sum(lengths, []) == sorted(sum(lengths, [])) != [LENGTHS[i] for batch in window for i in batch]
 
 
+@pytest.mark.parametrize("small", [0, 1, 49])
+def test_a_small_last_window_joins_the_one_before(small):
+    """Two windows of 50 batches of 4, and a few batches more; no two examples are equally long."""
+    spans = [max(batch) - min(batch) for batch in global_batches(list(range(4 * (100 + small))), 4, 0, 0)]
+    assert sum(spans) > 4 * len(spans)  # one window of all would give 3 each
+    assert max(spans) < 60  # one of a few examples would have them far apart
+
+
 def test_a_resumed_epoch_goes_on_where_it_was():
     batches = global_batches(LENGTHS, 4, 0, 0)
     assert global_batches(LENGTHS, 4, 0, 0, skip=40) == global_batches(LENGTHS, 4, 0, 0, 40, 4) == batches[10:]
