@@ -254,6 +254,12 @@ def token_rewards(kl: Tensor, score: Tensor, mask: Tensor, kl_coef: float) -> Te
     return torch.where(mask, -kl_coef * kl, 0.0) + is_last * score[:, None]
 
 
+def next_kl_coef(kl_coef: float, kl: float, target: float) -> float:
+    """Ziegler et al. 2019: beta (1 + K_beta e) with e = kl / target - 1, kept within +- 0.2, and K_beta = 0.1."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + 0.1 * error)
+
+
 @torch.no_grad()
 def scoring(models: Models, answers: Experience, args: argparse.Namespace) -> Experience:
     """Steps 2 and 3, all by the training forward and nothing from the cache."""
@@ -381,6 +387,7 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
     ptx: a stream of batches of examples. schedule: the share of each peak learning rate. Returns means over the
     minibatches, by their names in metrics.jsonl."""
     args, logged = stage.args, []
+    lr = 0.0 if step <= args.critic_warmup else schedule * args.lr
     algorithm = ALGORITHMS[args.algorithm]
     unit = "tokens" if args.no_length else algorithm.unit
     if models.critic is not None and not args.no_whiten:
@@ -420,15 +427,15 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
             row = run.reduce_sums(sums)
             logged.append(row)
             loss = sum(x for name, x in row.items() if name.startswith("loss/"))
-            run.stop_if_broken(loss, step, schedule * args.lr, args)
-            optimizers.actor.step(schedule * args.lr)
+            run.stop_if_broken(loss, step, lr, args)
+            optimizers.actor.step(lr)
             if models.critic is not None:
                 optimizers.critic.step(schedule * args.critic_lr)
         means = {name: fmean(row[name] for row in logged) for name in row}
         early_stop = 0 < args.target_kl < means["policy/approxkl_avg"]              # the same on all processes
         if early_stop:
             break
-    return means | {"early_stop": int(early_stop), "minibatches": len(logged)}
+    return means | {"early_stop": int(early_stop), "minibatches": len(logged), "lr": lr}
 
 
 def check_ratio(change: Tensor, stage: Stage) -> None:
@@ -556,6 +563,7 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
     asked = batches(prompts, [0] * len(prompts), size, args.seed, meta["prompts_seen"])     # not sorted by length
     ptx = batches(examples, [len(ids) for ids, _ in examples], ptx_size, args.seed, meta["ptx_seen"])
     log = run.Log(args, world, first, updates)
+    kl_coef = meta.get("kl_coef", args.kl_coef)     # a checkpoint has one where --kl_target has changed it
     for step in range(first + 1, updates + 1):
         began = time.perf_counter()
         rollouts_left = args.num_episodes * args.max_timesteps - (step - 1) * args.update_timesteps
@@ -564,15 +572,18 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
         purpose = ("rollout", args.seed, step)
         answers = rollout(models.actor, chosen, purpose, stage, args.group_size, announce)          # 1. rollout
         rolled = time.perf_counter()
-        e = advantages(scoring(models, answers, args), args)                                        # 2. to 4.
+        now = argparse.Namespace(**vars(args) | {"kl_coef": kl_coef})
+        e = advantages(scoring(models, answers, now), args)                                         # 2. to 4.
         scored = time.perf_counter()
         if args.show_tokens:
             stage.say(show_tokens(e, stage.tokenizer))
         schedule = sft.cosine_lr(step, updates, 1.0, args.warmup)
-        means = objective(e, stage) | update(models, optimizers, e, ptx, schedule, step, stage)     # 5. update
+        means = objective(e, stage) | update(                                                       # 5. update
+            models, optimizers, e, ptx, schedule, step, stage._replace(args=now))
         updated = time.perf_counter()
         tokens = args.group_size * (sum(len(prompt.ids) for prompt in chosen) + means["response_length"] * len(chosen))
-        row = means | log.row(step, means["loss/policy_avg"], schedule * args.lr, tokens, began) | {
+        row = means | log.row(step, means["loss/policy_avg"], means["lr"], tokens, began) | {
+            "objective/kl_coef": kl_coef,
             "seconds/rollout": rolled - began,
             "seconds/scoring": scored - rolled,
             "seconds/update": updated - scored,
@@ -584,6 +595,8 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
         meta["step"] = step
         meta["prompts_seen"] += size
         meta["ptx_seen"] += row["minibatches"] * ptx_size
+        if args.kl_target:
+            kl_coef = meta["kl_coef"] = next_kl_coef(kl_coef, row["objective/kl"], args.kl_target)
         run.save_checkpoint(args, world, meta, present(optimizers))
     return {"steps": meta["step"]} | log.figures()
 
@@ -1050,6 +1063,7 @@ FLAGS = (
     ("temperature",            number(0, above=True),  1.0,   1.0,   "of sampling, and of the log-probabilities"),
     ("eos_penalty",            number(),               1.0,   1.0,   "less score for an answer that never ended"),
     ("kl_coef",                number(),               0.1,   0.05,  "beta: weight of the KL to the SFT model"),
+    ("kl_target",              number(),               0.0,   0.0,   "KL an answer that kl_coef adapts to (0: none)"),
     ("gamma",                  number(0, 1),           1.0,   1.0,   "discount"),
     ("lam",                    number(0, 1),           0.95,  0.95,  "lambda of GAE"),
     ("clip",                   number(0, 1),           0.2,   0.2,   "eps: the ratio is kept within 1 +- eps"),
@@ -1057,6 +1071,7 @@ FLAGS = (
     ("value_clip",             number(0, 10),          0.4,   0.4,   "a new value counts within this of the old"),
     ("target_kl",              number(),               0.1,   0.1,   "no more epochs above this KL a token (0: off)"),
     ("critic_lr",              number(0, 1),           9e-6,  5e-4,  "the critic's peak learning rate"),
+    ("critic_warmup",          whole(0),               0,     0,     "first updates, in which only the critic learns"),
     ("vf_coef",                number(),               1.0,   1.0,   "of the critic's loss; only --clip_grad feels it"),
     ("ptx_coef",               number(0, 1),           0.9,   0.02,  "ptx_coef * ptx + (1 - ptx_coef) * policy"),
 )
@@ -1066,7 +1081,8 @@ FINETUNE = {name: usual for name, _, usual, _, _ in FLAGS} | {
     "accumulation_steps": 1,
     "weight_decay": 0.0,
 }
-CORRECTIONS = {"no_std": ("grpo", "gspo", "cispo"), "no_length": ("grpo",), "no_whiten": ("ppo",)}
+CORRECTIONS = {"no_std": ("grpo", "gspo", "cispo"), "no_length": ("grpo",), "no_whiten": ("ppo",),
+               "critic_warmup": ("ppo",)}
 DEMO = FINETUNE | {name: value for name, _, _, value, _ in FLAGS} | {
     "lr": 3e-4,
     "accumulation_steps": 2,

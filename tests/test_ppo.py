@@ -218,6 +218,13 @@ def test_reward_is_put_on_the_last_token():
     assert reward[1].tolist() == pytest.approx([-0.1] * 4 + [1.7])
 
 
+@pytest.mark.lesson
+@pytest.mark.parametrize("kl, kl_coef", [(6.6, 0.202), (5.4, 0.198), (60, 0.204), (-1, 0.196), (6, 0.2)])
+def test_kl_coef_adapts_to_a_target(kl, kl_coef):
+    """0.2 for a target of 6 nats; one update changes it by 2 % at most."""
+    assert ppo.next_kl_coef(0.2, kl, 6.0) == pytest.approx(kl_coef)
+
+
 def one(x: float) -> torch.Tensor:
     return T([[float(x)]])
 
@@ -582,7 +589,7 @@ def test_figures_have_the_names_of_what_they_are(base, tmp_path):
         "loss/value_avg": ppo.value_loss(e.value, e.value, e.ret, e.mask, args.value_clip).item(),
         "policy/approxkl_avg": (change.exp() - 1 - change)[e.mask].mean().item(),
         "val/ratio": change.exp()[e.mask].mean().item(), "policy/entropy_avg": -e.logp[e.mask].mean().item(),
-        "early_stop": 0, "minibatches": 1}
+        "early_stop": 0, "minibatches": 1, "lr": 0.0}
     assert figures == pytest.approx(expected, rel=1e-4, abs=1e-6) and 0 < clipfrac < 1
 
 
@@ -935,7 +942,8 @@ def kill_in(monkeypatch, step: int) -> None:
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo", "one base"])
 def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch, kind):
-    added = {"ppo": (), "grpo": ("--algorithm", "grpo", "--group_size", 2), "one base": on_one_base(base)}[kind]
+    added = {"ppo": ("--kl_target", 0.01, "--critic_warmup", 2), "grpo": ("--algorithm", "grpo", "--group_size", 2),
+             "one base": on_one_base(base)}[kind]
     more = ("--num_episodes", 6, "--save_interval", 3, "--pretrain_dataset", base / "ptx.json", *PTX, *added)
     whole = main(base, tmp_path / "whole", *more)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="with the same command and --resume"):
@@ -947,11 +955,17 @@ def test_resumed_is_unbroken_to_the_bit(base, tmp_path, monkeypatch, kind):
               for folder in ("whole", "cut")]
     assert tables[0] == tables[1] and len(tables[0]) == 6
     assert len({row["objective/scores"] for row in tables[0]}) == 6
+    if kind == "ppo":       # after 2 updates of the critic alone the policy is still the SFT model
+        assert [abs(row["objective/kl"]) < 1e-5 for row in tables[0]] == [True] * 3 + [False] * 3
+        assert [row["lr"] > 0 for row in tables[0]] == [False] * 2 + [True] * 4
+        for row, after in zip(tables[0], tables[0][1:]):
+            kl_coef = ppo.next_kl_coef(row["objective/kl_coef"], row["objective/kl"], 0.01)
+            assert after["objective/kl_coef"] == kl_coef != row["objective/kl_coef"]
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert all(whole[name] == cut[name] for name in ("reward_before", "reward_after", "kl"))
     for flag, value in (("seed", 1), ("algorithm", "rloo")):
         with pytest.raises(ValueError, match=f"of another {flag}"):
-            main(base, tmp_path / "cut", *more, "--group_size", 2, "--resume", f"--{flag}", value)
+            main(base, tmp_path / "cut", *more, "--group_size", 2, "--critic_warmup", 0, "--resume", f"--{flag}", value)
 
 
 def test_the_streams_go_on_from_update_to_update(base, tmp_path, monkeypatch):
@@ -1454,6 +1468,7 @@ def test_two_processes(base, tmp_path, start):
     (["--write", "best.json"], "--write keeps answers of --eval: name the model that gives them"),
     (["--eval", "{}/model", "--sweep"], "--eval measures one model and --sweep trains several: name one of them"),
     (["--best_of", "1,0"], "--best_of: must be at least 1, not 0"),
+    (["--critic_warmup", "2", "--algorithm", "rloo"], "--critic_warmup changes ppo: --algorithm rloo has no such step"),
     (["--no_whiten", "--algorithm", "rloo"], "--no_whiten changes ppo: --algorithm rloo has no such step"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_bad_input_is_a_sentence(base, tmp_path, more, message):
