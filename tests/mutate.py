@@ -60,7 +60,7 @@ import torch.distributed    # ... nor this one anew
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ["model.py", "data/text.py", "zero.py", "sft.py", "quantize.py", "rm.py", "serve.py", "lora.py", "ppo.py"]
 NOT_NUMERIC = re.compile(r"(main|parse|convert|describe|warn|benchmark|(check|refuse|say|show|print|read|open)_?\w*)$")
-OTHERS = {"Handler", "Server", "CopyStream", "WholeCache", "DecodingGraph", "int8_cuda_product"}
+OTHERS = {"Handler", "Server", "CopyStream", "DecodingGraph", "int8_cuda_product"}
 SLOW = 30, 10       # a test hangs if it takes 30 s and 10 times what it took in the first run
 
 

@@ -138,6 +138,18 @@ def test_loss_is_on_replies_only(base):
     assert all(ids[-1] == 2 and learn[-1] for ids, learn in examples)  # EOS is learnt
 
 
+def test_loss_of_a_head_with_adapters(base):
+    """A PEFT file may target lm_head. Its product is not that of the weight alone, and its adapter learns."""
+    model, examples = Llama.from_pretrained(base / "model"), encoded(base / "data.json")[:2]
+    model.output = lora.LoRALinear(model.output, 2, 4.0)
+    with torch.no_grad():
+        model.output.lora_B.normal_(generator=torch.Generator().manual_seed(0))
+    tokens, _, target = text.collate(examples)
+    loss = sft.lm_loss(model, tokens, target)
+    loss.backward()
+    assert loss.item() == pytest.approx(plain_loss(model, examples)[0], rel=1e-5) and model.output.lora_B.grad.any()
+
+
 @pytest.mark.lesson
 @pytest.mark.parametrize("dtype, frozen, bound", [("fp32", False, 1e-5), ("fp32", True, 1e-5), ("bf16", False, 3e-2),
                                                   ("fp16", False, 1e-2)])
