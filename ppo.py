@@ -57,12 +57,24 @@ Departures and choices:
  c. --temperature divides the logits in the scores too: the policy that is improved is the one that was sampled from.
  d. Dropout is off throughout: with it, the ratio would be noise.
  e. gamma = 1: the score judges the answer as a whole. Advantages are whitened over the response tokens of all
-    processes.
+    processes. Rewards are not: rm.py gives the SFT model's answers the mean 0, as InstructGPT has it, and whitening
+    would take the size of the score back out.
  f. A response that reached the limit keeps its tokens; no EOS is invented. Its score is read where it stopped, less the
-    penalty.
+    penalty. Ziegler et al. cut at the first period after a number of tokens; a fixed score of -1 in place of the
+    reward, as others have it, would hide which of such answers is better.
  g. RLOO's paper takes one step a batch and sums over an answer's tokens. Here the sum is divided by the tokens of the
     minibatch, and later steps are clipped as PPO's. The papers of GSPO and CISPO leave the KL out: --kl_coef 0.
     GSPO's paper clips at 3e-4 and 4e-4, for answers of thousands of tokens; the demo's have 40.
+
+What "The N implementation details of RLHF with PPO" and its follow-up (Huang et al. 2023 and 2024) list, beside a to f:
+    adaptive KL             --kl_target, off: a fixed beta is one run of a sweep, and compares with others
+    critic's start          the reward model; with --reward_fn the SFT model and a new head, which --critic_warmup lets
+                            learn first. It is another network than the actor, so that --vf_coef moves no policy
+    padding                 on the right, here in rollouts too: the cache takes rows of unequal length, and no position
+                            needs to be shifted. EOS is never the padding: its token is learnt
+    sampling                from the whole distribution, without top-k or top-p: the ratio is that of this distribution
+    learning rate           warm-up and a cosine here, a line to 0 there; AdamW's eps is 1e-8, theirs 1e-5 in PyTorch
+    value clip, entropy     a clipped value and no bonus for entropy, as there: the KL to ref keeps the policy broad
 
 Letters: B rows, b rows of a micro-batch, T columns, R longest response, N response tokens of a batch, C channels,
 V vocabulary (in the steps above, V is the value).
