@@ -284,8 +284,9 @@ def test_answers_have_the_room_of_their_own_prompt(base):
     stage = sft.Stage(args, data.run.World(0, 1, model.device), torch.float32, tokenizer, plain, [2], False)
     short, long, full = ({"messages": [{"role": "user", "content": "fox " * n}]} for n in (2, 30, 60))
     lengths = [len(text.encode_prompt(r["messages"], tokenizer, plain)) for r in (short, long)]
-    brim = next(r for r in ({"messages": [{"role": "user", "content": "fox " * n + end}]} for n in range(30, 60)
-                            for end in ("", "a", "a b")) if len(text.encode_prompt(r["messages"], tokenizer, plain)) == 48)
+    longer = [{"messages": [{"role": "user", "content": "fox " * n + end}]}
+              for n in range(30, 60) for end in ("", "a", "a b")]
+    brim = next(r for r in longer if len(text.encode_prompt(r["messages"], tokenizer, plain)) == 48)
     rows = rm.sample_answers(model, [full, brim, long, short, short], stage, 2)
     assert lengths[0] < 20 and 40 < lengths[1] < 48 and [len(row) for row in rows] == [48, 48]
     assert rows[0][:lengths[1]] == text.encode_prompt(long["messages"], tokenizer, plain)
