@@ -168,7 +168,8 @@ class Transformer(nn.Module):
         self.config = config
         self.quantized: dict | None = None  # the scheme, where quantize.py has replaced the linears
         self.grad_checkpoint = False        # recompute each block in backward instead of keeping its activations
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        # nn.Embedding would draw its weights, and to draw on the meta device takes a second: it imports the compiler.
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if head else None

@@ -34,9 +34,8 @@ def smollm2() -> Path:
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 # Processes are forked from one that has imported torch and the house: a process of its own takes 2 seconds for that.
-# Where a model is made on the meta device, PyTorch imports torch._dynamo, which takes another second.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "ppo", "torch._dynamo"])
+FORKS.set_forkserver_preload(["pytest", "ppo"])
 
 
 class Ended(NamedTuple):

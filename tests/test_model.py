@@ -315,6 +315,13 @@ def test_cache_equals_no_cache(kv_heads):
             assert torch.allclose(torch.cat(got[b]), model.hidden(torch.tensor([rows[b]]))[0], atol=1e-5)
 
 
+def test_a_model_is_opened_without_the_compiler(tmp_path):
+    """PyTorch imports it to draw numbers on the meta device, which takes more than a second at every start."""
+    tiny().save_pretrained(tmp_path)
+    code = f"import sys, quantize; quantize.open_model({str(tmp_path)!r}); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(M.__file__).parent).returncode == 0
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @torch.no_grad()
 def test_the_step_that_a_graph_records_is_a_decoding_step(kv_heads):
