@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -1026,6 +1027,11 @@ def test_show_tokens_of_an_answer_that_ended():
     assert lines[-3].split() == ["</s>", "1", "3.000", "3.000", "0.000", *["3.000"] * 4]
 
 
+def test_the_first_updates_are_printed_and_then_every_log_interval(base, tmp_path, capsys):
+    main(base, tmp_path, "--num_episodes", 6, "--max_epochs", 1, "--log_interval", 4)
+    assert re.findall(r"^step (\d+)/6 ", capsys.readouterr().out, re.MULTILINE) == ["1", "2", "3", "4", "6"]
+
+
 def test_a_prompt_of_max_input_len_tokens_is_kept():
     tokenizer, plain = text.Tokenizer(demo.FOLDER), text.TEMPLATES["plain"]
     found = [{"messages": [{"role": "user", "content": "fox " * n}]} for n in (1, 5, 9)]
@@ -1317,6 +1323,14 @@ def test_eval_measures_a_directory(base, tmp_path, monkeypatch, capsys):
     assert one["proxy"] == pytest.approx(found["model"]["proxy"]) and three["proxy"] > one["proxy"]
     kept = json.loads(best.read_text("utf-8"))
     assert f"wrote {len(kept)} records: sft.py --pretrain" in capsys.readouterr().out and len(kept) <= 4
+
+
+def test_a_sweep_compares_with_the_best_of_up_to_64(base, tmp_path, monkeypatch):
+    def rung(args, folder, changed):
+        raise KeyboardInterrupt(changed["best_of"])
+    monkeypatch.setattr(ppo, "rung", rung)
+    with pytest.raises(KeyboardInterrupt, match=re.escape("[1, 2, 4, 8, 16, 32, 64]")):
+        main(base, tmp_path, "--sweep", 1)
 
 
 def test_a_sweep_is_a_run_a_rung(base, tmp_path, monkeypatch):
