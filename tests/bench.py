@@ -8,7 +8,7 @@
     python tests/bench.py ppo tiny                                     64 answers of 32 tokens, and 4 minibatches
     python tests/bench.py adamw                                        100 million parameters, beside torch's
       --device cuda    on a GPU; memory is then what tensors took there
-      --peer VENV      beside transformers (and PEFT) of another virtual environment: decode, sft, lora
+      --peer VENV      beside transformers (and PEFT) of another virtual environment: decode, sft, lora, ppo
       --against TREE   beside another checkout of Octet
 
 Weights and tokens are random: for speed they are as good as others. Each contender is a process of its own that is told
@@ -83,7 +83,7 @@ def compare(task: dict, args: argparse.Namespace) -> None:
     contenders = [Contender("octet", sys.executable, HERE, task)]
     if args.against:
         contenders.append(Contender(args.against.name, sys.executable, args.against.resolve(), task))
-    if args.peer and task["kind"] in ("decode", "sft", "lora"):
+    if args.peer and task["kind"] in ("decode", "sft", "lora", "ppo"):
         contenders.append(Contender("peer", str(args.peer.resolve() / "bin" / "python"), HERE, task | {"peer": True}))
     rows = take_turns(contenders, args.turns)
     for contender in contenders:
@@ -250,13 +250,13 @@ def ppo_iteration(task: dict) -> None:
     tokenizer = Tokenizer(demo)
     for name in ("sft", "rm"):
         tokenizer.save(folder / name, "plain")
-    prompt = tokenizer.decode(tokenizer.encode("One day a fox and a bear walked to the lake. " * 9)[:24])
+    prompt = tokenizer.decode(tokenizer.encode("One day a fox and a bear walked to the lake. " * 9)[:16])   # 32 in the template
     prompts = [{"prompt": f"{i} {prompt}"} for i in range(64)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)), encoding="utf-8")
     flags = ["--pretrain", folder / "sft", "--rm_path", folder / "rm", "--prompt_dataset", folder / "prompts.jsonl",
              "--save_path", folder / "out", "--num_episodes", 1, "--max_timesteps", 1, "--update_timesteps", 1,
              "--max_epochs", 1, "--experience_batch_size", 64, "--train_batch_size", 16, "--max_input_len", 48,
-             "--max_seq_len", 80, "--eval_size", 1, "--target_kl", 0, "--save_interval", 0, "--lr", 1e-6,
+             "--max_seq_len", 64, "--eval_size", 1, "--target_kl", 0, "--save_interval", 0, "--lr", 1e-6,
              "--dtype", task["dtype"], "--device", task["device"]]
 
     def turn() -> float:
@@ -357,12 +357,62 @@ def peer_update(task: dict) -> None:
     serve_turns(turn, task["device"])
 
 
+def peer_ppo(task: dict) -> None:
+    """The iteration of ppo_iteration as a plain loop: generate, four models score, actor and critic learn.
+
+    Its prompts are as long, and all answers go to the limit, as they nearly always do with random weights. The
+    heads see response tokens only."""
+    import torch
+    import torch.nn.functional as F
+    actor, ref, critic, reward = (peer_model(task) for _ in range(4))
+    heads = [torch.nn.Linear(actor.config.hidden_size, 1, bias=False, device=task["device"]) for _ in range(2)]
+    learning = [[*actor.parameters()], [*critic.model.parameters(), *heads[0].parameters()]]
+    optimizers = [torch.optim.AdamW(parameters, lr=1e-6, fused=True) for parameters in learning]
+    start, end = 32, 64
+    prompts = random_rows(64, start, actor.config.vocab_size).to(task["device"])
+
+    def logprobs(model, rows):
+        h = model.model(rows, use_cache=False).last_hidden_state[:, start - 1:-1]
+        logp = model.lm_head(h).float().log_softmax(-1)
+        return logp.gather(2, rows[:, start:, None]).squeeze(2)
+
+    def values(model, head, rows):
+        return head(model.model(rows, use_cache=False).last_hidden_state[:, start - 1:-1]).squeeze(2)
+
+    def turn() -> float:
+        began = finished(task["device"])
+        with torch.no_grad():
+            rows = actor.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=end - start,
+                                  min_new_tokens=end - start, do_sample=True, top_k=0, pad_token_id=0)
+            parts = [(logprobs(actor, part), logprobs(ref, part), values(critic, heads[0], part),
+                      values(reward, heads[1], part)) for part in rows.split(16)]
+            old, ref_logp, value, score = (torch.cat(x) for x in zip(*parts))
+            rewards = -0.1 * (old - ref_logp)
+            rewards[:, -1] += score[:, -1]
+            adv, last = torch.zeros_like(rewards), 0.0
+            for t in reversed(range(end - start)):
+                after = value[:, t + 1] if t + 1 < end - start else 0.0
+                last = rewards[:, t] + after - value[:, t] + 0.95 * last
+                adv[:, t] = last
+            ret, adv = adv + value, (adv - adv.mean()) / (adv.std() + 1e-8)
+        for part in torch.randperm(64).split(16):
+            ratio = (logprobs(actor, rows[part]) - old[part]).exp()
+            torch.max(-ratio * adv[part], -ratio.clamp(0.8, 1.2) * adv[part]).mean().backward()
+            F.mse_loss(values(critic, heads[0], rows[part]), ret[part]).backward()
+            for optimizer, parameters in zip(optimizers, learning):
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        return 64 / (finished(task["device"]) - began)
+    serve_turns(turn, task["device"])
+
+
 def work(task: dict) -> None:
     """A worker's main. The folder of this script is not where modules of the measured tree lie."""
     sys.path[:] = [task["tree"], *(path for path in sys.path if Path(path or ".").resolve() != HERE / "tests")]
     kind = task["kind"]
     if task.get("peer"):
-        return peer_decode(task) if kind == "decode" else peer_update(task)
+        return {"decode": peer_decode, "ppo": peer_ppo}.get(kind, peer_update)(task)
     if kind == "decode" or kind == "quantize":
         return decode(task)
     if kind == "ppo":
