@@ -250,7 +250,7 @@ def ppo_iteration(task: dict) -> None:
     tokenizer = Tokenizer(demo)
     for name in ("sft", "rm"):
         tokenizer.save(folder / name, "plain")
-    prompt = tokenizer.decode(tokenizer.encode("One day a fox and a bear walked to the lake. " * 9)[:16])   # 32 in the template
+    prompt = tokenizer.decode(tokenizer.encode("One day a fox and a bear walked to the lake. " * 9)[:16])  # 32 in all
     prompts = [{"prompt": f"{i} {prompt}"} for i in range(64)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)), encoding="utf-8")
     flags = ["--pretrain", folder / "sft", "--rm_path", folder / "rm", "--prompt_dataset", folder / "prompts.jsonl",
