@@ -365,7 +365,8 @@ def peer_ppo(task: dict) -> None:
     import torch
     import torch.nn.functional as F
     actor, ref, critic, reward = (peer_model(task) for _ in range(4))
-    heads = [torch.nn.Linear(actor.config.hidden_size, 1, bias=False, device=task["device"]) for _ in range(2)]
+    size, kind = actor.config.hidden_size, dict(device=actor.device, dtype=actor.dtype)
+    heads = [torch.nn.Linear(size, 1, bias=False, **kind) for _ in range(2)]
     learning = [[*actor.parameters()], [*critic.model.parameters(), *heads[0].parameters()]]
     optimizers = [torch.optim.AdamW(parameters, lr=1e-6, fused=True) for parameters in learning]
     start, end = 32, 64
