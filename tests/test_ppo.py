@@ -1306,15 +1306,28 @@ def test_a_model_is_compared_by_its_first_answers():
     assert two == pytest.approx({"n": 2, "kl": math.log(2) - 1 / 2, "proxy": 13 / 3, "gold": 1.3 / 3})
 
 
-def test_eval_measures_a_directory(base, tmp_path, monkeypatch, capsys):
-    """The SFT model itself is 0 nats away from itself."""
-    best, answers, judged = tmp_path / "best.json", [], ppo.judged
+def kept_answers(monkeypatch) -> list[ppo.Answer]:
+    """The list that all judged answers are put into."""
+    answers, judged = [], ppo.judged
 
     def spy(*given):
         found = judged(*given)
         answers.extend(found)
         return found
     monkeypatch.setattr(ppo, "judged", spy)
+    return answers
+
+
+def test_kl_of_an_answer_is_summed_over_its_tokens(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "kl_k1", lambda logp, ref_logp: (logp < 0).float())  # 1 nat a token
+    answers = kept_answers(monkeypatch)
+    main(base, tmp_path, "--eval", base / "model")
+    assert answers and all(answer.figures["kl"] == len(answer.ids) for answer in answers)
+
+
+def test_eval_measures_a_directory(base, tmp_path, monkeypatch, capsys):
+    """The SFT model itself is 0 nats away from itself."""
+    best, answers = tmp_path / "best.json", kept_answers(monkeypatch)
     found = main(base, tmp_path / "out", "--eval", base / "model", "--best_of", "1,3", "--write", best)
     assert found == json.loads((tmp_path / "out" / "eval.json").read_text("utf-8")) and "gold" not in found["model"]
     assert found["model"]["kl"] == pytest.approx(0, abs=1e-4) and 1 < found["model"]["length"] < 64

@@ -1027,6 +1027,7 @@ def test_masks_come_from_lengths(filler):
     tokens, mask = pad([[5, 2], [6], []], filler)
     assert tokens.tolist() == [[5, 2], [6, filler], [filler, filler]]
     assert mask.tolist() == [[True, True], [True, False], [False, False]]
+    assert not collate(examples)[0][~collate(examples)[1]].any()  # 0 where nobody says otherwise
     assert pad([[], []])[0].shape == pad([[], []])[1].shape == (2, 0) and pad([[]])[0].dtype == torch.int64
 
 
