@@ -599,8 +599,9 @@ def test_packed_is_left_as_it_was_entered(scheme, monkeypatch):
         return fast_forward(layer, product, x)
     monkeypatch.setattr(Q, "fast_forward", watched)
     with packed(model):
-        model.generate([TOKENS[0, :5].tolist()] * 2, 4, temperature=0, eos_id=-1)
-        assert used == [(2, 5)] * 14 + [(2, 1)] * 3 * 14  # a prefill and three steps of 14 matrices
+        model.generate([TOKENS[0, :5].tolist(), TOKENS[0, 1:6].tolist()], 4, temperature=0, eos_id=-1)
+        # A prefill and three steps of 14 matrices: the last block's feed-forward sees each prompt's last token alone.
+        assert used == [(2, 5)] * 11 + [(2,)] * 3 + [(2, 1)] * 3 * 14
         with pytest.raises(ValueError), packed(model):
             model.generate([[]], 4)
         assert list(model.state_dict()) == names and len(used) == 4 * 14

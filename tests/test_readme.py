@@ -52,6 +52,7 @@ def test_readme_commands_parse(tmp_path, monkeypatch):
     found = commands()
     assert {command[0] for command in found} >= {f"{name}.py" for name in HOUSE if "/" not in name}
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
     for name in ("sft", "rm", "ppo"):  # what the first stages write
         (tmp_path / "out" / name).mkdir(parents=True)
         (tmp_path / "out" / name / "config.json").touch()

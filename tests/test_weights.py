@@ -431,13 +431,12 @@ WATCHED_LOAD = """
 import os, sys, threading
 import torch
 from data.weights import DTYPES
-from model import Llama, LlamaConfig
+from model import Llama
 
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon:")) * 1024
 
-with torch.device("meta"):  # the first time, PyTorch imports 70 MB of Python for it
-    Llama(LlamaConfig())
+torch.cat([torch.empty(1, device="meta")])  # the first time, PyTorch imports 70 MB of Python for it
 for directory, dtype in zip(sys.argv[1::2], sys.argv[2::2]):
     if os.fork() == 0:  # a process for each: what one load leaves behind would hide the peak of the next
         start, seen, done = anonymous(), [], threading.Event()

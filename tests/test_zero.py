@@ -480,7 +480,8 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_bytes_while_a_matrix_is_dequantized(bits):
-    layer = {8: quantize.Linear8, 4: quantize.Linear4}[bits].of(quantize.rtn(torch.randn(256, 512), bits, -1, bits == 8))
+    kind = {8: quantize.Linear8, 4: quantize.Linear4}[bits]
+    layer = kind.of(quantize.rtn(torch.randn(256, 512), bits, -1, bits == 8))
     with Live() as live:
         layer.dequantize(torch.bfloat16)
     assert live.most == pytest.approx(zero.DEQUANTIZED[bits] * 256 * 512, rel=0.03)
