@@ -326,6 +326,23 @@ def test_a_shared_beginning_is_computed_once():
     assert engine.counters["prefix_tokens_reused"] == 60 + 63 + len(first) + 30
 
 
+def test_a_chat_goes_on_in_its_row_only_when_its_answer_has_ended():
+    """Else it would take the row of an answer that is still written."""
+    wish = dict(max_tokens=20, ignore_eos=True)
+    (alone,) = finish(engine_of(rows=2), job(ids(5), **wish))
+    engine, running = engine_of(rows=2), job(ids(5), **wish)
+    engine.submit(running)
+    for _ in range(4):
+        engine.step()
+    begun = running.answers[0].held
+    finish(engine, job(begun + [7, 8]))
+    assert 5 < len(begun) < 10 and running.answers[0].made == alone
+    rows = list(engine.rows)
+    finish(engine, job(ids(5) + alone[:19] + [7, 8]))
+    assert [row is old for row, old in zip(engine.rows, rows)].count(False) == 1
+    assert running.answers[0] not in engine.rows
+
+
 def test_several_choices_and_simultaneous_requests_compute_their_prompt_once():
     engine = engine_of()
     finish(engine, job(ids(50), n=4, temperature=1.0), job(ids(50)[:48] + [5, 6, 7]))
@@ -677,6 +694,7 @@ def test_streamed_is_not_streamed(server, path, extra):
     assert 0 <= details["cached_tokens"] < last["usage"]["prompt_tokens"]  # once, not for each of n
     assert last["usage"] == {key: value for key, value in used.items() if "details" not in key}
     assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in [*chunks, last]}) == 1
+    assert re.fullmatch("(chat)?cmpl-[0-9a-f]{24}", last["id"])
     for choice in whole["choices"]:
         own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
         assert [part["finish_reason"] for part in own if part["finish_reason"]] == [choice["finish_reason"]]
