@@ -241,7 +241,6 @@ class Transformer(nn.Module):
         cos, sin = self.cos[position][:, None].to(dtype), self.sin[position][:, None].to(dtype)   # (1 or B, 1, T, D)
         return Where(cos, sin, visible, is_causal, position, slots)
 
-
     def locate_all(self, position: Tensor, cache: "KVCache") -> Where:
         """The same for one token a row at position (B, 1), by a mask over all slots of the cache: nothing here depends
         on the numbers, so that a graph can repeat it."""
