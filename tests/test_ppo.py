@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1386,6 +1387,7 @@ def train_in_each_way(base: Path, out: Path) -> None:
     main(base, out / "odd", *ptx, "--num_episodes", 1, "--max_timesteps", 3, "--update_timesteps", 2,
          "--experience_batch_size", 3, "--accumulation_steps", 2, "--strategy", "zero2")
     for strategy in ("zero2", "zero2_cpu", "ddp"):
+        main(base, out / f"one base, {strategy}", *on_one_base(base), "--eval_size", 1, "--strategy", strategy)
         main(base, out / strategy, *ptx, "--eval_size", 3, "--strategy", strategy)
     torch.save([p.data for model in actors[-1][:2] for p in model.parameters()], out / f"actor-{world.rank}.pt")
     args, models = opened(base, out / "none", "--train_batch_size", 2, "--ptx_coef", 0.3, "--ptx_batch_size", 1)
@@ -1427,10 +1429,11 @@ def test_two_processes(base, tmp_path, start):
     assert all(torch.equal(p, q) for p, q in zip(Llama.from_pretrained(tmp_path / "ddp").parameters(), first))
     assert not same(weights(tmp_path / "ddp"), weights(base / "model"))
     assert [row["minibatches"] for row in metrics(tmp_path / "odd")] == [4, 2]
-    for strategy in ("zero2", "zero2_cpu"):
+    for kind, strategy in product(("", "one base, "), ("zero2", "zero2_cpu")):
         for name in ("loss", "loss/value_avg", "loss/ptx_avg", "objective/kl", "objective/scores"):
-            values, expected = ([row[name] for row in metrics(tmp_path / folder)] for folder in (strategy, "ddp"))
-            assert values == pytest.approx(expected, rel=1e-3, abs=1e-5), (strategy, name)
+            folders = f"{kind}{strategy}", f"{kind}ddp"
+            values, expected = ([row[name] for row in metrics(tmp_path / folder)] for folder in folders)
+            assert values == pytest.approx(expected, rel=1e-3, abs=1e-5), (kind, strategy, name)
     args, models = opened(base, tmp_path / "none", "--train_batch_size", 4, "--ptx_coef", 0.3, "--ptx_batch_size", 2)
     figures, found = update(models, fixed(args, models), encoded(base), args, WORLD, 1.0)
     parameters = [p.data for model in models[:2] for p in model.parameters()]
