@@ -500,8 +500,10 @@ class Llama(Transformer):
         return cls.read(directory, dtype, device, head)
 
     @classmethod
-    def read(cls, directory: str | Path, dtype: torch.dtype | None, device, head: bool) -> "Llama":
-        """The same without an adapter that lies beside the weights."""
+    def read(cls, directory: str | Path, dtype: torch.dtype | None, device, head: bool,
+             install: Callable[["Llama", dict[str, weights.Stored]], None] | None = None) -> "Llama":
+        """The same without an adapter that lies beside the weights. install(model, tensors) may put other layers into
+        the model, which has no weights yet, and take their tensors out of the dictionary."""
         config = LlamaConfig(**weights.read_config(directory))
         tensors = weights.read_tensors(directory, vars(config))
         if head and "score.weight" in tensors:  # with tied embeddings nothing else would tell it from a language model
@@ -509,6 +511,8 @@ class Llama(Transformer):
                              "RewardModel.from_pretrained of rm.py")
         with torch.device("meta"):
             model = cls(config, head)
+        if install is not None:
+            install(model, tensors)
         weights.fill(model, tensors, dtype, device, directory, () if head else ("output.weight", "score.weight"))
         model.make_rope()
         return model

@@ -539,9 +539,6 @@ def perplexity(model: Llama, rows: list[Row], device="cpu") -> float:
 
 # ---- opening any directory ------------------------------------------------------------------------------------------
 
-NO_WORDS = "is a reward model, it has no words: open it with RewardModel.from_pretrained of rm.py"
-
-
 def open_model(directory: str | Path, dtype: torch.dtype | None = None, device="cpu", head: bool = True,
                quant: str | None = None, adapter: str = "auto", base: Path | None = None) -> Llama:
     """Opens a directory of any kind: plain, quantized, or a LoRA adapter of either.
@@ -564,11 +561,10 @@ def open_model(directory: str | Path, dtype: torch.dtype | None = None, device="
         raise ValueError(f"{home} is quantized to {scheme['bits']} bits, {quant} was asked for: leave the flag out, "
                          "or quantize the original again")
     if head and adapted and lora.read_adapter_config(path).get("task_type") == "SEQ_CLS":
-        raise ValueError(f"{path} {NO_WORDS}")
-    if scheme:
-        model = read_quantized(home, scheme, dtype, device, head)
-    else:
-        model = Llama.read(home, dtype, "cpu" if quant else device, head)
+        raise ValueError(f"{path} is a reward model, it has no words: open it with "
+                         "RewardModel.from_pretrained of rm.py")
+    layers = functools.partial(install, scheme=scheme, directory=home, device=device) if scheme else None
+    model = Llama.read(home, dtype, "cpu" if quant else device, head, layers)
     merge = adapter == "merge" or (adapter == "auto" and not scheme and not quant)
     if adapted and merge:
         lora.load_adapter(model, path)
@@ -583,26 +579,20 @@ def open_model(directory: str | Path, dtype: torch.dtype | None = None, device="
     return model.to(device)
 
 
-def read_quantized(directory: Path, scheme: dict, dtype: torch.dtype | None, device, head: bool) -> Llama:
-    """Opens a quantized directory, for which `read_scheme` returned `scheme`."""
-    config = LlamaConfig(**weights.read_config(directory))
-    tensors = weights.read_tensors(directory, vars(config))
-    if head and "score.weight" in tensors:
-        raise ValueError(f"{directory} {NO_WORDS}")
-    with torch.device("meta"):
-        model = Llama(config, head)
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and (layer := read_layer(linear, name, tensors, scheme, directory)):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer.to(device))
+def install(model: Llama, tensors: dict[str, weights.Stored], scheme: dict, directory: Path, device) -> None:
+    """Puts the quantized layers of a directory, for which `read_scheme` returned `scheme`, into a model without
+    weights, and takes their tensors out of the dictionary."""
+    for name, linear in lora.linears(model).items():
+        layer = read_layer(linear, name, tensors, scheme, directory)
+        if layer is not None:
+            lora.replace(model, name, layer.to(device))
     if not quantized_layers(model):
         raise ValueError(f"{directory} says that it is quantized, but no layer is: copy it again, or remove the "
                          "quantization_config or quantize_config.json of another model")
-    unused = [name for name in tensors if not head and name.startswith(("output.", "score."))]
-    weights.fill(model, tensors, dtype, device, directory, unused)
-    model.make_rope()
+    if model.output is None:
+        for name in [name for name in tensors if name.startswith("output.")]:
+            del tensors[name]
     model.quantized = scheme
-    return model
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -649,34 +639,20 @@ def say_limits(settings: dict, layers: Collection[QuantizedLinear]) -> None:
         print("note: " + "; ".join(limits), flush=True)
 
 
-def is_group_size(size: object) -> bool:
-    return type(size) is int and (size > 0 or size == -1)
+# What a quantization_config may hold, and the meaning of a key that it leaves out.
+SETTINGS = {
+    "quant_method": weights.among("gptq", "octet"),
+    "bits": weights.among(4, 8),
+    "group_size": ("a whole number of columns above 0, or -1 for whole rows",
+                   lambda size: type(size) is int and (size > 0 or size == -1)),
+    "checkpoint_format": weights.among("gptq", "gptq_v2"),
+}
+DEFAULTS = {"quant_method": None, "bits": None, "group_size": -1, "desc_act": False, "lm_head": False}
 
 
 def check_grid(bits: int, group_size: int) -> None:
     """Raises ValueError for bits or a group size that no grid has."""
-    if bits not in (4, 8):
-        raise ValueError(f"{bits} bits are not offered: choose 4 or 8")
-    if not is_group_size(group_size):
-        raise ValueError(f"group size {group_size!r} is no number of columns: "
-                         "give a whole number above 0, or -1 for whole rows")
-
-
-# What a quantization_config may hold, and the meaning of a key that it leaves out.
-SETTINGS = {
-    "quant_method": weights.among("gptq", "octet"),
-    "group_size": ("a whole number above 0, or -1", is_group_size),
-    "checkpoint_format": weights.among("gptq", "gptq_v2"),
-}
-DEFAULTS = {
-    "quant_method": None,
-    "bits": None,
-    "group_size": -1,
-    "sym": True,
-    "desc_act": False,
-    "lm_head": False,
-    "octet_method": "gptq",
-}
+    weights.check({"bits": bits, "group_size": group_size}, SETTINGS, "the grid")
 
 
 def read_scheme(directory: str | Path) -> dict | None:
@@ -689,6 +665,10 @@ def read_scheme(directory: str | Path) -> dict | None:
     settings = DEFAULTS | {"checkpoint_format": settings.get("format", "gptq")} | settings
     bits = {"bits": weights.among(8 if settings["quant_method"] == "octet" else 4)}
     weights.check(settings, SETTINGS | bits, f"{directory}/config.json", " to be read here")
+    older = Path(directory) / "quantize_config.json"
+    others = weights.read_json(older) if older.exists() else {}
+    if any(settings[key] != others.get(key, settings[key]) for key in ("bits", "group_size", "desc_act")):
+        weights.note(f"{older} differs from the quantization_config in config.json, which is the one that is used")
     return settings
 
 
@@ -770,11 +750,13 @@ def by_input(model: nn.Module) -> Iterable[list[nn.Module]]:
     """
     lists = {}
     for name, layer in model.named_modules():
+        kind = type(layer)
+        if kind not in (nn.Linear, Linear4, Linear8) or "forward" in vars(layer):
+            continue
         parent, _, leaf = name.removesuffix(".base").rpartition(".")                   # base: of an adapter
-        kind, first = type(layer), SAME_INPUT.get(leaf, leaf)
-        order = layer.g_idx.tolist() if kind is Linear4 else [leaf] if kind is nn.Linear else []
-        if kind in (nn.Linear, Linear4, Linear8) and "forward" not in vars(layer):
-            lists.setdefault((parent, first, kind, *order), []).append(layer)
+        first = leaf if kind is nn.Linear else SAME_INPUT.get(leaf, leaf)
+        groups = layer.g_idx.tolist() if kind is Linear4 else []
+        lists.setdefault((parent, first, kind, *groups), []).append(layer)
     return lists.values()
 
 
@@ -821,10 +803,10 @@ def int4_product(layer: Linear4) -> Product | None:
     order = torch.argsort(m.group, stable=True)
     columns, rows = (0, -I % (128 if cuda else 32)), (0, -O % (8 if cuda else 64))     # padding of I and of O
     group = F.pad(m.group[order], columns, value=len(layer.scales) - 1)                # (I,)
-    fitting = [size for size in (256, 128, 64, 32) if torch.equal(group[::size].repeat_interleave(size), group)]
-    if not fitting:
+    runs = (size for size in (256, 128, 64, 32) if torch.equal(group[::size].repeat_interleave(size), group))
+    size = next(runs, None)
+    if size is None:
         return None
-    size = fitting[0]
     g = group[::size].long()                                                           # (G',)
     scale, zero = (F.pad(t.float()[:, g].T, rows) for t in (m.scale, m.zero))          # (G', O) each
     grid = torch.stack((scale, (8 - zero) * scale), dim=-1).bfloat16()                 # (G', O, 2)
@@ -972,8 +954,6 @@ class Source:
 def open_source(path: Path | None, template: str | None = None) -> Source:
     is_chain = path is None
     path = run.finished(Path("out/ppo"), "ppo", "--pretrain") if is_chain else path
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a directory: name a weights directory")
     base, home = lora.base_path(path) if weights.is_adapter(path) else path, lora.home(path)
     config = LlamaConfig(**weights.read_config(base))
     tokenizer = text.Tokenizer(home)
@@ -1125,11 +1105,13 @@ def resolve(args: Namespace, source: Source) -> Scheme:
     run.resolve(args, {"bits": 4})
     if args.bits == 8:
         run.resolve(args, {"method": "rtn", "group_size": -1, "sym": True})
-    run.resolve(args, {"method": "gptq", "group_size": 32 if source.is_demo else 128, "sym": False})
-    if source.is_demo:
-        run.resolve(args, {"calibration": demo.FOLDER / "sft.jsonl.gz"})
-    if source.is_chain:
-        run.resolve(args, {"save_path": Path(f"out/ppo-int{args.bits}")})
+    run.resolve(args, {
+        "method": "gptq",
+        "group_size": 32 if source.is_demo else 128,
+        "sym": False,
+        "calibration": demo.FOLDER / "sft.jsonl.gz" if source.is_demo else None,
+        "save_path": Path(f"out/ppo-int{args.bits}") if source.is_chain else None,
+    })
     check_grid(args.bits, args.group_size)
     for holds, sentence in (
             (weights.quantization(source.base),

@@ -753,7 +753,7 @@ def test_an_adapter_beside_another_model(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["gptq_model-4bit-32g.safetensors", "model.safetensors"])
-def test_settings_beside_the_config_are_read(tmp_path, name):
+def test_settings_beside_the_config_are_read(tmp_path, capsys, name):
     """AutoGPTQ's older files. They were never called quantized."""
     path = write_quantized(tmp_path, BY_32)
     expected = open_model(path)(TOKENS)
@@ -766,6 +766,11 @@ def test_settings_beside_the_config_are_read(tmp_path, name):
     assert torch.equal(open_model(path)(TOKENS), expected)
     with pytest.raises(ValueError, match="is quantized: open it with"):
         Llama.from_pretrained(path)
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    for changed in ({}, {"group_size": 16}):  # where both stand, config.json counts
+        (path / "quantize_config.json").write_text(json.dumps(older | changed))
+        assert torch.equal(open_model(path)(TOKENS), expected)
+        assert ("quantize_config.json differs from" in capsys.readouterr().err) == bool(changed)
     plain = write_demo(tmp_path / "plain")
     shutil.copy(path / "quantize_config.json", plain)
     with pytest.raises(ValueError, match="no layer is: copy it again, or remove the .* quantize_config.json"):
@@ -866,6 +871,7 @@ def test_saved_and_reloaded(tmp_path, bits, sym, tied, dtype):
     assert torch.equal(again(TOKENS), model(TOKENS)) and again.config == model.config
     assert again.norm.weight.dtype == getattr(torch, dtype)
     assert again.quantized["bits"] == bits and isinstance(again.output, Q.QuantizedLinear) == (not tied)
+    assert torch.equal(open_model(tmp_path, head=False).hidden(TOKENS), model.hidden(TOKENS))
     Q.save(again, tmp_path / "twice")
     assert (tmp_path / "twice" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="open it with quantize.open_model"):
@@ -1037,7 +1043,7 @@ def test_demo_chain(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("size", [0, -2, 2.0, "32", None, True])
 def test_group_size_that_is_none(size):
     for call in (lambda: rtn(matrix(4, 8), 4, size, True), lambda: gptq(matrix(4, 8), torch.eye(8), 4, size, True)):
-        with pytest.raises(ValueError, match="no number of columns"):
+        with pytest.raises(ValueError, match="it must be a whole number of columns"):
             call()
 
 
@@ -1057,7 +1063,7 @@ def test_broken_weights_stop_the_run(tmp_path, method):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--group_size", "0"], "0 is no number of columns"),
+    (["--group_size", "0"], "group_size is 0, it must be a whole number of columns above 0, or -1"),
     (["--group_size", "many"], "--group_size: must be a whole number, not many"),
     (["--bits", "3"], "invalid choice: 3"),
     (["--bits", "8", "--group_size", "32"], "one scale a row, --group_size 32 is for 4 bits"),
@@ -1119,7 +1125,7 @@ PREFIX = "model.layers.0.self_attn.q_proj."
 @pytest.mark.parametrize("change, sentence", [
     (dict(bits=3), "bits is 3, it must be 4 to be read here"),
     (dict(bits=8), "bits is 8, it must be 4 to be read here"),
-    (dict(group_size=0), "group_size is 0, it must be a whole number above 0, or -1"),
+    (dict(group_size=0), "group_size is 0, it must be a whole number of columns above 0, or -1"),
     (dict(quant_method="awq"), "quant_method is 'awq', it must be gptq or octet"),
     (dict(checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
     (dict(group_size=64), r"qzeros is \(2, 8\) torch.int32, by the config it should be \(1, 8\) whole numbers"),
