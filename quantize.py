@@ -964,10 +964,7 @@ def open_source(path: Path | None, template: str | None = None) -> Source:
 def encode_rows(examples: list[dict], source: Source, length: int) -> list[Row]:
     template = text.TEMPLATES[source.template]
     encode = functools.partial(text.encode_example, tokenizer=source.tokenizer, template=template, max_len=length)
-    rows, notes = text.encode_all(examples, encode, "examples")
-    for note in notes:
-        print(f"note: {note}")
-    return rows
+    return text.encode_all(examples, encode, "examples", say=print)
 
 
 def read_rows(path: Path, source: Source, length: int, most: int | None, skip_bad: bool) -> tuple[list[Row], str]:

@@ -415,10 +415,7 @@ def read_records(paths: list[Path], kind: str, stage: Stage) -> list[dict]:
 def encode_all(found: list[dict], encode: Callable, what: str, max_len: int, stage: Stage) -> list:
     """Returns what text.encode_example or encode_preference makes of the records, and says what is lost of them."""
     encode = partial(encode, tokenizer=stage.tokenizer, template=stage.template, max_len=max_len)
-    examples, notes = text.encode_all(found, encode, what)
-    for note in notes:
-        stage.say(f"note: {note}")
-    return examples
+    return text.encode_all(found, encode, what, stage.say)
 
 
 # ---- stage 1: files, flags, main ------------------------------------------------------------------------------------

@@ -284,7 +284,8 @@ class Tokenizer:
         came, directory = self.file.parent, Path(directory)
         contents = {name: (came / name).read_bytes() for name in TOKENIZER_FILES if (came / name).exists()}
         contents[self.kind.saved_as] = self.content
-        config = read_config(came) or dict(self.kind.config)
+        config = weights.read_json(came / CONFIG_FILE) if CONFIG_FILE in contents else {}
+        config = config or dict(self.kind.config)
         if template is not None:
             config["template"] = template
             if template != read_template(came):
@@ -394,8 +395,8 @@ class BytePairs:
 
     saved_as = "tokenizer.json"
 
-    def __init__(self, said: dict, config: dict):
-        """said: the content of a tokenizer.json. config: that of tokenizer_config.json, which names EOS."""
+    def __init__(self, said: dict, config: dict[str, str]):
+        """said: the content of a tokenizer.json. config: the texts of tokenizer_config.json, which names EOS."""
         model, tokens = said["model"], said["added_tokens"]
         normalizers, cuts = steps(said.get("normalizer")), steps(said.get("pre_tokenizer"))
         self.byte_level = any(step["type"] == "ByteLevel" for step in cuts)
@@ -409,9 +410,9 @@ class BytePairs:
         self.whole_words = model.get("ignore_merges")  # a word that is a piece stays one, whatever merges would make
         self.added = {token["content"]: token["id"] for token in tokens}
         self.special = {token["id"] for token in tokens if token["special"]}
-        ids = self.vocabulary | self.added
-        self.pieces = {i: piece for piece, i in ids.items()}
-        if len(self.pieces) < len(ids) or any(type(i) is not int or i < 0 for i in self.pieces):
+        self.ids = self.vocabulary | self.added
+        self.pieces = {i: piece for piece, i in self.ids.items()}
+        if len(self.pieces) < len(self.ids) or any(type(i) is not int or i < 0 for i in self.pieces):
             raise ValueError("tokenizer.json must give every piece a whole number of its own: copy it again")
         ordinary = [content for content, i in self.added.items() if i not in self.special]
         self.searched = {True: one_of(self.added), False: one_of(ordinary)}  # by encode's `special`
@@ -422,21 +423,19 @@ class BytePairs:
         self.remembered = lru_cache(maxsize=65536)(self.word_ids)
         self.name_ends(put_before(steps(said.get("post_processor"))), config)
 
-    def name_ends(self, bos: str | None, config: dict) -> None:
+    def name_ends(self, bos: str | None, config: dict[str, str]) -> None:
         """BOS is what the file puts before a text. What it puts behind a text is asked for by encode's `eos`."""
-        tokens = [config.get(key) or "" for key in ("eos_token", "pad_token", "unk_token")]
-        eos, *fillers = [token["content"] if isinstance(token, dict) else token for token in tokens]
-        ids = self.vocabulary | self.added
-        known = [ids[name] for name in (eos, "</s>", "<|end_of_text|>") if name in ids]
+        names = (config.get("eos_token"), "</s>", "<|end_of_text|>")
+        known = [self.ids[name] for name in names if name in self.ids]
         if not known:
             raise ValueError("tokenizer.json names no EOS: put the tokenizer_config.json of the release beside it")
-        self.bos_id = ids[bos] if bos else None
+        self.bos_id = self.ids[bos] if bos else None
         self.eos_id = known[0]
         # A reward model's padding is an id that no text produces, and never EOS: the config's, or the likeliest name.
         names = [self.pieces[i] for i in sorted(self.special - {self.bos_id, self.eos_id})]
-        fillers += ["pad", "unk", "reserved"]
+        fillers = [config.get("pad_token", ""), config.get("unk_token", ""), "pad", "unk", "reserved"]
         pad = min(names, key=lambda name: [filler not in name for filler in fillers], default=None)
-        self.pad_id = ids.get(pad)
+        self.pad_id = self.ids.get(pad)
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos,
                        "eos_token": self.pieces[self.eos_id], "pad_token": pad}
 
@@ -822,30 +821,31 @@ def encode_preference(record: dict, tokenizer: Tokenizer, template: Template, ma
 
     A response that the cut made equal to a better one is left out: it would teach nothing (loss ln 2, gradient 0). No
     example if fewer than two remain, for example because the prompt alone fills max_len."""
-    rows, longest = [], 0
+    whole = []
     for response in record["responses"]:
         answered = [*record["messages"], {"role": "assistant", "content": response}]
         ids, _ = encode_messages(answered, tokenizer, template)
-        longest = max(longest, len(ids))
-        if ids[:max_len] not in rows:
-            rows.append(ids[:max_len])
+        whole.append(tuple(ids))
+    rows = list(map(list, dict.fromkeys(ids[:max_len] for ids in whole)))
     if len(set(record["responses"])) == 1:
         return Encoded([], "left out: their responses are equal")
     if len(rows) == 1:
         return Encoded([], f"left out: their responses are equal up to {max_len} tokens")
-    return Encoded([rows], f"cut at {max_len} tokens" if longest > max_len else "")
+    return Encoded([rows], f"cut at {max_len} tokens" if max(map(len, whole)) > max_len else "")
 
 
-def encode_all(records: list[dict], encode: Callable[[dict], Encoded], what: str) -> tuple[list, list[str]]:
-    """The examples of all records, and a note for every way in which some lose. ValueError if none is left; in its
-    sentence `what` names the records ("preferences")."""
+def encode_all(records: list[dict], encode: Callable[[dict], Encoded], what: str, say: Callable[[str], object]) -> list:
+    """The examples of all records. say takes a note for every way in which some lose. ValueError if none is left. In
+    these sentences `what` names the records ("preferences")."""
     encoded = [encode(record) for record in records]
     examples = [example for one in encoded for example in one.examples]
     counts = Counter(one.lost for one in encoded if one.lost)
     notes = [f"{count} of {len(records)} {what} are {lost}" for lost, count in counts.items()]
     if records and not examples:
         raise ValueError(f"none of the {len(records)} {what} fits: " + "; ".join(notes) + "; raise --max_len")
-    return examples, notes
+    for note in notes:
+        say(f"note: {note}")
+    return examples
 
 
 # ---- ids -> batches -------------------------------------------------------------------------------------------------
@@ -981,30 +981,27 @@ def open_kind(file: Path) -> tuple[SentencePiece | BytePairs, bytes]:
         raise ValueError(f"{file} is not what a tokenizer's file should be: copy it again ({error!r})") from None
 
 
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
 def is_named_text(value: object) -> bool:
-    return isinstance(value, dict) and value.keys() >= {"name", "template"} and all(map(is_text, value.values()))
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("name", "template"))
 
 
-TOKEN = ('text or {"content": text}', lambda value: is_text(value.get("content") if isinstance(value, dict) else value))
-# What the keys of a tokenizer_config.json may hold, of those that are read here.
-CONFIG_RULES = {
-    "template": ("text", is_text),
-    "chat_template": ("text or a list of named ones",
-                      lambda value: is_text(value) or isinstance(value, list) and all(map(is_named_text, value))),
-    **dict.fromkeys(("eos_token", "pad_token", "unk_token"), TOKEN),
-}
-
-
-def read_config(directory: Path) -> dict:
-    """What a directory's tokenizer_config.json says: nothing, if there is none."""
+def read_config(directory: Path) -> dict[str, str]:
+    """The texts that a directory's tokenizer_config.json gives, "" where it gives none. A token may stand there as
+    {"content": text}, and a chat_template as a list of named ones."""
     file = directory / CONFIG_FILE
     config = weights.read_json(file) if file.exists() else {}
-    weights.check({key: value for key, value in config.items() if value is not None}, CONFIG_RULES, file)
-    return config
+    texts = {}
+    for key in ("template", "chat_template", "eos_token", "pad_token", "unk_token"):
+        match config.get(key):
+            case None:
+                texts[key] = ""
+            case str(text) | {"content": str(text)}:
+                texts[key] = text
+            case list(named) if key == "chat_template" and all(map(is_named_text, named)):
+                texts[key] = next((one["template"] for one in named if one["name"] == "default"), "")
+            case value:
+                raise ValueError(f"{file}: {key} is {value!r}, it must be text")
+    return texts
 
 
 # What a Jinja text has if it says what a template of ours says, and what it then has not. Any other text is unknown. To
@@ -1026,15 +1023,12 @@ def read_jinja(directory: Path) -> tuple[str, Path]:
     file = directory / JINJA_FILE
     if file.exists():
         return file.read_text("utf-8"), file
-    text = read_config(directory).get("chat_template") or ""
-    if isinstance(text, list):  # of named ones
-        text = {one["name"]: one["template"] for one in text}.get("default", "")
-    return text, directory / CONFIG_FILE
+    return read_config(directory)["chat_template"], directory / CONFIG_FILE
 
 
 def read_template(directory: str | Path) -> str | None:
     """The name of a directory's prompt template: as tokenizer_config.json says, or else as the Jinja text shows."""
-    named = read_config(Path(directory)).get("template")
+    named = read_config(Path(directory))["template"]
     if named in TEMPLATES:
         return named
     text, _ = read_jinja(Path(directory))
@@ -1049,12 +1043,10 @@ def choose_template(directory: str | Path, asked: str | None, usual: str, say: C
     """The name of the template to use with a directory: the one asked for, else the directory's own, else the usual.
     say takes a note where a template is replaced or the usual one is taken."""
     own = read_template(directory)
-    if asked is not None:
-        if own not in (None, asked):
-            say(f"note: {directory} was trained with the template {own}, --template {asked} replaces it")
-        return asked
-    if own is not None:
-        return own
+    if asked and own and asked != own:
+        say(f"note: {directory} was trained with the template {own}, --template {asked} replaces it")
+    if asked or own:
+        return asked or own
     text, file = read_jinja(Path(directory))
     if text:
         raise ValueError(f"{file} has a chat_template that is none of ours: choose the one nearest to it by --template "

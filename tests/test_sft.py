@@ -95,7 +95,7 @@ def same(a: dict, b: dict) -> bool:
 def encoded(file: Path, max_len: int = 160) -> list:
     tokenizer = Tokenizer(demo.FOLDER)
     encode = partial(text.encode_example, tokenizer=tokenizer, template=TEMPLATE, max_len=max_len)
-    return text.encode_all(records.read_records([file], "sft"), encode, "examples")[0]
+    return text.encode_all(records.read_records([file], "sft"), encode, "examples", say=print)
 
 
 def plain_loss(model: Llama, examples: list) -> tuple[float, int]:

@@ -739,13 +739,14 @@ def test_the_cut():
     none = f"left out: none of their first {prompt} tokens is a target"
     assert encode(chat("hi", "abc"), max_len=prompt) == ([], none)
     short, long, cut = chat("hi", "abc"), chat("hi" * 50, "abc"), chat("hi", "abcdefghi" * 9)
-    examples, notes = encode_all([short, long, short, cut], partial(encode, max_len=40), "examples")
+    notes = []
+    examples = encode_all([short, long, short, cut], partial(encode, max_len=40), "examples", notes.append)
     assert examples[:2] == [(full, flags)] * 2 and len(examples[2][0]) == 40
-    assert notes == ["1 of 4 examples are left out: none of their first 40 tokens is a target",
-                     "1 of 4 examples are cut at 40 tokens"]
+    assert notes == ["note: 1 of 4 examples are left out: none of their first 40 tokens is a target",
+                     "note: 1 of 4 examples are cut at 40 tokens"]
     with pytest.raises(ValueError, match="none of the 2 examples fits: 2 of 2 .* a target; raise --max_len"):
-        encode_all([long, long], partial(encode, max_len=40), "examples")
-    assert encode_all([], encode, "examples") == ([], [])
+        encode_all([long, long], partial(encode, max_len=40), "examples", pytest.fail)
+    assert encode_all([], encode, "examples", pytest.fail) == []
 
 
 @pytest.mark.lesson
@@ -1091,7 +1092,7 @@ def test_padding_of_real_instructions(capsys):
     llama = Tokenizer(real("llama-tokenizer"))
     encode = partial(encode_example, tokenizer=llama, template=TEMPLATES["alpaca"], max_len=512)
     found = records.read_records([real("instruct/self_instruct_seed_175.json")], "sft")
-    lengths = [len(ids) for ids, _ in encode_all(found, encode, "examples")[0]]
+    lengths = [len(ids) for ids, _ in encode_all(found, encode, "examples", say=print)]
     shares = []
     for epoch in range(3):
         micro = [micro_batches(batch, lengths, 8, 0, 1) for batch in global_batches(lengths, 8, 0, epoch)]
