@@ -113,14 +113,7 @@ class Models(NamedTuple):
     reward: RewardModel | rules.Rules   # with LoRA the critic shares its frozen weights
 
 
-class Optimizers(NamedTuple):
-    actor: zero.ZeRO2
-    critic: zero.ZeRO2 | None
-
-
-def present(optimizers: Optimizers) -> dict:
-    """Returns the optimizers that there are, by name."""
-    return {name: optimizer for name, optimizer in optimizers._asdict().items() if optimizer is not None}
+Optimizers = dict[str, zero.ZeRO2]      # of the "actor", and of the "critic" where there is one
 
 
 def modules(models: tuple) -> list[nn.Module]:
@@ -419,11 +412,11 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
                     kl_loss = MEANS[unit](kl_k3(logp, old.ref_logp), old.mask)
                     pg_loss = pg_loss + args.kl_coef * kl_loss
                     figures["loss/kl_avg"] = share * kl_loss.detach()
-                optimizers.actor.backward((1 - args.ptx_coef) * share * pg_loss, last=last and not args.ptx_coef)
+                optimizers["actor"].backward((1 - args.ptx_coef) * share * pg_loss, last=last and not args.ptx_coef)
                 if models.critic is not None:
                     value = critic_values(models.critic, old)                       # (b, R)
                     vf_loss = value_loss(value, old.value, old.ret, old.mask, args.value_clip)
-                    optimizers.critic.backward(args.vf_coef * tokens * vf_loss, last=last)
+                    optimizers["critic"].backward(args.vf_coef * tokens * vf_loss, last=last)
                     figures["loss/value_avg"] = tokens * vf_loss.detach()
                 logp = logp.detach()
                 if step == 1 and not logged:
@@ -435,14 +428,14 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
                 }
                 sums |= {name: sums.get(name, 0.0) + x for name, x in figures.items()}
             if args.ptx_coef:
-                sums["loss/ptx_avg"] = ptx_backward(models.actor, optimizers.actor, next(ptx), stage)
+                sums["loss/ptx_avg"] = ptx_backward(models.actor, optimizers["actor"], next(ptx), stage)
             row = run.reduce_sums(sums)
             logged.append(row)
             loss = sum(x for name, x in row.items() if name.startswith("loss/"))
             run.stop_if_broken(loss, step, lr, args)
-            optimizers.actor.step(lr)
+            optimizers["actor"].step(lr)
             if models.critic is not None:
-                optimizers.critic.step(schedule * args.critic_lr)
+                optimizers["critic"].step(schedule * args.critic_lr)
         means = {name: fmean(row[name] for row in logged) for name in row}
         early_stop = 0 < args.target_kl < means["policy/approxkl_avg"]              # the same on all processes
         if early_stop:
@@ -599,7 +592,7 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
             "seconds/rollout": rolled - began,
             "seconds/scoring": scored - rolled,
             "seconds/update": updated - scored,
-            "skipped": sum(optimizer.skipped for optimizer in present(optimizers).values()),
+            "skipped": sum(optimizer.skipped for optimizer in optimizers.values()),
         }
         log.append(row)
         log.progress(step, describe(row), step % args.log_interval == 0 or step <= 3)
@@ -609,7 +602,7 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
         meta["ptx_seen"] += row["minibatches"] * ptx_size
         if args.kl_target:
             kl_coef = meta["kl_coef"] = next_kl_coef(kl_coef, row["objective/kl"], args.kl_target)
-        run.save_checkpoint(args, world, meta, present(optimizers))
+        run.save_checkpoint(args, world, meta, optimizers)
     return {"steps": meta["step"]} | log.figures()
 
 
@@ -1184,22 +1177,22 @@ def learn(args: argparse.Namespace) -> dict:
     run.say_flags(stage.world, args)
     data = [[prompt.ids for prompt in prompts], examples]
     marks = {"algorithm": args.algorithm} | run.fingerprint(nn.ModuleList(trained(models)), data, args.seed)
-    optimizers = Optimizers(*(None if model is None else sft.make_optimizer(model, stage) for model in models[:2]))
+    optimizers = {name: sft.make_optimizer(model, stage) for name, model in zip(("actor", "critic"), trained(models))}
     updates, planned = plan(models, len(prompts), len(examples), stage)
 
     # training
     with run.resumable(args):
         if args.resume:
-            meta = run.load_checkpoint(args, stage.world, marks, present(optimizers))
+            meta = run.load_checkpoint(args, stage.world, marks, optimizers)
         else:
             stage.say(f"answering {len(held)} prompts, to compare with afterwards")
             before = evaluate(models, held, "before", stage)
             meta = {"step": 0, "prompts_seen": 0, "ptx_seen": 0, "warned": [], "before": before, "marks": marks}
         figures = meta["before"] | train(models, optimizers, prompts, examples, meta, updates, stage)
-        sft.save_model(models.actor, optimizers.actor, stage)
+        sft.save_model(models.actor, optimizers["actor"], stage)
         figures |= evaluate(models, held, "after", stage)
     figures["kl"] = figures.pop("kl_after")
-    figures["skipped"] = sum(optimizer.skipped for optimizer in present(optimizers).values())
+    figures["skipped"] = sum(optimizer.skipped for optimizer in optimizers.values())
     figures["planned_memory_bytes"] = planned
     summary = run.write_summary(args, stage.world, figures)
     if stage.world.rank == 0:

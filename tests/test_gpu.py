@@ -285,7 +285,8 @@ def test_scoring_and_update_of_given_answers_are_the_cpus(rank, base, tmp_path):
         answers = (tokens, torch.tensor(list(map(len, PROMPTS))), mask, ended)
         e = ppo.Experience(*(x.to(device) for x in answers))
         e = ppo.advantages(ppo.scoring(models, e, args), args)
-        optimizers = ppo.Optimizers(*(zero.ZeRO2(model.named_parameters(), eps=1e-3) for model in models[:2]))
+        optimizers = {name: zero.ZeRO2(getattr(models, name).named_parameters(), eps=1e-3)
+                      for name in ("actor", "critic")}
         with synchronizing(f"update with rank {rank}"):
             row = ppo.update(models, optimizers, e, iter([]), 1.0, 1, stage)
         found.append((e, row))

@@ -23,7 +23,7 @@ import sft
 import zero
 from data import demo, measure, records, rules, run, text
 from model import Llama, LlamaConfig
-from ppo import Experience, Models, Optimizers
+from ppo import Experience, Models
 from rm import RewardModel
 from sft import Stage
 
@@ -512,13 +512,12 @@ def update(models: Models, e: Experience, examples: list, args: argparse.Namespa
            schedule: float = 0.0) -> tuple[dict, dict]:
     """One update -> what it logs, and the gradient of its last minibatch by model and name. eps 1e-3, because Adam's
     usual one blows rounding errors of a gradient near 0 up to whole steps."""
-    optimizers = [zero.ZeRO2(model.named_parameters(), torch.float32, eps=1e-3, max_norm=0.0)
-                  for model in ppo.trained(models)]
-    optimizers = Optimizers(*optimizers, *[None] * (2 - len(optimizers)))
+    optimizers = {name: zero.ZeRO2(model.named_parameters(), torch.float32, eps=1e-3, max_norm=0.0)
+                  for name, model in zip(("actor", "critic"), ppo.trained(models))}
     if not examples:
         args.ptx_coef = 0.0     # as read_ptx does
     found = {"actor": {}, "critic": {}}
-    for name, optimizer in ppo.present(optimizers).items():
+    for name, optimizer in optimizers.items():
         keep_gradients(optimizer, found[name])
     figures = ppo.update(models, optimizers, e, stream(examples, args, world), schedule, 1, stage_of(args, world))
     return figures, found
@@ -581,7 +580,7 @@ def test_figures_have_the_names_of_what_they_are(base, tmp_path):
                           "--clip", 0.1)
     e = fixed(args, models)
     moved = e._replace(logp=e.logp + 0.3 * torch.randn(e.logp.shape, generator=drawn(10)) * e.mask)
-    optimizers = Optimizers(*(zero.ZeRO2(model.named_parameters(), torch.float32) for model in models[:2]))
+    optimizers = {name: zero.ZeRO2(getattr(models, name).named_parameters()) for name in ("actor", "critic")}
     args.ptx_coef = 0.0
     figures = ppo.update(models, optimizers, moved, iter([]), 0.0, 2, stage_of(args))
     adv, change = ppo.whiten(e.adv, e.mask), e.logp - moved.logp
@@ -652,7 +651,7 @@ def test_grpos_loss_is_that_of_the_paper(base, tmp_path):
     optimizer, found = zero.ZeRO2(models.actor.named_parameters(), torch.float32, max_norm=0.0), {}
     keep_gradients(optimizer, found)
     args.ptx_coef = 0.0
-    figures = ppo.update(models, Optimizers(optimizer, None), e, iter([]), 0.0, 2, stage_of(args))
+    figures = ppo.update(models, {"actor": optimizer}, e, iter([]), 0.0, 2, stage_of(args))
     model = Llama.from_pretrained(base / "model")
     terms, kls = [], []
     for logp, old, ref, adv, mask in zip(ppo.logprobs(model, e), e.logp, e.ref_logp, e.adv, e.mask):
@@ -1053,7 +1052,7 @@ def test_toy_reward_is_raised(base, tmp_path, monkeypatch, kl_coef):
     actor = Llama(small, generator=drawn(1)).eval()
     critic = RewardModel(Llama(small, head=False, generator=drawn(2)), drawn(2)).eval()
     models = Models(actor, critic, *(ppo.freeze(copy.deepcopy(model), torch.float32) for model in (actor, critic)))
-    optimizers = Optimizers(*(zero.ZeRO2(model.named_parameters(), torch.float32) for model in (actor, critic)))
+    optimizers = {name: zero.ZeRO2(getattr(models, name).named_parameters()) for name in ("actor", "critic")}
     stage = stage_of(args)
     for step in range(1, 16):
         answers = ppo.rollout(actor, asked([[1, 4, 5], [1, 6]] * 16), ("rollout", 0, step), stage)
