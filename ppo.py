@@ -645,7 +645,7 @@ def objective(e: Experience, stage: Stage) -> dict[str, float]:
     if e.by_rule is not None and len(e.by_rule.T) > 1:
         sums |= {f"objective/{rule.file.stem}.{rule.name}": x for rule, x in zip(stage.args.reward_fn, e.by_rule.T)}
     if stage.is_demo:   # only logged: the reward parts from the gold score in the end (Gao et al. 2022, 2210.10760)
-        sums["objective/gold"] = gold_scores(e, stage)
+        sums["objective/gold"] = gold_scores(e)
     totals = run.reduce_sums({name: x.sum() for name, x in sums.items()})
     answers = totals.pop("answers")
     figures = {name: total / answers for name, total in totals.items()}
@@ -656,11 +656,10 @@ def objective(e: Experience, stage: Stage) -> dict[str, float]:
     return figures
 
 
-def gold_scores(e: Experience, stage: Stage) -> Tensor:
+def gold_scores(e: Experience) -> Tensor:
     """The demo's gold score of every answer, (B,)."""
-    decode = stage.tokenizer.decode
-    gold = [demo.gold(decode(x), decode(y), ended) for (x, y), ended in zip(split(e), e.ended.tolist())]
-    return e.score.new_tensor(gold)
+    rows = zip(e.asked, e.said, e.ended.tolist())
+    return e.score.new_tensor([demo.gold(asked["messages"][-1]["content"], said, ended) for asked, said, ended in rows])
 
 
 def show_tokens(e: Experience, tokenizer: text.Tokenizer) -> str:
@@ -912,61 +911,33 @@ def read_ptx(stage: Stage) -> list:
 
 # ---- 7. measuring: --eval, --best_of, --write, --sweep ---------------------------------------------------------------
 
-class Answer(NamedTuple):
-    prompt: dict                    # its record
-    ids: list[int]
-    figures: dict[str, float]       # proxy (the score), kl (k1), eos_rate, length, and in the demo gold
-
-
-def judged(models: Models, prompts: list[Prompt], size: int, stage: Stage) -> list[Answer]:
-    """`size` answers of models.actor to every prompt, one after another, drawn by all processes."""
+def judged(models: Models, prompts: list[Prompt], size: int, stage: Stage) -> measure.Answers:
+    """`size` answers of models.actor to every prompt, drawn by all processes."""
     mine = rollout(models.actor, prompts, ("measure", stage.args.seed), stage, size, announce=True)
     e = scoring(models, mine, stage.args)
-    columns = {"proxy": e.score, "kl": kl_k1(e.logp, e.ref_logp).sum(1), "eos_rate": e.ended, "length": e.mask.sum(1)}
+    figures = {"proxy": e.score, "kl": kl_k1(e.logp, e.ref_logp).sum(1), "eos_rate": e.ended, "length": e.mask.sum(1)}
     if stage.is_demo:
-        columns["gold"] = gold_scores(e, stage)
-    rows = zip(mine.asked, split(e), *(x.tolist() for x in columns.values()))
-    answers = [Answer(prompt, ids, dict(zip(columns, figures))) for prompt, (_, ids), *figures in rows]
-    everyone = chain.from_iterable(run.gather(answers))
-    return [*everyone][:len(prompts) * size]    # the others are of processes that had no prompt of their own
+        figures["gold"] = gold_scores(e)
+    rows = zip(e.asked, e.said, split(e), *(x.tolist() for x in figures.values()))
+    everyone = chain.from_iterable(run.gather([*rows]))
+    # The rows that are left out are of processes that had no prompt of their own.
+    asked, said, ids, *columns = zip(*islice(everyone, len(prompts) * size))
+    figures = {name: torch.tensor(column).view(-1, size) for name, column in zip(figures, columns)}     # (P, N)
+    return measure.Answers(asked[::size], text.chunks(said, size), [answer for _, answer in ids[::size]], figures)
 
 
-def means(answers: list[Answer], size: int) -> dict[str, float]:
-    """Means over all answers; distinct-n is of the first answer to each prompt."""
-    first = [answer.ids for answer in answers[::size]]
-    distinct = {f"distinct_{n}": measure.distinct_n(first, n) for n in (1, 2)}
-    return {name: fmean(answer.figures[name] for answer in answers) for name in answers[0].figures} | distinct
-
-
-def compared(found: list[Answer], plain: list[Answer], best_of: list[int]) -> dict:
-    """What eval.json holds. plain: the SFT model's answers, one a prompt.
-
-    The win rate is that of the first answer to each prompt, so that trials are independent. The KL of best-of-n is that
-    to the model measured."""
-    size, wins, best = max(best_of), {}, [{"n": n, "kl": measure.best_of_kl(n)} for n in best_of]
-    proxy = torch.tensor([answer.figures["proxy"] for answer in found]).view(-1, size)          # (P, N)
-    for name in [name for name in ("proxy", "gold") if name in plain[0].figures]:
-        value = torch.tensor([answer.figures[name] for answer in found]).view(-1, size)         # (P, N)
-        other = torch.tensor([answer.figures[name] for answer in plain])                        # (P,)
-        wins[name] = measure.win_rate(value[:, 0], other)
-        wins[f"{name}_low"], wins[f"{name}_high"] = measure.wilson(wins[name], len(other))
-        for row in best:
-            row[name] = measure.best_of_n(proxy, value, row["n"]).mean().item()
-    return {"model": means(found, size), "sft": means(plain, 1) | {"kl": 0.0}, "win_rate": wins, "best_of": best}
-
-
-def best_records(found: list[Answer], size: int, tokenizer: text.Tokenizer) -> list[dict]:
+def best_records(found: measure.Answers) -> list[dict]:
     """Of every prompt the best answer that ended, as a record that sft.py trains on.
 
     Rejection sampling: Touvron et al. 2023, "Llama 2" (2307.09288)."""
-    kept = []
-    for group in text.chunks(found, size):
-        ended = [answer for answer in group if answer.figures["eos_rate"]]
-        for best in sorted(ended, key=lambda answer: answer.figures["proxy"])[-1:]:
-            said, record = tokenizer.decode(best.ids).strip(), best.prompt["record"]
-            messages = [*best.prompt["messages"], {"role": "assistant", "content": said}]
+    ended, kept = found.figures["eos_rate"], []
+    best = found.figures["proxy"].masked_fill(~ended, -math.inf).argsort(dim=1, stable=True)[:, -1]     # (P,)
+    for asked, said, n, any_ended in zip(found.asked, found.said, best.tolist(), ended.any(1).tolist()):
+        if any_ended:
+            record, answer = asked["record"], said[n].strip()
+            messages = [*asked["messages"], {"role": "assistant", "content": answer}]
             # An instruction may have an input beside it.
-            kept.append(record | {"output": said} if "instruction" in record else {"messages": messages})
+            kept.append(record | {"output": answer} if "instruction" in record else {"messages": messages})
     return kept
 
 
@@ -990,7 +961,7 @@ def measured(args: argparse.Namespace) -> dict:
     run.say_flags(stage.world, args)
     found = judged(models, asked, size, stage)
     plain = judged(models._replace(actor=ref, ref=actor), asked, 1, stage)     # its KL is not used
-    figures = compared(found, plain, args.best_of)
+    figures = measure.compare(found, plain, args.best_of)
     if stage.world.rank == 0:
         weights.write_json(args.save_path / "eval.json", figures)
         print(f"{args.eval}, then {args.pretrain}; the win rate with its 95 % interval; best-of-n")
@@ -998,7 +969,7 @@ def measured(args: argparse.Namespace) -> dict:
         print_rows([figures["win_rate"]])
         print_rows(figures["best_of"])
         if args.write:
-            kept = best_records(found, size, stage.tokenizer)
+            kept = best_records(found)
             weights.write_json(args.write, kept)
             print(f"wrote {len(kept)} records: sft.py --pretrain {args.pretrain} --dataset {args.write}")
     return figures

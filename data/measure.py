@@ -1,4 +1,5 @@
-"""What tells how good answers are, and how well a run goes. Pure formulas, each with its paper.
+"""What tells how good answers are, and how well a run goes. Pure formulas, each with its paper, and what eval.json
+holds of them.
 
     best-of-n             the reward that the best of n answers would have, and how far it is from the model's own
     win rate              how often a model's answers beat another one's, with an interval
@@ -10,6 +11,8 @@ Letters: P prompts, N answers to each, B rows, R longest response.
 
 import math
 from collections.abc import Callable
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +64,37 @@ def distinct_n(answers: list[list[int]], n: int) -> float:
     It falls with the number of answers, so only equally many can be compared."""
     runs = [tuple(ids[i:i + n]) for ids in answers for i in range(len(ids) - n + 1)]
     return len(set(runs)) / max(1, len(runs))
+
+
+# ---- a model's answers, and another one's ---------------------------------------------------------------------------
+
+class Answers(NamedTuple):
+    """N answers of a model to each of P prompts."""
+    asked: list[dict]               # P records
+    said: list[list[str]]           # (P, N)
+    first: list[list[int]]          # P, the ids of the first answer to each prompt
+    figures: dict[str, Tensor]      # (P, N): proxy (the score), kl (k1), eos_rate, length, and in the demo gold
+
+
+def means(answers: Answers) -> dict[str, float]:
+    """Means over all answers; distinct-n is of the first answer to each prompt."""
+    distinct = {f"distinct_{n}": distinct_n(answers.first, n) for n in (1, 2)}
+    return {name: fmean(x.flatten().tolist()) for name, x in answers.figures.items()} | distinct
+
+
+def compare(found: Answers, plain: Answers, best_of: list[int]) -> dict:
+    """What eval.json holds. plain: the SFT model's answers.
+
+    The win rate is that of the first answer to each prompt, so that trials are independent. The KL of best-of-n is that
+    to the model measured."""
+    wins, best = {}, [{"n": n, "kl": best_of_kl(n)} for n in best_of]
+    for name in [name for name in ("proxy", "gold") if name in found.figures]:
+        value, other = found.figures[name], plain.figures[name]                 # (P, N)
+        wins[name] = win_rate(value[:, 0], other[:, 0])
+        wins[f"{name}_low"], wins[f"{name}_high"] = wilson(wins[name], len(other))
+        for row in best:
+            row[name] = best_of_n(found.figures["proxy"], value, row["n"]).mean().item()
+    return {"model": means(found), "sft": means(plain) | {"kl": 0.0}, "win_rate": wins, "best_of": best}
 
 
 # ---- the critic -----------------------------------------------------------------------------------------------------

@@ -64,6 +64,27 @@ def test_distinct_n_by_hand(n, share):
     assert measure.distinct_n([[1, 2, 1, 2], [1, 2, 3, 4]], n) == pytest.approx(share)
 
 
+def test_a_model_is_compared_by_its_first_answers():
+    """Proxies 2, 0, 1 against 1, 1, 1: a win, a loss, a tie. The best of two by proxy has the gold 0.2, 0.6, 0.5."""
+    found = measure.Answers([], [], [[80], [82], [84]], {
+        "proxy": T([[2.0, 3.0], [0.0, 9.0], [1.0, 0.0]]), "gold": T([[0.1, 0.2], [0.4, 0.6], [0.5, 0.9]]),
+        "kl": torch.ones(3, 2), "eos_rate": torch.ones(3, 2, dtype=torch.bool)})
+    plain = measure.Answers([], [], [[1], [1, 2], [1]], {
+        "proxy": torch.ones(3, 1), "gold": T([[0.0], [0.0], [0.9]]), "kl": torch.full((3, 1), 5.0),
+        "eos_rate": torch.ones(3, 1, dtype=torch.bool)})
+    figures = measure.compare(found, plain, [1, 2])
+    wins, (low, high), (gold_low, gold_high) = figures["win_rate"], *(measure.wilson(p, 3) for p in (1 / 2, 2 / 3))
+    assert wins == pytest.approx({"proxy": 1 / 2, "proxy_low": low, "proxy_high": high, "gold": 2 / 3,
+                                  "gold_low": gold_low, "gold_high": gold_high})
+    assert figures["model"] == pytest.approx({"proxy": 15 / 6, "gold": 2.7 / 6, "kl": 1, "eos_rate": 1,
+                                              "distinct_1": 1, "distinct_2": 0})
+    assert figures["sft"] == pytest.approx({"proxy": 1, "gold": 0.3, "kl": 0, "eos_rate": 1,
+                                            "distinct_1": 2 / 4, "distinct_2": 1})
+    one, two = figures["best_of"]
+    assert one == pytest.approx({"n": 1, "kl": 0, "proxy": 15 / 6, "gold": 2.7 / 6})
+    assert two == pytest.approx({"n": 2, "kl": math.log(2) - 1 / 2, "proxy": 13 / 3, "gold": 1.3 / 3})
+
+
 @pytest.mark.lesson
 def test_explained_variance_by_hand():
     """Returns 1, 2, 3, 6 have the mean 3 and the variance 3.5; errors 0, 1, 0, 1 the variance 0.25."""

@@ -1149,7 +1149,7 @@ def test_a_run_warns_in_the_step_where_it_happens(base, tmp_path, monkeypatch, c
 
 
 def test_gold_of_a_step_is_of_its_own_answers(base, tmp_path):
-    """Each answer by the rule, its prompt in the template."""
+    """Each answer by the rule, with the message that it answers."""
     tokenizer = text.Tokenizer(demo.FOLDER)
     asked = ["Write a story about a fox and a kite.", "写一个关于狐狸和风筝的故事。"]
     prompts = [text.encode_prompt([{"role": "user", "content": a}], tokenizer, TEMPLATE) for a in asked]
@@ -1157,7 +1157,9 @@ def test_gold_of_a_step_is_of_its_own_answers(base, tmp_path):
                tokenizer.encode("狐狸", bos=False)]
     e = rolled(prompts, answers)
     nothing = torch.zeros(e.mask.shape)
-    e = Experience(*e[:4], nothing, nothing, nothing, torch.zeros(2), nothing, nothing, nothing)
+    e = e._replace(logp=nothing, ref_logp=nothing, value=nothing, score=torch.zeros(2), reward=nothing, ret=nothing,
+                   asked=[{"messages": [{"role": "user", "content": a}]} for a in asked],
+                   said=list(map(tokenizer.decode, answers)))
     stage = stage_of(resolved(base, tmp_path))._replace(is_demo=True)
     assert ppo.objective(e, stage)["objective/gold"] == pytest.approx((1.0 + 0.5 * 0.3) / 2)
 
@@ -1267,71 +1269,48 @@ def test_a_run_by_a_rule(base, tmp_path, monkeypatch, more):
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
-def of_three_prompts(proxy: list, ended: list = (True,) * 6, gold: list = (0.0,) * 6) -> list[ppo.Answer]:
-    """Two answers to each of three prompts; answer i of all is the id 80 + i, and 1 nat from the SFT model."""
-    found = [{"instruction": "Say.", "input": "This."}, {"prompt": "Hi."}, {"prompt": "Ho."}]
-    kept = [{"messages": [{"role": "user", "content": "Hi."}], "record": record} for record in found for _ in "ab"]
-    names = ("proxy", "eos_rate", "gold", "kl")
-    return [ppo.Answer(*row, dict(zip(names, figures))) for *row, figures in zip(
-        kept, [[80 + i] for i in range(6)], zip(proxy, ended, gold, [1.0] * 6))]
-
-
 def test_the_best_answers_that_ended_are_records_to_train_on(tmp_path):
-    """An input stays beside its instruction. Of the third prompt no answer has ended."""
-    tokenizer = text.Tokenizer(demo.FOLDER)
-    found = of_three_prompts([0.1, 0.9, 0.5, 0.7, 0.1, 0.2], [True, True, True, False, False, False])
-    kept = ppo.best_records(found, 2, tokenizer)
-    said = [tokenizer.decode([80 + i]).strip() for i in (1, 2)]
-    assert kept[0] == {"instruction": "Say.", "input": "This.", "output": said[0]}
-    assert kept[1]["messages"] == [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": said[1]}]
+    """An input stays beside its instruction. Of two equally good ones the last. Of the third prompt none has ended."""
+    asked = [{"messages": [{"role": "user", "content": "Hi."}], "record": record}
+             for record in ({"instruction": "Say.", "input": "This."}, {"prompt": "Hi."}, {"prompt": "Ho."})]
+    proxy, ended = T([[0.1, 0.9], [0.5, 0.7], [0.1, 0.2]]), T([[True, True], [True, False], [False, False]])
+    found = measure.Answers(asked, [["a", " b "], ["c", "d"], ["e", "f"]], [], {"proxy": proxy, "eos_rate": ended})
+    kept = ppo.best_records(found)
+    assert kept[0] == {"instruction": "Say.", "input": "This.", "output": "b"}
+    assert kept[1]["messages"] == [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "c"}]
     assert len(kept) == 2 and len(records.read_records([write(tmp_path / "kept.json", kept)], "sft")) == 2
+    assert ppo.best_records(found._replace(figures={"proxy": 0 * proxy, "eos_rate": ended}))[0]["output"] == "b"
 
 
-def test_a_model_is_compared_by_its_first_answers():
-    """Proxies 2, 0, 1 against 1, 1, 1: a win, a loss, a tie. The best of two by proxy has the gold 0.2, 0.6, 0.5."""
-    found = of_three_prompts([2.0, 3.0, 0.0, 9.0, 1.0, 0.0], gold=[0.1, 0.2, 0.4, 0.6, 0.5, 0.9])
-    found[1::2] = [second._replace(ids=[7, 7, 7]) for second in found[1::2]]
-    plain = [ppo.Answer({}, ids, {"proxy": 1.0, "eos_rate": True, "gold": gold, "kl": 5.0})
-             for ids, gold in (([1], 0.0), ([1, 2], 0.0), ([1], 0.9))]
-    figures = ppo.compared(found, plain, [1, 2])
-    wins, (low, high), (gold_low, gold_high) = figures["win_rate"], *(measure.wilson(p, 3) for p in (1 / 2, 2 / 3))
-    assert wins == pytest.approx({"proxy": 1 / 2, "proxy_low": low, "proxy_high": high, "gold": 2 / 3,
-                                  "gold_low": gold_low, "gold_high": gold_high})
-    assert figures["model"] == pytest.approx({"proxy": 15 / 6, "gold": 2.7 / 6, "kl": 1, "eos_rate": 1,
-                                              "distinct_1": 1, "distinct_2": 0})
-    assert figures["sft"] == pytest.approx({"proxy": 1, "gold": 0.3, "kl": 0, "eos_rate": 1,
-                                            "distinct_1": 2 / 4, "distinct_2": 1})
-    one, two = figures["best_of"]
-    assert one == pytest.approx({"n": 1, "kl": 0, "proxy": 15 / 6, "gold": 2.7 / 6})
-    assert two == pytest.approx({"n": 2, "kl": math.log(2) - 1 / 2, "proxy": 13 / 3, "gold": 1.3 / 3})
+def kept_answers(monkeypatch) -> list[measure.Answers]:
+    """What each call of judged returned."""
+    kept, judged = [], ppo.judged
+    monkeypatch.setattr(ppo, "judged", lambda *given: (kept.append(judged(*given)), kept[-1])[1])
+    return kept
 
 
-def kept_answers(monkeypatch) -> list[ppo.Answer]:
-    """The list that all judged answers are put into."""
-    answers, judged = [], ppo.judged
-
-    def spy(*given):
-        found = judged(*given)
-        answers.extend(found)
-        return found
-    monkeypatch.setattr(ppo, "judged", spy)
-    return answers
+def lengths(found: measure.Answers) -> list[float]:
+    """Those of the first answers, as kept; checks that they are the numbers of their ids."""
+    kept = found.figures["length"][:, 0].tolist()
+    assert kept == [len(ids) for ids in found.first] and kept
+    return kept
 
 
 def test_kl_of_an_answer_is_summed_over_its_tokens(base, tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "kl_k1", lambda logp, ref_logp: (logp < 0).float())  # 1 nat a token
-    answers = kept_answers(monkeypatch)
+    kept = kept_answers(monkeypatch)
     main(base, tmp_path, "--eval", base / "model")
-    assert answers and all(answer.figures["kl"] == len(answer.ids) for answer in answers)
+    assert all(found.figures["kl"][:, 0].tolist() == lengths(found) for found in kept) and len(kept) == 2
 
 
 def test_eval_measures_a_directory(base, tmp_path, monkeypatch, capsys):
     """The SFT model itself is 0 nats away from itself."""
-    best, answers = tmp_path / "best.json", kept_answers(monkeypatch)
+    best, judged = tmp_path / "best.json", kept_answers(monkeypatch)
     found = main(base, tmp_path / "out", "--eval", base / "model", "--best_of", "1,3", "--write", best)
     assert found == json.loads((tmp_path / "out" / "eval.json").read_text("utf-8")) and "gold" not in found["model"]
     assert found["model"]["kl"] == pytest.approx(0, abs=1e-4) and 1 < found["model"]["length"] < 64
-    assert answers and all(answer.figures["length"] == len(answer.ids) for answer in answers)
+    assert [found.figures["proxy"].shape for found in judged] == [(4, 3), (4, 1)] and all(map(lengths, judged))
+    assert [len(said) for said in judged[0].said] == [3] * 4 and len(judged[0].asked) == 4
     one, three = found["best_of"]
     assert one["proxy"] == pytest.approx(found["model"]["proxy"]) and three["proxy"] > one["proxy"]
     kept = json.loads(best.read_text("utf-8"))
