@@ -98,6 +98,7 @@ from torch import Tensor, nn
 
 import lora
 import quantize
+import rm
 import sft
 import zero
 from data import demo, measure, records, rules, run, text, weights
@@ -608,14 +609,11 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
 
 def evaluate(models: Models, prompts: list[Prompt], when: str, stage: Stage) -> dict:
     """Reward and KL of answers to these prompts, sampled with a fixed seed, and the demo's gold score."""
-    figures = {}
-    if stage.is_demo:
-        with quantize.packed(models.actor):
-            figures = sft.measure_demo(models.actor, stage)
+    with quantize.packed(models.actor):
+        figures = rm.measure(models.actor, when, stage)
     answers = rollout(models.actor, prompts, ("evaluate", stage.args.seed), stage)
     means = objective(scoring(models, answers, stage.args), stage)
-    figures |= {"reward": means["objective/scores"], "kl": means["objective/kl"]}
-    return {f"{name}_{when}": x for name, x in figures.items()}
+    return figures | {f"reward_{when}": means["objective/scores"], f"kl_{when}": means["objective/kl"]}
 
 
 # ---- what is printed and logged -------------------------------------------------------------------------------------
@@ -823,28 +821,24 @@ def reward_base(actor: Llama, stage: Stage) -> Llama | None:
     return base and quantize.open_model(base, stage.dtype, stage.world.device, head=False)
 
 
-def open_judges(actor: Llama, stage: Stage) -> tuple[RewardModel | None, RewardModel | rules.Rules]:
-    """The critic, if the algorithm has one, and what gives the rewards."""
-    args, dtype = stage.args, sft.stored_dtype(stage)
-    has_critic = ALGORITHMS[args.algorithm].advantages is gae
-    reward, critic = open_reward(stage, dtype, actor), None
-    if args.reward_fn:
-        if has_critic:      # no reward model to start as: the actor's trunk, and a new head
-            critic = RewardModel(trunk_of(actor), seeded("critic", args.seed))
-        return critic, reward
-    if args.lora_rank:
+def open_critic(actor: Llama, reward: RewardModel | rules.Rules, stage: Stage) -> RewardModel:
+    """What the critic starts as: the reward model, or the actor's trunk and a new head where functions judge."""
+    if stage.args.reward_fn:
+        return RewardModel(trunk_of(actor), seeded("critic", stage.args.seed))
+    if stage.args.lora_rank:
         freeze(reward.trunk, stage.dtype)       # so that the critic has the same in memory
-    if has_critic:
-        critic = lora.twin(reward)
-    return critic, freeze(reward, stage.dtype)
+    return lora.twin(reward)
 
 
 def open_models(stage: Stage) -> Models:
     args = stage.args
     actor = sft.open_llama(stage)
-    critic, reward = open_judges(actor, stage)
-    ref = actor if args.lora_rank else freeze(copy.deepcopy(actor), stage.dtype)
-    models = Models(actor, critic, ref, reward)
+    reward = open_reward(stage, sft.stored_dtype(stage), actor)
+    has_critic = ALGORITHMS[args.algorithm].advantages is gae
+    critic = open_critic(actor, reward, stage) if has_critic else None
+    models = Models(actor, critic, actor if args.lora_rank else copy.deepcopy(actor), reward)
+    for model in modules(models[2:]):
+        freeze(model, stage.dtype)
     for model in trained(models) if args.lora_rank else modules(models):
         sft.set_up(model, args)
     for model in modules(models):
@@ -1076,39 +1070,43 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the flags of stage 3. Those that depend on the input are None until run.resolve fills them in."""
     parser = run.training_parser("Stage 3: PPO and PPO-ptx. Without flags, the demo: reads out/sft and out/rm, writes "
                                  "out/ppo.", "out/ppo")
-    parser.add_argument("--rm_path", type=Path, help="the reward model that rm.py wrote")
-    parser.add_argument("--reward_fn", type=rules.rule, nargs="+", metavar="FILE.py:NAME[=WEIGHT]", help="functions "
-                        "(prompt, answer, record) -> float that give the reward instead of --rm_path")
-    parser.add_argument("--rm_pretrain", type=Path, help="base of a reward model that is an adapter, if it has moved")
-    parser.add_argument("--prompt_dataset", type=Path, nargs="+", help="prompts to answer: any record form, answers "
-                        "are ignored (data/records.py)")
-    parser.add_argument("--pretrain_dataset", type=Path, nargs="+", help="records for ptx, instruction, chat or text "
-                        "(without it, ptx_coef is 0)")
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="ppo", help="advantages and loss; all but ppo do "
-                        "without a critic and need --group_size above 1")
-    parser.add_argument("--no_std", action="store_true", help="grpo, gspo, cispo: do not divide advantages by the "
-                        "group's deviation (Dr. GRPO)")
-    parser.add_argument("--no_length", action="store_true", help="grpo: do not divide an answer's loss by its length: "
-                        "the mean is over all tokens (DAPO, Dr. GRPO)")
-    parser.add_argument("--no_whiten", action="store_true", help="ppo: leave advantages as GAE gives them")
-    parser.add_argument("--show_tokens", action="store_true", help="print the first answer of an update by tokens")
-    parser.add_argument("--eval", type=Path, metavar="DIR", help="train nothing: measure the model in this directory, "
-                        "against that of --pretrain, and write eval.json into --save_path (DIR/eval)")
-    parser.add_argument("--best_of", type=numbers_of_answers, default=[1], metavar="1,2,4", help="with --eval: what "
-                        "the best of so many answers a prompt would get, chosen by the reward; with --sweep up to 64")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="with --eval: write the best answer to each of the "
-                        "first --eval_size prompts as a record for sft.py (rejection sampling)")
-    parser.add_argument("--sweep", type=number(), nargs="*", metavar="KL_COEF", help="one run for each kl_coef in "
-                        "turn, until the model is too far from the SFT model or its gold score falls; sweep.json, "
-                        "which serve.py's page draws, goes into --save_path (out/sweep)")
+    flag = parser.add_argument
+    flag("--rm_path", type=Path, help="the reward model that rm.py wrote")
+    flag("--reward_fn", type=rules.rule, nargs="+", metavar="FILE.py:NAME[=WEIGHT]",
+         help="functions (prompt, answer, record) -> float that give the reward instead of --rm_path")
+    flag("--rm_pretrain", type=Path, help="base of a reward model that is an adapter, if it has moved")
+    flag("--prompt_dataset", type=Path, nargs="+",
+         help="prompts to answer: any record form, answers are ignored (data/records.py)")
+    flag("--pretrain_dataset", type=Path, nargs="+",
+         help="records for ptx, instruction, chat or text (without it, ptx_coef is 0)")
+    flag("--algorithm", choices=ALGORITHMS, default="ppo",
+         help="advantages and loss; all but ppo do without a critic and need --group_size above 1")
+    flag("--no_std", action="store_true",
+         help="grpo, gspo, cispo: do not divide advantages by the group's deviation (Dr. GRPO)")
+    flag("--no_length", action="store_true",
+         help="grpo: do not divide an answer's loss by its length: the mean is over all tokens (DAPO, Dr. GRPO)")
+    flag("--no_whiten", action="store_true", help="ppo: leave advantages as GAE gives them")
+    flag("--show_tokens", action="store_true", help="print the first answer of an update by tokens")
+    flag("--eval", type=Path, metavar="DIR",
+         help="train nothing: measure the model in this directory, against that of --pretrain, and write eval.json "
+              "into --save_path (DIR/eval)")
+    flag("--best_of", type=numbers_of_answers, default=[1], metavar="1,2,4",
+         help="with --eval: what the best of so many answers a prompt would get, chosen by the reward; with --sweep up "
+              "to 64")
+    flag("--write", type=Path, metavar="FILE",
+         help="with --eval: write the best answer to each of the first --eval_size prompts as a record for sft.py "
+              "(rejection sampling)")
+    flag("--sweep", type=number(), nargs="*", metavar="KL_COEF",
+         help="one run for each kl_coef in turn, until the model is too far from the SFT model or its gold score "
+              "falls; sweep.json, which serve.py's page draws, goes into --save_path (out/sweep)")
     for name, kind, _, _, meaning in FLAGS:
-        parser.add_argument(f"--{name}", type=kind, help=meaning)
+        flag(f"--{name}", type=kind, help=meaning)
     parser.set_defaults(save_path=None)
     parser.tell(FINETUNE | {"save_path": "out/ALGORITHM"}, DEMO)
     args = parser.parse_args(argv)
-    for flag, algorithms in CORRECTIONS.items():
-        if getattr(args, flag) and args.algorithm not in algorithms:
-            parser.error(f"--{flag} changes {', '.join(algorithms)}: --algorithm {args.algorithm} has no such step")
+    for name, algorithms in CORRECTIONS.items():
+        if getattr(args, name) and args.algorithm not in algorithms:
+            parser.error(f"--{name} changes {', '.join(algorithms)}: --algorithm {args.algorithm} has no such step")
     if args.write and not args.eval:
         parser.error("--write keeps answers of --eval: name the model that gives them")
     if args.eval and args.sweep is not None:

@@ -178,9 +178,9 @@ def test_lines_and_functions_are_short():
 
 @pytest.mark.parametrize("script", [f"{name}.py" for name in HOUSE if "/" not in name] + ["data/run.py"])
 def test_help_explains_every_flag(script):
-    """Each add_argument of a flag has a help text."""
+    """Each add_argument of a flag, also by its short name `flag`, has a help text."""
     tree = ast.parse((ROOT / script).read_text("utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    flags = [call for call in calls if getattr(call.func, "attr", "") == "add_argument"]
+    flags = [call for call in calls if ast.unparse(call.func).endswith(("add_argument", "flag"))]
     silent = [ast.unparse(flag) for flag in flags if "help" not in {keyword.arg for keyword in flag.keywords}]
     assert [call for call in silent if "--" in call] == []
