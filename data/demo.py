@@ -21,7 +21,7 @@ import gzip
 import io
 import json
 import random
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from statistics import fmean
 
@@ -305,14 +305,13 @@ def measure(model, tokenizer, template, seed: int = 0) -> dict:
 # ---- records --------------------------------------------------------------------------------------------------------
 
 
-def held_out(animal: int, thing: int) -> bool:
-    """Is this pair (indices into ANIMALS and OBJECTS) one that no file may contain? One in ten. (With one in five, a
-    small model learns which animals an object never comes with, and avoids them.)"""
-    return (animal + 3 * thing) % 10 == 0
-
-
 def pairs(held: bool) -> list[tuple[int, int]]:
-    return [(a, o) for a in range(len(ANIMALS["en"])) for o in range(len(OBJECTS["en"])) if held_out(a, o) == held]
+    """The pairs of things (indices into ANIMALS and OBJECTS) that no file may contain, or all others.
+
+    One in ten is held out. With one in five, a small model learns which animals an object never comes with, and avoids
+    them."""
+    every = product(range(len(ANIMALS["en"])), range(len(OBJECTS["en"])))
+    return [(a, o) for a, o in every if ((a + 3 * o) % 10 == 0) == held]
 
 
 def instruction_records(seed: int, n: int) -> list[dict]:
@@ -327,10 +326,10 @@ def instruction_records(seed: int, n: int) -> list[dict]:
     return records
 
 
-def preference_records(seed: int, n: int, responses: int = 4, noise: float = 0.1, held: bool = False) -> list[dict]:
-    """n rankings of answers with different gold scores, best first. A person mixes up two neighbours now and then: each
-    pair of neighbours is swapped with probability `noise`. One answer in seven has a slip of language. held=True asks
-    about held-out pairs (for measuring, never in a file)."""
+def preference_records(seed: int, n: int, noise: float = 0.1, held: bool = False) -> list[dict]:
+    """n rankings of four answers with different gold scores, best first. A person mixes up two neighbours now and then:
+    each pair of neighbours is swapped with probability `noise`. One answer in seven has a slip of language. held=True
+    asks about held-out pairs (for measuring, never in a file)."""
     rng = random.Random(f"preference {seed} {held}")
     known = pairs(held)
     records = []
@@ -338,7 +337,7 @@ def preference_records(seed: int, n: int, responses: int = 4, noise: float = 0.1
         language, (a, o) = LANGUAGES[i % 2], rng.choice(known)
         asked = ask(rng, language, a, o)
         by_score = {}
-        while len(by_score) < responses:
+        while len(by_score) < 4:
             text = answer(rng, language, a, o)
             if rng.random() < 0.15:
                 text = slip(rng, language, text)
@@ -380,7 +379,7 @@ def as_jsonl(records: list[dict]) -> bytes:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
-def train_tokenizer(vocab_size: int = 1280) -> bytes:
+def train_tokenizer() -> bytes:
     """Sentencepiece BPE with byte fallback on the demo text. Chinese has no spaces, so without help BPE would merge a
     thing with its neighbours ("和风筝的"), and the same kite would be different ids in question and answer. A delimiter
     that the trainer cuts at, and that is not part of the text, keeps every thing a piece of its own."""
@@ -396,7 +395,7 @@ def train_tokenizer(vocab_size: int = 1280) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in corpus for line in text.split("\n")), model_writer=model, model_type="bpe",
-        vocab_size=vocab_size, byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        vocab_size=1280, byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
         normalization_rule_name="identity", remove_extra_whitespaces=False, pretokenization_delimiter=delimiter,
         num_threads=1, minloglevel=2)
     return model.getvalue()
