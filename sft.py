@@ -229,9 +229,12 @@ def train(model: nn.Module, task: Task, stage: Stage) -> tuple[zero.ZeRO2, dict]
             if meta["consumed"] % len(task.examples) == 0:
                 meta["batch"] = batch       # the next epoch is shuffled for this run's batch size
             run.save_checkpoint(args, world, meta, {"optimizer": optimizer})
-    summary = {f"{key}_before": value for key, value in meta["before"].items()} | log.figures()
-    summary |= {"planned_memory_bytes": planned, "loss": meta["loss"], "steps": meta["step"]}
-    summary["skipped"] = optimizer.skipped
+    summary = {f"{key}_before": value for key, value in meta["before"].items()} | log.figures() | {
+        "planned_memory_bytes": planned,
+        "loss": meta["loss"],
+        "steps": meta["step"],
+        "skipped": optimizer.skipped,
+    }
     return optimizer, summary | evaluate(model, task, stage)
 
 
@@ -285,8 +288,9 @@ def start(args: Namespace, is_demo: bool, defaults: dict, *inputs: Path) -> Stag
     inputs: directories that are read beside --pretrain, so that --save_path may be none of them."""
     world = run.start(args.device, args.strategy)
     if args.pretrain is None:       # nothing was learnt in another template yet
-        tokenizer, name = Tokenizer(args.tokenizer or demo.FOLDER), args.template or "alpaca"
-        run.check_save_path(args.save_path, [args.tokenizer or demo.FOLDER])
+        home, name = args.tokenizer or demo.FOLDER, args.template or "alpaca"
+        run.check_save_path(args.save_path, [home])
+        tokenizer = Tokenizer(home)
     else:
         run.check_save_path(args.save_path, [args.pretrain, base_of(args.pretrain), *inputs])
         tokenizer, name = open_tokenizer(args.pretrain, args.template, partial(run.say, world))
@@ -391,9 +395,9 @@ def save_model(model: nn.Module, optimizer: zero.ZeRO2, stage: Stage) -> None:
 
 
 def measure_demo(model: Llama, stage: Stage) -> dict:
-    """Returns the demo's gold score of a model and samples, on every process."""
+    """Returns the demo's gold score of a model and samples, on every process. Process 0 measures."""
     figures = demo.measure(model, stage.tokenizer, stage.template) if stage.world.rank == 0 else None
-    return run.broadcast_object(figures)
+    return run.gather(figures)[0]
 
 
 def finish(figures: dict, measured: dict[str, str], stage: Stage) -> dict:

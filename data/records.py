@@ -23,6 +23,7 @@ A note names the keys of a file that have a value and are neither read nor known
 import codecs
 import gzip
 import json
+import math
 import re
 import zlib
 from collections import Counter
@@ -333,7 +334,7 @@ def parse_line(raw: bytes) -> object:
         raise ValueError(f"not valid JSON ({reason}); a file is a JSON list or has one JSON object per line") from None
 
 
-def read_file(path: Path, kind: str, skip_bad: bool, limit: int | None, say: Callable[[str], object]) -> list[dict]:
+def read_file(path: Path, kind: str, skip_bad: bool, limit: float, say: Callable[[str], object]) -> list[dict]:
     """The records of one file, at most `limit`; otherwise as read_records."""
     records, faults, not_read = [], [], Counter()
     for line, item in read_items(path):
@@ -375,10 +376,8 @@ def read_records(paths: list[str | Path], kind: str, skip_bad: bool = False, lim
     keys. With skip_bad it is skipped, and `say` gets one line for each file with the number of those skipped. A file
     that is missing (FileNotFoundError) or has no good record is not skipped. `say` also gets a line for each file with
     the keys that mean nothing here."""
-    records = []
+    records, most = [], math.inf if limit is None else limit
     for path in map(Path, paths):
-        if len(records) == limit:
-            break
-        room = None if limit is None else limit - len(records)
-        records += read_file(path, kind, skip_bad, room, say)
+        if len(records) < most:
+            records += read_file(path, kind, skip_bad, most - len(records), say)
     return records

@@ -148,14 +148,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast_object(x):
-    """Returns process 0's x on every process."""
-    box = [x]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
 def gather(x) -> list:
     """Returns the x of every process, in order of their ranks, on every process."""
     found = [x]
@@ -182,10 +174,10 @@ class WrongFlag(ValueError):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the default of each flag that has one."""
+    """--help with the default of each flag that has one other than 0."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        return super()._get_help_string(action) if action.default else action.help
 
 
 class Parser(argparse.ArgumentParser):
@@ -444,7 +436,7 @@ def save_checkpoint(args: argparse.Namespace, world: World, meta: dict, optimize
         barrier()
     except (OSError, RuntimeError):     # the disk is full, here or at another process, to which the connection is lost
         with suppress(OSError):
-            for file in ["meta.json"] * (world.rank == 0) + [f"rank-{world.rank}.pt"]:
+            for file in ("meta.json", f"rank-{world.rank}.pt"):
                 (temporary / file).unlink(missing_ok=True)
             temporary.rmdir()           # by the last process: another one may still write into it
         raise
