@@ -218,8 +218,9 @@ class Engine:
         while left and (self.reading or self.seat()):
             answer, before = self.reading[0], self.reading[0].done
             logits = self.forward([answer], left)                                      # (1, V)
-            left -= answer.done - before
-            self.counters["prompt_tokens"] += answer.done - before
+            read = answer.done - before
+            left -= read
+            self.counters["prompt_tokens"] += read
             if answer.done == len(answer.prompt):
                 self.swap(self.rows.index(answer), self.count)
                 self.count += 1
@@ -274,8 +275,10 @@ class Engine:
             row 1  [a prompt|text                     row 1  [a prompt|text
             row 2  [another prompt|its answer so f    row 2  [prompt|an answer. EOS            free
         """
+        if a == b:
+            return
         longest = max(self.rows[a].done, self.rows[b].done)
-        for kv in self.cache.kv if a != b else []:                                     # (2, rows, K, S, D)
+        for kv in self.cache.kv:                                                       # (2, rows, K, S, D)
             kv[:, [a, b], :, :longest] = kv[:, [b, a], :, :longest]
         self.rows[a], self.rows[b] = self.rows[b], self.rows[a]
 
@@ -548,12 +551,13 @@ def read_prompts(prompt: object, served: Served) -> list[list[int]]:
     is_id = whole(0, last).fits
     is_prompt = lambda x: isinstance(x, str) or isinstance(x, list) and x and all(map(is_id, x))
     several = [prompt] if is_prompt(prompt) else each(prompt)
-    fits = 0 < len(several) <= MAX_CHOICES and all(map(is_prompt, several))
-    words = f"text, ids from 0 to {last}, or a list of at most {MAX_CHOICES} of either"
-    need(prompt, "prompt", Check(words, lambda _: fits))
+    if not 0 < len(several) <= MAX_CHOICES or not all(map(is_prompt, several)):
+        words = f"text, ids from 0 to {last}, or a list of at most {MAX_CHOICES} of either"
+        raise Refusal(400, f"prompt is {shown(prompt)}, it must be {words}", "prompt")
     # Markers such as <|im_end|> in the text of a completion become their ids: its client words the chat.
     prompts = [served.tokenizer.encode(one) if isinstance(one, str) else one for one in several]
-    need(prompt, "prompt", Check("text of at least one token", lambda _: all(prompts)))
+    if not all(prompts):
+        raise Refusal(400, f"prompt is {shown(prompt)}, it must be text of at least one token", "prompt")
     return prompts
 
 
@@ -706,13 +710,16 @@ def numbers(line: str) -> dict[str, float]:
     return {}
 
 
+def of_runs(folder: Path, name: str) -> list[Path]:
+    """Returns the files of this name that the runs under a folder have written, but for links out of the folder."""
+    return [file for file in sorted(folder.glob(f"*/{name}")) if file.resolve().is_relative_to(folder.resolve())]
+
+
 def read_curves(folder: Path) -> list[dict]:
     """Returns of every run under the folder: its name, curves {metric: [[step, value], ...]} thinned to 400 points or a
-    few more, gold scores. Files are found in the folder, their names never come from a request."""
+    few more, gold scores."""
     runs = []
-    for file in sorted(folder.glob("*/metrics.jsonl")):
-        if not file.resolve().is_relative_to(folder.resolve()):
-            continue
+    for file in of_runs(folder, "metrics.jsonl"):
         rows = [row for row in map(numbers, file.read_text("utf-8", "replace").splitlines()) if "step" in row]
         curves = {}
         for row in rows[::-max(1, len(rows) // 400)][::-1]:  # counted from the end: the newest is always there
@@ -729,10 +736,9 @@ def read_curves(folder: Path) -> list[dict]:
 def read_sweeps(folder: Path) -> list[dict]:
     """Returns of every sweep.json that ppo.py --sweep wrote under the folder: its name, rungs and best_of."""
     sweeps = []
-    for file in sorted(folder.glob("*/sweep.json")):
-        if file.resolve().is_relative_to(folder.resolve()):
-            with suppress(ValueError):      # not JSON
-                sweeps.append(weights.read_json(file) | {"name": file.parent.name})
+    for file in of_runs(folder, "sweep.json"):
+        with suppress(ValueError):      # not JSON
+            sweeps.append(weights.read_json(file) | {"name": file.parent.name})
     return sweeps
 
 
@@ -992,8 +998,9 @@ class Server(socketserver.ThreadingTCPServer):
         self.server_close()
 
 
-def pages(engine: Engine, runs: Path) -> dict[str, Callable[[], tuple[int, bytes, str]]]:
-    """Returns what GET answers: a path -> a function that returns status, content, and the type of the content."""
+def pages(engine: Engine, runs: Path) -> dict[str, Callable[[], tuple]]:
+    """Returns what GET answers: a path -> a function that returns status, content, and its type where it is not JSON.
+    """
     page = (Path(__file__).parent / "data" / "page.html").read_bytes()
     card = {
         "id": engine.served.name,
@@ -1002,14 +1009,13 @@ def pages(engine: Engine, runs: Path) -> dict[str, Callable[[], tuple[int, bytes
         "owned_by": "octet",
         "max_model_len": engine.served.context,
     }
-    as_json = lambda value, status=200: (status, to_json(value), "application/json")
     return {
         "/": lambda: (200, page, "text/html; charset=utf-8"),
-        "/health": lambda: as_json(state(engine), 200 if engine.end == math.inf else 503),
+        "/health": lambda: (200 if engine.end == math.inf else 503, to_json(state(engine))),
         "/metrics": lambda: (200, prometheus(engine).encode(), "text/plain; version=0.0.4; charset=utf-8"),
-        "/runs": lambda: as_json({"runs": read_curves(runs), "sweeps": read_sweeps(runs)}),
-        "/v1/models": lambda: as_json({"object": "list", "data": [card]}),
-        f"/v1/models/{engine.served.name}": lambda: as_json(card),
+        "/runs": lambda: (200, to_json({"runs": read_curves(runs), "sweeps": read_sweeps(runs)})),
+        "/v1/models": lambda: (200, to_json({"object": "list", "data": [card]})),
+        f"/v1/models/{engine.served.name}": lambda: (200, to_json(card)),
     }
 
 
@@ -1045,10 +1051,9 @@ def ask(url: str, args: argparse.Namespace, prompt: list[int]) -> dict:
     connection.request("POST", "/v1/completions", to_json(body), headers)
     times, last = [], b"{}"
     for line in connection.getresponse():
-        if line.startswith(b"data: {"):
-            times.append(time.perf_counter() - began)
         if b"{" in line:
             last = line
+            times.append(time.perf_counter() - began)
     used = json.loads(last.removeprefix(b"data: ")).get("usage")
     if not used:
         said = last[:500].decode("utf-8", "replace")
