@@ -209,7 +209,7 @@ def gptq(w: Tensor, hessian: Tensor, bits: int, group_size: int, sym: bool, act_
     codes = torch.empty(W.shape, dtype=torch.uint8, device=w.device)                   # (I, O), in the file's order
     scale_t, zero_t = scale.T.contiguous(), zero.T.contiguous()                        # (G, O) each
     column, g, d = order.tolist(), group[order].tolist(), diagonal.tolist()            # of every step
-    E = torch.empty(min(block, I), W.shape[1], device=w.device)                        # (block, O)
+    E = torch.empty(block, W.shape[1], device=w.device)                                # (block, O)
     for first in range(0, I, block):
         last = min(first + block, I)
         for j in range(first, last):
@@ -683,7 +683,7 @@ def read_layer(linear: nn.Linear, name: str, tensors: dict[str, weights.Stored],
     kind, shapes = Linear8, {"scale": (O,), "weight": (O, I)}
     if scheme["bits"] == 4:
         kind, shapes = Linear4, {"qweight": (words(I), O), "qzeros": (G, words(O)), "scales": (G, O), "g_idx": (I,)}
-    if f"{name}.{next(iter(shapes))}" not in tensors:
+    if f"{name}.{next(iter(shapes))}" not in tensors:  # the first leaf is one that a plain layer lacks
         return None
     if "g_idx" in shapes and not scheme["desc_act"]:  # some writers leave out a g_idx of i // S
         by_place = weights.Stored((I,), torch.int32, lambda: groups_of(I, S))
@@ -732,7 +732,7 @@ def packed(model: nn.Module, keep: bool = True) -> Iterator[None]:
                 changed.append(layer)
                 if not keep:
                     for tensors in (layer._parameters, layer._buffers):
-                        tensors.update(dict.fromkeys(tensors))
+                        tensors.update(dict.fromkeys(tensors))  # None in the place of each
         yield
     finally:
         for layer in changed:
@@ -1029,11 +1029,11 @@ def measure(model: Llama, method: str, source: Source, texts: list[Row], device)
     return Line(method, bits, size, value, speed, gold)
 
 
-def decoding_speed(model: Llama, new: int = 32) -> float | None:
+def decoding_speed(model: Llama) -> float | None:
     """Returns the tokens a second of one row, without the prefill; None where the context has no room for any."""
     rates = []
     for _ in range(4):  # the first warms up
-        steps = model.generate_steps([[1]], new + 1, temperature=0, eos_id=-1)
+        steps = model.generate_steps([[1]], 33, temperature=0, eos_id=-1)
         next(steps, None)
         started = time.perf_counter()
         made = sum(1 for _ in steps)
@@ -1175,7 +1175,7 @@ def main(argv: list[str] | None = None) -> dict:
     run.say_flags(world, args)
     if scheme.method == "gptq":
         rows, calibrated = read_rows(args.calibration, source, length, args.max_datasets_size, args.skip_bad_records)
-        print("calibration: " + calibrated.rpartition(",")[0])
+        print("calibration: " + calibrated.rpartition(",")[0])  # the last words are of what is predicted
 
     # 2. The model as it is.
     open_plain = functools.partial(open_model, source.path, dtype, adapter="merge")
@@ -1184,8 +1184,8 @@ def main(argv: list[str] | None = None) -> dict:
     model = open_plain()
     began = time.perf_counter()
     progress = functools.partial(show_block, blocks=source.config.n_layers, began=began)
-    figures = {"layers": quantize_model(model, scheme, rows, device, progress)}
-    figures["quantize_seconds"] = time.perf_counter() - began
+    layers = quantize_model(model, scheme, rows, device, progress)
+    quantizing = time.perf_counter() - began
     if args.save_path:
         save(model, args.save_path)
         source.tokenizer.save(args.save_path, text.read_template(lora.home(source.path)))
@@ -1202,17 +1202,24 @@ def main(argv: list[str] | None = None) -> dict:
     print_table(table)
     if texts:
         print("perplexity: " + cut)
+    seconds = time.perf_counter() - started
+    figures = {
+        "perplexity_before": before.perplexity,
+        "perplexity_after": after.perplexity,
+        "perplexity_rtn": rounded,
+        "bytes_before": before.bytes,
+        "bytes_after": after.bytes,
+        "tokens_per_second": after.tokens_per_second,
+        "seconds": seconds,
+        "quantize_seconds": quantizing,
+        "layers": layers,
+    }
     if source.is_chain:
         print(f"gold score on held-out instructions: {before.gold:.3f} before, {after.gold:.3f} after")
         figures |= {"gold_before": before.gold, "gold_after": after.gold}
-    for when, line in (("before", before), ("after", after)):
-        figures |= {f"perplexity_{when}": line.perplexity, f"bytes_{when}": line.bytes}
-    figures |= {"perplexity_rtn": rounded, "tokens_per_second": after.tokens_per_second}
-    figures["seconds"] = time.perf_counter() - started
     if args.save_path:
         figures = run.write_summary(args, world, figures)
-        seconds, of_them = figures["seconds"], figures["quantize_seconds"]
-        print(f"wrote {args.save_path} in {seconds:.0f} s, {of_them:.0f} of them quantizing")
+        print(f"wrote {args.save_path} in {seconds:.0f} s, {quantizing:.0f} of them quantizing")
     return figures
 
 

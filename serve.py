@@ -367,6 +367,7 @@ class Answer:
         self.freed = 0                              # the step in which it ended
         self.text = ""
         self.shown = 0                              # characters of text that the client has got
+        self.begun = False                          # it has got an event
         self.tokens: list[tuple[int, dict]] = []    # as in Event, those that the client has not got
         self.finish: str | None = None
         self.stops = set() if request.ignore_eos else request.served.model.stops()
@@ -385,12 +386,11 @@ class Answer:
         An answer ends at EOS, at max_tokens (either is `over`: nothing will be held back), or at a stop string."""
         request = self.request
         self.made.append(token)
-        first = len(self.made) == 1
         ended = token in self.stops
         over = ended or len(self.made) == request.max_tokens
-        if not ended and request.logprobs is not None:
-            self.tokens.append((len(self.text), report(request.served.tokenizer, logits, token, request.logprobs)))
         if not ended:
+            if request.logprobs is not None:
+                self.tokens.append((len(self.text), report(request.served.tokenizer, logits, token, request.logprobs)))
             self.text += self.stream.push(token)
         if over:
             self.text += self.stream.rest()
@@ -398,11 +398,11 @@ class Answer:
         end, stopped = cut(self.text, self.shown, request.stop, over)
         if stopped:
             self.finish = "stop"
-        if self.finish or request.stream and (first or end > self.shown):
+        if self.finish or request.stream and (end > self.shown or not self.begun):
             ready = len(self.tokens) if over and not stopped else sum(start < end for start, _ in self.tokens)
             new, self.tokens = self.tokens[:ready], self.tokens[ready:]
-            request.events.put(Event(self.index, self.text[self.shown:end], new, self.finish, first))
-            self.shown = end
+            request.events.put(Event(self.index, self.text[self.shown:end], new, self.finish, not self.begun))
+            self.shown, self.begun = end, True
 
 
 def report(tokenizer: text.Tokenizer, logits: Tensor, token: int, count: int) -> dict:
@@ -577,8 +577,8 @@ def read_request(body: object, chat: bool, served: Served) -> Request:
     longest = max(map(len, prompts))
     room = served.context - longest
     key = "max_completion_tokens" if "max_completion_tokens" in asked else "max_tokens"
-    usual = room if chat else min(16, room)
-    most = asked.get(key, max(usual, 1))  # 1 without room: refused below
+    usual = max(1, room if chat else min(16, room))  # 1 without room: refused below
+    most = asked.get(key, usual)
     if most > room:
         why = (f"the prompt has {longest} tokens and {key} is {most}, together more than the model's context of "
                f"{served.context}: shorten the prompt or lower {key}")
@@ -619,7 +619,7 @@ def form(request: Request, events: list[Event], usage: dict | None = None) -> di
 def choice(request: Request, event: Event) -> dict:
     said = {"text": event.text}
     if request.chat:
-        opening = {"role": "assistant", "refusal": None} if event.first or not request.stream else {}
+        opening = {"role": "assistant", "refusal": None} if event.first else {}
         said = {"delta" if request.stream else "message": {**opening, "content": event.text}}
     return {
         "index": event.index,
@@ -956,8 +956,8 @@ class Server(socketserver.ThreadingTCPServer):
         self.engine, self.served, self.args = engine, engine.served, args
         self.requests: set[Request] = set()                 # those that are not answered yet
         self.reading: dict[socket.socket, float] = {}       # connections that send a request, and until when they may
-        self.names = {"localhost", args.http_host.lower(), socket.gethostname().lower(),
-                      *map(str.lower, args.allow_host)}
+        names = ("localhost", args.http_host, socket.gethostname(), *args.allow_host)
+        self.names = {name.lower() for name in names}
         self.headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
         if args.cors:
             self.headers |= {
@@ -1131,11 +1131,11 @@ def benchmark(server: Server) -> dict:
 
 def matching(pattern: str, words: str) -> Callable[[str], str]:
     """The type of a flag whose value must match a pattern."""
-    def parse(said: str) -> str:
+    def checked(said: str) -> str:
         if not re.fullmatch(pattern, said):
             raise argparse.ArgumentTypeError(f"{said!r} is no {words}")
         return said
-    return parse
+    return checked
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
