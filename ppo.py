@@ -86,7 +86,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import chain, count, islice
 from pathlib import Path
 from statistics import fmean
@@ -115,19 +115,6 @@ class Models(NamedTuple):
 
 
 Optimizers = dict[str, zero.ZeRO2]      # of the "actor", and of the "critic" where there is one
-
-
-def modules(models: tuple) -> list[nn.Module]:
-    return [model for model in models if isinstance(model, nn.Module)]
-
-
-def trained(models: Models) -> list[nn.Module]:
-    return modules((models.actor, models.critic))
-
-
-def frozen(models: Models) -> AbstractContextManager:
-    """Inside, ref is what it was at the start: with LoRA, the actor's adapter is off."""
-    return lora.disabled(models.actor) if models.ref is models.actor else nullcontext()
 
 
 class Prompt(NamedTuple):
@@ -281,9 +268,10 @@ def scoring(models: Models, answers: Experience, args: argparse.Namespace) -> Ex
         found = {"logp": logprobs(models.actor, e, args.temperature)}                           # (b, R)
         if models.critic is not None:
             found["value"] = critic_values(models.critic, e)                                    # (b, R)
-        with frozen(models):
+        # With LoRA, ref is the actor with its adapter off.
+        with lora.disabled(models.ref) if models.ref is models.actor else nullcontext():
             found["ref_logp"] = logprobs(models.ref, e, args.temperature)                       # (b, R)
-            score = reward_scores(models.reward, e) if e.score is None else e.score             # (b,)
+        score = reward_scores(models.reward, e) if e.score is None else e.score                 # (b,)
         found["score"] = score - args.eos_penalty * ~e.ended                                    # (b,)
         parts.append(found)
     back = torch.cat(order).argsort()                                                           # (B,)
@@ -562,6 +550,8 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
           stage: Stage) -> dict:
     """The updates after meta["step"]. meta: what a checkpoint holds beside weights. Returns figures of the summary."""
     args, world, first = stage.args, stage.world, meta["step"]
+    now = stage._replace(args=copy.copy(args))      # its kl_coef is that of the next update, see --kl_target
+    now.args.kl_coef = meta.get("kl_coef", args.kl_coef)
     # Sizes are over all processes.
     rollout_size = args.experience_batch_size // args.group_size * world.world      # prompts of a rollout
     size = args.update_timesteps * rollout_size                 # prompts of an update
@@ -569,7 +559,6 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
     asked = batches(prompts, [0] * len(prompts), size, args.seed, meta["prompts_seen"])     # not sorted by length
     ptx = batches(examples, [len(ids) for ids, _ in examples], ptx_size, args.seed, meta["ptx_seen"])
     log = run.Log(args, world, first, updates)
-    kl_coef = meta.get("kl_coef", args.kl_coef)     # a checkpoint has one where --kl_target has changed it
     for step in range(first + 1, updates + 1):
         began = time.perf_counter()
         rollouts_left = args.num_episodes * args.max_timesteps - (step - 1) * args.update_timesteps
@@ -578,18 +567,16 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
         purpose = ("rollout", args.seed, step)
         answers = rollout(models.actor, chosen, purpose, stage, args.group_size, announce)          # 1. rollout
         rolled = time.perf_counter()
-        now = argparse.Namespace(**vars(args) | {"kl_coef": kl_coef})
-        e = advantages(scoring(models, answers, now), args)                                         # 2. to 4.
+        e = advantages(scoring(models, answers, now.args), args)                                    # 2. to 4.
         scored = time.perf_counter()
         if args.show_tokens:
             stage.say(show_tokens(e, stage.tokenizer))
         schedule = sft.cosine_lr(step, updates, 1.0, args.warmup)
-        means = objective(e, stage) | update(                                                       # 5. update
-            models, optimizers, e, ptx, schedule, step, stage._replace(args=now))
+        means = objective(e, stage) | update(models, optimizers, e, ptx, schedule, step, now)       # 5. update
         updated = time.perf_counter()
         tokens = args.group_size * (sum(len(prompt.ids) for prompt in chosen) + means["response_length"] * len(chosen))
         row = means | log.row(step, means["loss/policy_avg"], means["lr"], tokens, began) | {
-            "objective/kl_coef": kl_coef,
+            "objective/kl_coef": now.args.kl_coef,
             "seconds/rollout": rolled - began,
             "seconds/scoring": scored - rolled,
             "seconds/update": updated - scored,
@@ -602,7 +589,8 @@ def train(models: Models, optimizers: Optimizers, prompts: list, examples: list,
         meta["prompts_seen"] += size
         meta["ptx_seen"] += row["minibatches"] * ptx_size
         if args.kl_target:
-            kl_coef = meta["kl_coef"] = next_kl_coef(kl_coef, row["objective/kl"], args.kl_target)
+            meta["kl_coef"] = next_kl_coef(now.args.kl_coef, row["objective/kl"], args.kl_target)
+            now.args.kl_coef = meta["kl_coef"]
         run.save_checkpoint(args, world, meta, optimizers)
     return {"steps": meta["step"]} | log.figures()
 
@@ -740,7 +728,7 @@ def warn(row: dict, warned: list[str], stage: Stage) -> None:
             stage.say(f"warning: step {row['step']}: " + sentence.format_map(row))
 
 
-def print_table(args: argparse.Namespace, summary: dict, world: run.World) -> None:
+def print_table(args: argparse.Namespace, summary: dict) -> None:
     """What the three stages did, from the summary.json of each."""
     print(f"\n{'stage':<24}{'seconds':>8}  {'figure':<18}{'before':>9}{'after':>9}")
     for directory, name, figure in (
@@ -754,8 +742,6 @@ def print_table(args: argparse.Namespace, summary: dict, world: run.World) -> No
         if after is not None:
             place, before = str(directory)[-23:], found[f"{name}_before"]
             print(f"{place:<24}{found['seconds']:>8.0f}  {figure:<18}{before:>9.3f}{after:>9.3f}")
-    peak = run.peak_text(summary, world)
-    print(f"KL to the SFT model {summary['kl']:.2f} nats an answer, {peak}")
     for when in ("before", "after"):
         if f"samples_{when}" in summary:
             distinct = summary[f"distinct_2_{when}"]
@@ -763,6 +749,14 @@ def print_table(args: argparse.Namespace, summary: dict, world: run.World) -> No
 
 
 # ---- models and data ------------------------------------------------------------------------------------------------
+
+def modules(models: tuple) -> list[nn.Module]:
+    return [model for model in models if isinstance(model, nn.Module)]
+
+
+def trained(models: Models) -> list[nn.Module]:
+    return modules((models.actor, models.critic))
+
 
 def freeze(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Makes a model one that is not trained, and returns it.
@@ -1163,9 +1157,9 @@ def learn(args: argparse.Namespace) -> dict:
     figures["kl"] = figures.pop("kl_after")
     figures["skipped"] = sum(optimizer.skipped for optimizer in optimizers.values())
     figures["planned_memory_bytes"] = planned
-    summary = run.write_summary(args, stage.world, figures)
+    summary = sft.finish(figures, {"kl": "KL to the SFT model {:.2f} nats an answer"}, stage)
     if stage.world.rank == 0:
-        print_table(args, summary, stage.world)
+        print_table(args, summary)
     return summary
 
 

@@ -347,7 +347,7 @@ def test_four_models_have_one_base(base, tmp_path, capsys, form):
     assert places(models.actor) == places(models.critic) == places(models.reward) and len(places(models.actor)) > 12
     assert "of their own in memory" not in capsys.readouterr().out
     alone = RewardModel.from_pretrained(tmp_path / "rm").eval()
-    with torch.no_grad(), ppo.frozen(models):
+    with torch.no_grad(), lora.disabled(models.ref):
         assert torch.equal(models.ref(tokens), quantize.open_model(sft.origin(stage.args))(tokens))
         scores = models.reward.values(tokens)
         assert (scores - alone.values(tokens)).abs().max() < 1e-5 and torch.equal(scores, models.critic.values(tokens))
