@@ -379,7 +379,10 @@ def read_adapter_config(path: str | Path) -> dict:
 
 
 def base_path(path: str | Path) -> Path:
-    """Returns the base's folder: absolute, else relative to the adapter's folder, else to the current one."""
+    """Returns the folder of a model's full weights: its own, or of an adapter the base's. The name of a base is
+    absolute, else relative to the adapter's folder, else to the current one."""
+    if not weights.is_adapter(path):
+        return Path(path)
     named = read_adapter_config(path).get("base_model_name_or_path")
     for folder in (Path(path) / named, Path(named)) if named else ():
         if folder.is_dir():
@@ -390,7 +393,7 @@ def base_path(path: str | Path) -> Path:
 
 def home(path: str | Path) -> Path:
     """Returns where tokenizer and template lie: the directory, or the base of an adapter that has none."""
-    return base_path(path) if weights.is_adapter(path) and not text.has_tokenizer(path) else Path(path)
+    return Path(path) if text.has_tokenizer(path) else base_path(path)
 
 
 def read_adapter(path: str | Path) -> dict[str, Tensor]:

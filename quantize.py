@@ -954,7 +954,7 @@ class Source:
 def open_source(path: Path | None, template: str | None = None) -> Source:
     is_chain = path is None
     path = run.finished(Path("out/ppo"), "ppo", "--pretrain") if is_chain else path
-    base, home = lora.base_path(path) if weights.is_adapter(path) else path, lora.home(path)
+    base, home = lora.base_path(path), lora.home(path)
     config = LlamaConfig(**weights.read_config(base))
     tokenizer = text.Tokenizer(home)
     text.check_tokenizer(tokenizer, config.vocab_size)

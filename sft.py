@@ -292,17 +292,12 @@ def start(args: Namespace, is_demo: bool, defaults: dict, *inputs: Path) -> Stag
         run.check_save_path(args.save_path, [home])
         tokenizer = Tokenizer(home)
     else:
-        run.check_save_path(args.save_path, [args.pretrain, base_of(args.pretrain), *inputs])
+        run.check_save_path(args.save_path, [args.pretrain, lora.base_path(args.pretrain), *inputs])
         tokenizer, name = open_tokenizer(args.pretrain, args.template, partial(run.say, world))
     run.resolve(args, defaults | {"template": name})
     template = text.TEMPLATES[name]
     stops = [tokenizer.eos_id, text.answer_end(tokenizer, template)]
     return Stage(args, world, run.choose_dtype(args.dtype, world.device), tokenizer, template, stops, is_demo)
-
-
-def base_of(directory: Path) -> Path:
-    """Returns the directory with a model's full weights: that of an adapter's base, else the directory itself."""
-    return lora.base_path(directory) if weights.is_adapter(directory) else directory
 
 
 def origin(args: Namespace) -> Path:
@@ -317,7 +312,7 @@ def open_llama(stage: Stage) -> Llama:
 
     A new adapter is trained beside what it will be loaded beside: the merged weights, rounded to the file's dtype."""
     args, directory = stage.args, origin(stage.args)
-    if weights.quantization(base_of(args.pretrain)) is not None:
+    if weights.quantization(lora.base_path(args.pretrain)) is not None:
         if weights.is_adapter(args.pretrain):
             stage.say(f"note: {args.pretrain} is an adapter of a quantized model: merged they are a full-precision "
                       "one, with that one's memory")
@@ -458,13 +453,13 @@ def parse(argv: list[str] | None) -> Namespace:
     add_loop_flags(parser, "examples", 128)
     parser.tell(FINETUNE, DEMO)
     args = parser.parse_args(argv)
-    if args.pretrain is not None and args.tokenizer is not None:
+    if args.pretrain and args.tokenizer:
         parser.error("--tokenizer is for a model from scratch: the weights of --pretrain have a tokenizer of their own")
-    if args.pretrain is not None and args.dataset is None:
+    if args.pretrain and not args.dataset:
         parser.error("--pretrain needs --dataset: name the records to fine-tune on")
-    if args.pretrain is None and args.lora_rank:
+    if args.lora_rank and not args.pretrain:
         parser.error("--lora_rank needs --pretrain: an adapter changes a trained model, from scratch there is none")
-    if args.pretrain is None and args.tokenizer is None and args.dataset is not None:
+    if args.dataset and not (args.pretrain or args.tokenizer):
         parser.error("--dataset needs --pretrain, or --tokenizer to train a small model from scratch on it")
     return args
 
@@ -472,7 +467,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def open_model(stage: Stage) -> Llama:
     """Opens --pretrain or makes a new model."""
     args, tokenizer = stage.args, stage.tokenizer
-    if args.pretrain is not None:
+    if args.pretrain:
         return open_llama(stage)
     config = replace(SHAPE, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     # The weights are drawn on the CPU, so that they are the same on every device.
