@@ -1026,12 +1026,12 @@ def read_jinja(directory: Path) -> tuple[str, Path]:
     return read_config(directory)["chat_template"], directory / CONFIG_FILE
 
 
-def read_template(directory: str | Path) -> str | None:
+def read_template(directory: Path) -> str | None:
     """The name of a directory's prompt template: as tokenizer_config.json says, or else as the Jinja text shows."""
-    named = read_config(Path(directory))["template"]
+    named = read_config(directory)["template"]
     if named in TEMPLATES:
         return named
-    text, _ = read_jinja(Path(directory))
+    text, _ = read_jinja(directory)
     said = text.replace("\\n", "\n")
     for name, (has, has_not) in KNOWN_BY.items():
         if all(words in said for words in has) and not any(words in said for words in has_not):
@@ -1039,7 +1039,7 @@ def read_template(directory: str | Path) -> str | None:
     return None
 
 
-def choose_template(directory: str | Path, asked: str | None, usual: str, say: Callable[[str], object]) -> str:
+def choose_template(directory: Path, asked: str | None, usual: str, say: Callable[[str], object]) -> str:
     """The name of the template to use with a directory: the one asked for, else the directory's own, else the usual.
     say takes a note where a template is replaced or the usual one is taken."""
     own = read_template(directory)
@@ -1047,7 +1047,7 @@ def choose_template(directory: str | Path, asked: str | None, usual: str, say: C
         say(f"note: {directory} was trained with the template {own}, --template {asked} replaces it")
     if asked or own:
         return asked or own
-    text, file = read_jinja(Path(directory))
+    text, file = read_jinja(directory)
     if text:
         raise ValueError(f"{file} has a chat_template that is none of ours: choose the one nearest to it by --template "
                          + "|".join(TEMPLATES))
