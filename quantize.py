@@ -402,7 +402,7 @@ def blocks_on(model: Llama, device) -> Iterator[Block]:
 
 @torch.no_grad()
 def quantize_model(model: Llama, scheme: Scheme, rows: list[Row] = (), device="cpu",
-                   progress: Callable[[int, list[dict]], None] | None = None) -> list[dict]:
+                   progress: Callable[[int, list[dict]], None] = lambda i, report: None) -> list[dict]:
     """Puts quantized layers in the place of a model's linears; the model is changed. GPTQ calibrates every block on the
     outputs of the quantized blocks before it, for `rows`.
 
@@ -419,8 +419,7 @@ def quantize_model(model: Llama, scheme: Scheme, rows: list[Row] = (), device="c
         for half in HALVES:
             report += quantize_half(block, half, f"layers.{i}.{half}", scheme, batches)
         errors += report
-        if progress is not None:
-            progress(i, report)
+        progress(i, report)
     if scheme.head:
         inputs = (model.norm(batch.x[batch.mask].to(model.device)) for batch in batches)
         errors += quantize_linears(model, ("output",), "model", scheme, hessian(inputs))

@@ -761,24 +761,16 @@ class Handler(BaseHTTPRequestHandler):
         self.sent = False
         self.server.reading[self.connection] = time.monotonic() + self.timeout
         try:
-            super().handle_one_request()
-        except OSError:  # the client has left
-            self.close_connection = True
-        finally:
-            self.server.reading.pop(self.connection, None)
-
-    def respond(self) -> None:
-        try:
-            self.answer()
+            super().handle_one_request()  # calls do_GET or the like
         except Refusal as refusal:
             self.refuse(refusal)
-        except OSError:
-            raise
+        except OSError:  # the client has left
+            self.close_connection = True
         except Exception:
             traceback.print_exc()
             self.refuse(Refusal(500, "the server failed: see its log"))
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = respond
+        finally:
+            self.server.reading.pop(self.connection, None)
 
     def answer(self) -> None:
         server = self.server
@@ -803,6 +795,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json" or "Content-Encoding" in self.headers:
             raise Refusal(415, "Content-Type must be application/json, without a Content-Encoding")
         self.complete(content, FORMS[path])
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
     def read_body(self) -> bytes:
         length = ",".join(set(self.headers.get_all("Content-Length", [])))
@@ -922,7 +916,9 @@ class Handler(BaseHTTPRequestHandler):
         unread bytes resets a connection, and the client may not get to read the answer."""
         self.close_connection = True
         self.request_version = "HTTP/1.1"
-        if not self.sent:  # else it is in the middle of an answer
+        if self.sent:
+            return  # in the middle of an answer
+        with suppress(OSError):
             self.send(refusal.status, to_json(refusal.body), **refusal.headers)
             self.connection.shutdown(socket.SHUT_WR)
             deadline = time.monotonic() + 5
