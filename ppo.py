@@ -1063,7 +1063,7 @@ def numbers_of_answers(given: str) -> list[int]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the flags of stage 3. Those that depend on the input are None until run.resolve fills them in."""
     parser = run.training_parser("Stage 3: PPO and PPO-ptx. Without flags, the demo: reads out/sft and out/rm, writes "
-                                 "out/ppo.", "out/ppo")
+                                 "out/ppo.")
     flag = parser.add_argument
     flag("--rm_path", type=Path, help="the reward model that rm.py wrote")
     flag("--reward_fn", type=rules.rule, nargs="+", metavar="FILE.py:NAME[=WEIGHT]",
@@ -1095,7 +1095,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
               "falls; sweep.json, which serve.py's page draws, goes into --save_path (out/sweep)")
     for name, kind, _, _, meaning in FLAGS:
         flag(f"--{name}", type=kind, help=meaning)
-    parser.set_defaults(save_path=None)
     parser.tell(FINETUNE | {"save_path": "out/ALGORITHM"}, DEMO)
     args = parser.parse_args(argv)
     for name, algorithms in CORRECTIONS.items():

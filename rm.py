@@ -310,8 +310,7 @@ POLICY_FINETUNE = FINETUNE | POLICY | {"lr": 1e-6, "accumulation_steps": 16}
 def parse(argv: list[str] | None) -> Namespace:
     """Returns the flags of stage 2. Those that depend on the input are None until sft.start fills them in."""
     parser = run.training_parser("Stage 2: the reward model. Without flags, the demo: reads out/sft, writes out/rm. "
-                                 "With --loss_fn dpo, a policy instead: writes out/dpo.", "out/rm")
-    parser.set_defaults(save_path=None)
+                                 "With --loss_fn dpo, a policy instead: writes out/dpo.")
     parser.add_argument("--dataset", type=Path, nargs="+",
                         help="preferences: prompt/chosen/rejected, HH-RLHF transcripts or rankings (data/records.py)")
     parser.add_argument("--loss_fn", choices=sorted(LOSSES), default="log_sig",

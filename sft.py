@@ -445,14 +445,15 @@ def add_loop_flags(parser: run.Parser, examples: str, held: int) -> None:
 def parse(argv: list[str] | None) -> Namespace:
     """Returns the flags of stage 1. Those that depend on the input are None until `start` fills them in."""
     parser = run.training_parser("Stage 1: supervised fine-tuning. Without flags, the demo: a small LLaMA from "
-                                 "scratch on data/demo.", "out/sft")
+                                 "scratch on data/demo.")
     parser.add_argument("--dataset", type=Path, nargs="+",
                         help="records to learn: JSON list or lines, instruction, chat or text (data/records.py)")
     parser.add_argument("--tokenizer", type=Path,
                         help="train the demo's model from scratch on this tokenizer, see `python -m data.text train`")
     add_loop_flags(parser, "examples", 128)
-    parser.tell(FINETUNE, DEMO)
+    parser.tell(FINETUNE | {"save_path": "out/sft"}, DEMO)
     args = parser.parse_args(argv)
+    args.save_path = args.save_path or Path("out/sft")
     if args.pretrain and args.tokenizer:
         parser.error("--tokenizer is for a model from scratch: the weights of --pretrain have a tokenizer of their own")
     if args.pretrain and not args.dataset:

@@ -236,7 +236,7 @@ def number(at_least: float = 0, at_most: float = math.inf, above: bool = False,
 whole = partial(number, read=int)       # the same for whole numbers
 
 
-def training_parser(description: str, save_path: str) -> Parser:
+def training_parser(description: str) -> Parser:
     """The flags that sft.py, rm.py and ppo.py share. A flag without a default is None until `resolve` fills it in."""
     parser = Parser(description)
     flag = parser.add_argument
@@ -244,7 +244,7 @@ def training_parser(description: str, save_path: str) -> Parser:
     flag("--pretrain", type=Path,
          help="weights directory to start from: Hugging Face or Meta layout, or a LoRA adapter, which is merged first")
     flag("--model", choices=["llama"], default="llama", help="architecture; LLaMA is the only one here")
-    flag("--save_path", type=Path, default=Path(save_path), help="directory to write")
+    flag("--save_path", type=Path, help="directory to write")
     flag("--template", choices=sorted(TEMPLATES), help="prompt template (the one that --pretrain names, else alpaca)")
     flag("--max_datasets_size", type=whole(1), help="use only so many records (all)")
     flag("--skip_bad_records", action="store_true", help="count and skip broken records instead of stopping")

@@ -139,12 +139,12 @@ def test_errors_of_the_system_are_told_without_their_number(tmp_path):
 ])
 def test_wrong_flag_is_one_sentence(flags, message):
     with pytest.raises(ValueError, match=f"{message}.*see --help") as caught:
-        run.training_parser("A test.", "out").parse_args(flags.split())
+        run.training_parser("A test.").parse_args(flags.split())
     assert "\n" not in str(caught.value)
 
 
 def test_flags_left_open_are_filled_in_and_told(capsys):
-    parser = run.training_parser("A test.", "out")
+    parser = run.training_parser("A test.")
     parser.add_argument("--dataset", type=Path, nargs="+", help="records")
     usual, demo = {"lr": 2e-5}, {"lr": 1e-3, "dataset": [Path("a/b.json"), Path("c.json")]}
     args = parser.parse_args(["--weight_decay", "0.5"])
