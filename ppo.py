@@ -80,11 +80,11 @@ Letters: B rows, b rows of a micro-batch, T columns, R longest response, N respo
 V vocabulary (in the steps above, V is the value).
 """
 
-import argparse
 import copy
 import math
 import random
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import chain, count, islice
@@ -254,7 +254,7 @@ def next_kl_coef(kl_coef: float, kl: float, target: float) -> float:
 
 
 @torch.no_grad()
-def scoring(models: Models, answers: Experience, args: argparse.Namespace) -> Experience:
+def scoring(models: Models, answers: Experience, args: Namespace) -> Experience:
     """Steps 2 and 3, all by the training forward and nothing from the cache."""
     parts = []
     if isinstance(models.reward, rules.Rules):
@@ -310,7 +310,7 @@ def whiten(x: Tensor, mask: Tensor, all_reduce: Callable[[Tensor], Tensor] = lam
     return centred / (variance.sqrt() + 1e-8)
 
 
-def advantages(e: Experience, args: argparse.Namespace) -> Experience:
+def advantages(e: Experience, args: Namespace) -> Experience:
     """Step 4. Without a critic the baseline comes from the group, see 6."""
     if e.value is None:
         return group_advantages(e, args)
@@ -320,13 +320,16 @@ def advantages(e: Experience, args: argparse.Namespace) -> Experience:
 
 # ---- 5. update ------------------------------------------------------------------------------------------------------
 
+Mean = Callable[[Tensor, Tensor], Tensor]       # of x (B, R) over the True places of mask (B, R), see MEANS
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the True places of mask, any equal shapes; 0 where there are none."""
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, clip: float, clip_high: float | None = None,
-                mean: Callable[[Tensor, Tensor], Tensor] = masked_mean) -> tuple[Tensor, Tensor]:
+                mean: Mean = masked_mean) -> tuple[Tensor, Tensor]:
     """Clipped surrogate, to be minimised: mean over response tokens of max(-rho adv, -clip(rho) adv).
 
     rho = pi / pi_old, all (B, R). Returns the loss and clipfrac, the share of tokens where the clipped term is larger.
@@ -396,17 +399,17 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
                 logp = logprobs(models.actor, old, args.temperature)                # (b, R)
                 pg_loss, clipfrac = algorithm.loss(logp, old.logp, old.adv, old.mask, args.clip, args.clip_high,
                                                    MEANS[unit])
-                figures = {"loss/policy_avg": share * pg_loss.detach(), "policy/clipfrac_avg": share * clipfrac}
+                figures = {"loss/policy_avg": share * pg_loss, "policy/clipfrac_avg": share * clipfrac}
                 if algorithm.kl_in_loss:
                     kl_loss = MEANS[unit](kl_k3(logp, old.ref_logp), old.mask)
                     pg_loss = pg_loss + args.kl_coef * kl_loss
-                    figures["loss/kl_avg"] = share * kl_loss.detach()
+                    figures["loss/kl_avg"] = share * kl_loss
                 optimizers["actor"].backward((1 - args.ptx_coef) * share * pg_loss, last=last and not args.ptx_coef)
                 if models.critic is not None:
                     value = critic_values(models.critic, old)                       # (b, R)
                     vf_loss = value_loss(value, old.value, old.ret, old.mask, args.value_clip)
                     optimizers["critic"].backward(args.vf_coef * tokens * vf_loss, last=last)
-                    figures["loss/value_avg"] = tokens * vf_loss.detach()
+                    figures["loss/value_avg"] = tokens * vf_loss
                 logp = logp.detach()
                 if step == 1 and not logged:
                     check_ratio((logp - old.logp)[old.mask].abs(), stage)
@@ -415,7 +418,7 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
                     "val/ratio": tokens * masked_mean((logp - old.logp).exp(), old.mask),
                     "policy/entropy_avg": tokens * masked_mean(-logp, old.mask),
                 }
-                sums |= {name: sums.get(name, 0.0) + x for name, x in figures.items()}
+                sums |= {name: sums.get(name, 0.0) + x.detach() for name, x in figures.items()}
             if args.ptx_coef:
                 sums["loss/ptx_avg"] = ptx_backward(models.actor, optimizers["actor"], next(ptx), stage)
             row = run.reduce_sums(sums)
@@ -476,7 +479,7 @@ def group_normalised(reward: Tensor) -> Tensor:
     return centred / (deviation + 1e-8)
 
 
-def group_advantages(e: Experience, args: argparse.Namespace) -> Experience:
+def group_advantages(e: Experience, args: Namespace) -> Experience:
     """Step 4 without a critic: every token of an answer has the advantage of the whole answer.
 
     A group whose rewards are all alike teaches nothing. Rounding is kept from being divided by a deviation near 0."""
@@ -496,7 +499,7 @@ def answer_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def gspo_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, clip: float, clip_high: float | None,
-              mean: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+              mean: Mean) -> tuple[Tensor, Tensor]:
     """GSPO, Zheng et al. 2025 (2507.18071): PPO's loss with one ratio an answer, (pi(y) / pi_old(y))^(1 / |y|)."""
     log_ratio = torch.where(mask, logp - old_logp, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True)    # (B, 1)
     first = mask[:, :1]                                                             # (B, 1), True
@@ -504,7 +507,7 @@ def gspo_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, clip: f
 
 
 def cispo_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, clip: float, clip_high: float | None,
-               mean: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+               mean: Mean) -> tuple[Tensor, Tensor]:
     """CISPO, MiniMax 2025 (2506.13585): mean of -clip(rho) adv log pi, where clip(rho) is a weight without gradient.
 
     A clipped token still learns, with a bounded weight; in PPO's loss it has no gradient."""
@@ -692,43 +695,43 @@ def describe(row: dict) -> str:
 
 LARGE_KL = 30   # nats an answer: so far from the SFT model is text that the reward model never saw
 
-# Name, when it is true of a row of metrics, and what is said then.
+# When it is true of a row of metrics, and what is said then.
 WARNINGS = (
-    ("negative KL", lambda row: row["objective/kl"] < -1,
+    (lambda row: row["objective/kl"] < -1,
      "the KL to the SFT model is {objective/kl:.1f} nats an answer on average, where no KL is below 0: the answers "
      "were not drawn from the policy that scores them, compare --temperature and the template"),
-    ("large KL", lambda row: row["objective/kl"] > LARGE_KL,
+    (lambda row: row["objective/kl"] > LARGE_KL,
      "the KL to the SFT model is {objective/kl:.1f} nats an answer: raise --kl_coef or lower --lr"),
     # Over answers of the old policy the ratio is 1 on average, whatever the new one is.
-    ("ratio", lambda row: abs(row["val/ratio"] - 1) > 0.1,
+    (lambda row: abs(row["val/ratio"] - 1) > 0.1,
      "the ratio to the old policy is {val/ratio:.2f} on average, and not 1: lower --lr or --max_epochs"),
-    ("no end", lambda row: row["eos_rate"] == 0,
+    (lambda row: row["eos_rate"] == 0,
      "all answers were cut before their end: raise --max_seq_len, or teach the SFT model to end its answers"),
-    ("length", lambda row: row["response_length"] < 1.5,
+    (lambda row: row["response_length"] < 1.5,
      "the answers have {response_length:.1f} tokens on average: look at them with --show_tokens; the reward may favour "
      "empty answers, or the prompt's end another template"),
-    ("constant reward", lambda row: row["objective/scores_std"] < 1e-4,
+    (lambda row: row["objective/scores_std"] < 1e-4,
      "all answers have the reward {objective/scores:.3f}, so that there is nothing to learn: look at the reward, or "
      "take prompts that are less hard or less easy"),
     # In the first updates the critic is still the reward model.
-    ("critic", lambda row: row["step"] > 5 and row.get("val/explained_variance", 0) < 0,
+    (lambda row: row["step"] > 5 and row.get("val/explained_variance", 0) < 0,
      "the critic's explained variance is {val/explained_variance:.2f}, worse than one number for all: raise "
      "--critic_lr, or take --algorithm rloo, which has no critic"),
-    ("entropy", lambda row: row["policy/entropy_avg"] < 0.05,
+    (lambda row: row["policy/entropy_avg"] < 0.05,
      "the entropy is {policy/entropy_avg:.3f} nats a token, the policy hardly tries anything any more: raise --kl_coef "
      "or lower --lr"),
 )
 
 
 def warn(row: dict, warned: list[str], stage: Stage) -> None:
-    """Prints the warnings that are true of this row, each once. warned: the names of those that were printed."""
-    for name, is_true, sentence in WARNINGS:
-        if name not in warned and is_true(row):
-            warned.append(name)
+    """Prints the warnings that are true of this row, each once. warned: those that were printed."""
+    for is_true, sentence in WARNINGS:
+        if sentence not in warned and is_true(row):
+            warned.append(sentence)
             stage.say(f"warning: step {row['step']}: " + sentence.format_map(row))
 
 
-def print_table(args: argparse.Namespace, summary: dict) -> None:
+def print_table(args: Namespace, summary: dict) -> None:
     """What the three stages did, from the summary.json of each."""
     print(f"\n{'stage':<24}{'seconds':>8}  {'figure':<18}{'before':>9}{'after':>9}")
     for directory, name, figure in (
@@ -840,7 +843,7 @@ def open_models(stage: Stage) -> Models:
     return models
 
 
-def check_lengths(args: argparse.Namespace, models: Models) -> None:
+def check_lengths(args: Namespace, models: Models) -> None:
     """Raises ValueError if an answer does not fit into --max_seq_len, or that not into the models' context."""
     context = min(model.config.max_seq_len for model in modules(models))
     if args.max_seq_len > context:
@@ -850,7 +853,7 @@ def check_lengths(args: argparse.Namespace, models: Models) -> None:
                          f"--max_seq_len {args.max_seq_len}")
 
 
-def check_groups(args: argparse.Namespace) -> None:
+def check_groups(args: Namespace) -> None:
     """Raises ValueError if --group_size is too small for the algorithm, or does not divide the answers of a rollout."""
     size, answers, algorithm = args.group_size, args.experience_batch_size, args.algorithm
     if size == 1 and algorithm != "ppo":
@@ -929,7 +932,7 @@ def best_records(found: measure.Answers) -> list[dict]:
     return kept
 
 
-def measured(args: argparse.Namespace) -> dict:
+def measured(args: Namespace) -> dict:
     """--eval: compares the model in this directory with the SFT model, on the first --eval_size held-out prompts.
 
     With --write the prompts are those to train on: held-out ones must not get into a training file."""
@@ -973,7 +976,7 @@ def print_rows(rows: list[dict]) -> None:
 LADDER = [0.8, 0.4, 0.2, 0.1, 0.05, 0.0]        # kl_coef
 
 
-def sweep(args: argparse.Namespace) -> dict:
+def sweep(args: Namespace) -> dict:
     """--sweep: learns once for each kl_coef, until the KL is large or the gold score is below that of the SFT model.
 
     As Gao et al. 2022, "Scaling laws for reward model overoptimization" (2210.10760): gold and proxy against the KL,
@@ -996,7 +999,7 @@ def sweep(args: argparse.Namespace) -> dict:
     return found
 
 
-def rung(args: argparse.Namespace, folder: Path, changed: dict) -> dict:
+def rung(args: Namespace, folder: Path, changed: dict) -> dict:
     """The figures of a directory of the sweep: learns there, unless a model to measure is named.
 
     With --resume, eval.json tells that all this was done before, and a checkpoint that the run was begun."""
@@ -1004,8 +1007,8 @@ def rung(args: argparse.Namespace, folder: Path, changed: dict) -> dict:
         return weights.read_json(folder / "eval.json")
     flags = vars(args) | {"save_path": folder, "best_of": [1]} | changed
     if flags["eval"] is None:
-        learn(argparse.Namespace(**flags | {"resume": args.resume and bool(run.checkpoints(folder))}))
-    return measured(argparse.Namespace(**flags | {"eval": flags["eval"] or folder}))
+        learn(Namespace(**flags | {"resume": args.resume and bool(run.checkpoints(folder))}))
+    return measured(Namespace(**flags | {"eval": flags["eval"] or folder}))
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -1060,7 +1063,7 @@ def numbers_of_answers(given: str) -> list[int]:
     return [*map(whole(1), given.split(","))]
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     """Returns the flags of stage 3. Those that depend on the input are None until run.resolve fills them in."""
     parser = run.training_parser("Stage 3: PPO and PPO-ptx. Without flags, the demo: reads out/sft and out/rm, writes "
                                  "out/ppo.")
@@ -1114,7 +1117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def begin(args: argparse.Namespace) -> Stage:
+def begin(args: Namespace) -> Stage:
     """Settles the flags that depend on the input and on the algorithm."""
     is_demo = args.prompt_dataset is None and demo.is_demo(args.pretrain)
     if args.prompt_dataset is None and not is_demo:
@@ -1126,7 +1129,7 @@ def begin(args: argparse.Namespace) -> Stage:
     return sft.start(args, is_demo, preset, *filter(None, [args.rm_path]))
 
 
-def learn(args: argparse.Namespace) -> dict:
+def learn(args: Namespace) -> dict:
     """A run of the algorithm, from the models' directories to summary.json."""
     stage = begin(args)
     check_groups(args)
@@ -1153,9 +1156,11 @@ def learn(args: argparse.Namespace) -> dict:
         figures = meta["before"] | train(models, optimizers, prompts, examples, meta, updates, stage)
         sft.save_model(models.actor, optimizers["actor"], stage)
         figures |= evaluate(models, held, "after", stage)
-    figures["kl"] = figures.pop("kl_after")
-    figures["skipped"] = sum(optimizer.skipped for optimizer in optimizers.values())
-    figures["planned_memory_bytes"] = planned
+    figures |= {
+        "kl": figures.pop("kl_after"),
+        "skipped": sum(optimizer.skipped for optimizer in optimizers.values()),
+        "planned_memory_bytes": planned,
+    }
     summary = sft.finish(figures, {"kl": "KL to the SFT model {:.2f} nats an answer"}, stage)
     if stage.world.rank == 0:
         print_table(args, summary)

@@ -288,10 +288,7 @@ def sample_answers(model: Llama, prompts: list[dict], stage: Stage, n: int = 64)
 def mean_score(model: RewardModel, rows: list[list[int]]) -> float:
     """Returns the mean score of some token rows."""
     model.eval()
-    total = 0.0
-    for some in text.chunks(rows, 16):
-        total += score_rows(model, some).sum().item()
-    return total / len(rows)
+    return sum(score_rows(model, some).sum().item() for some in text.chunks(rows, 16)) / len(rows)
 
 
 # ---- files, flags, main ---------------------------------------------------------------------------------------------
