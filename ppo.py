@@ -654,12 +654,12 @@ def gold_scores(e: Experience) -> Tensor:
 def show_tokens(e: Experience, tokenizer: text.Tokenizer) -> str:
     """The first answer as a table, a token a line."""
     prompt, response = split(e)[0]
-    columns = {"logp": e.logp, "ref_logp": e.ref_logp, "kl": kl_k1(e.logp, e.ref_logp), "value": e.value,
-               "reward": e.reward, "adv": e.adv, "ret": e.ret}
-    columns = {name: x[0] for name, x in columns.items() if x is not None}
+    known = e._asdict() | {"kl": kl_k1(e.logp, e.ref_logp)}
+    names = ("logp", "ref_logp", "kl", "value", "reward", "adv", "ret")
+    columns = {name: known[name][0] for name in names if known[name] is not None}
     table = torch.stack([*columns.values()], 1).tolist()        # R rows of 7, or of 5 without a critic
-    names = " ".join(f"{name:>7}" for name in columns)
-    lines = [f"prompt: {tokenizer.decode(prompt)}", f"{'token':>16} mask {names}"]
+    head = " ".join(f"{name:>7}" for name in columns)
+    lines = [f"prompt: {tokenizer.decode(prompt)}", f"{'token':>16} mask {head}"]
     pieces = [*map(tokenizer.piece, response), "(padding)"]
     for piece, real, row in zip(pieces, e.mask[0].tolist(), table):
         figures = " ".join(f"{x:7.3f}" for x in row)
@@ -693,39 +693,9 @@ def describe(row: dict) -> str:
             f"eos {row['eos_rate']:.2f}")
 
 
-LARGE_KL = 30   # nats an answer: so far from the SFT model is text that the reward model never saw
-
-# When it is true of a row of metrics, and what is said then.
-WARNINGS = (
-    (lambda row: row["objective/kl"] < -1,
-     "the KL to the SFT model is {objective/kl:.1f} nats an answer on average, where no KL is below 0: the answers "
-     "were not drawn from the policy that scores them, compare --temperature and the template"),
-    (lambda row: row["objective/kl"] > LARGE_KL,
-     "the KL to the SFT model is {objective/kl:.1f} nats an answer: raise --kl_coef or lower --lr"),
-    # Over answers of the old policy the ratio is 1 on average, whatever the new one is.
-    (lambda row: abs(row["val/ratio"] - 1) > 0.1,
-     "the ratio to the old policy is {val/ratio:.2f} on average, and not 1: lower --lr or --max_epochs"),
-    (lambda row: row["eos_rate"] == 0,
-     "all answers were cut before their end: raise --max_seq_len, or teach the SFT model to end its answers"),
-    (lambda row: row["response_length"] < 1.5,
-     "the answers have {response_length:.1f} tokens on average: look at them with --show_tokens; the reward may favour "
-     "empty answers, or the prompt's end another template"),
-    (lambda row: row["objective/scores_std"] < 1e-4,
-     "all answers have the reward {objective/scores:.3f}, so that there is nothing to learn: look at the reward, or "
-     "take prompts that are less hard or less easy"),
-    # In the first updates the critic is still the reward model.
-    (lambda row: row["step"] > 5 and row.get("val/explained_variance", 0) < 0,
-     "the critic's explained variance is {val/explained_variance:.2f}, worse than one number for all: raise "
-     "--critic_lr, or take --algorithm rloo, which has no critic"),
-    (lambda row: row["policy/entropy_avg"] < 0.05,
-     "the entropy is {policy/entropy_avg:.3f} nats a token, the policy hardly tries anything any more: raise --kl_coef "
-     "or lower --lr"),
-)
-
-
 def warn(row: dict, warned: list[str], stage: Stage) -> None:
-    """Prints the warnings that are true of this row, each once. warned: those that were printed."""
-    for is_true, sentence in WARNINGS:
+    """Prints the warnings of data/measure.py that are true of this row, each once. warned: those that were printed."""
+    for is_true, sentence in measure.WARNINGS:
         if sentence not in warned and is_true(row):
             warned.append(sentence)
             stage.say(f"warning: step {row['step']}: " + sentence.format_map(row))
@@ -994,7 +964,7 @@ def sweep(args: Namespace) -> dict:
             weights.write_json(args.save_path / "sweep.json", found)
             print_rows(found["best_of"])
             print_rows(found["rungs"])
-        if figures["kl"] > LARGE_KL or figures.get("gold", 0) < plain["model"].get("gold", 0):
+        if figures["kl"] > measure.LARGE_KL or figures.get("gold", 0) < plain["model"].get("gold", 0):
             break
     return found
 
@@ -1122,8 +1092,7 @@ def begin(args: Namespace) -> Stage:
     is_demo = args.prompt_dataset is None and demo.is_demo(args.pretrain)
     if args.prompt_dataset is None and not is_demo:
         raise ValueError("--prompt_dataset is missing: name the prompts to answer")
-    preset = DEMO if is_demo else FINETUNE
-    preset = preset | ALGORITHMS[args.algorithm].preset
+    preset = (DEMO if is_demo else FINETUNE) | ALGORITHMS[args.algorithm].preset
     if args.reward_fn:
         preset["eos_penalty"] = 0.0     # a function judges itself an answer that never ended
     return sft.start(args, is_demo, preset, *filter(None, [args.rm_path]))

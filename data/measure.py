@@ -1,10 +1,11 @@
-"""What tells how good answers are, and how well a run goes. Pure formulas, each with its paper, and what eval.json
-holds of them.
+"""What tells how good answers are, and how well a run goes. Each formula with its paper.
 
     best-of-n             the reward that the best of n answers would have, and how far it is from the model's own
     win rate              how often a model's answers beat another one's, with an interval
     distinct-n            how little the answers repeat one another
+    compare               all of these for a model and the SFT model: eval.json
     explained variance    how much of the returns a critic foresees
+    WARNINGS              what the metrics of a run say of it
 
 Letters: P prompts, N answers to each, B rows, R longest response.
 """
@@ -113,3 +114,35 @@ def explained_variance(value: Tensor, ret: Tensor, mask: Tensor,
     1 is a perfect critic. A critic that says one number has 0. Below 0 it is worse than that, and its advantages have
     more variance than the returns themselves ("explained_variance" of OpenAI Baselines)."""
     return 1 - variance(ret - value, mask, all_reduce) / variance(ret, mask, all_reduce)
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+LARGE_KL = 30   # nats an answer: so far from the SFT model is text that the reward model never saw
+
+# When it is true of a row of ppo.py's metrics, and what is said then.
+WARNINGS = (
+    (lambda row: row["objective/kl"] < -1,
+     "the KL to the SFT model is {objective/kl:.1f} nats an answer on average, where no KL is below 0: the answers "
+     "were not drawn from the policy that scores them, compare --temperature and the template"),
+    (lambda row: row["objective/kl"] > LARGE_KL,
+     "the KL to the SFT model is {objective/kl:.1f} nats an answer: raise --kl_coef or lower --lr"),
+    # Over answers of the old policy the ratio is 1 on average, whatever the new one is.
+    (lambda row: abs(row["val/ratio"] - 1) > 0.1,
+     "the ratio to the old policy is {val/ratio:.2f} on average, and not 1: lower --lr or --max_epochs"),
+    (lambda row: row["eos_rate"] == 0,
+     "all answers were cut before their end: raise --max_seq_len, or teach the SFT model to end its answers"),
+    (lambda row: row["response_length"] < 1.5,
+     "the answers have {response_length:.1f} tokens on average: look at them with --show_tokens; the reward may favour "
+     "empty answers, or the prompt's end another template"),
+    (lambda row: row["objective/scores_std"] < 1e-4,
+     "all answers have the reward {objective/scores:.3f}, so that there is nothing to learn: look at the reward, or "
+     "take prompts that are less hard or less easy"),
+    # In the first updates the critic is still the reward model.
+    (lambda row: row["step"] > 5 and row.get("val/explained_variance", 0) < 0,
+     "the critic's explained variance is {val/explained_variance:.2f}, worse than one number for all: raise "
+     "--critic_lr, or take --algorithm rloo, which has no critic"),
+    (lambda row: row["policy/entropy_avg"] < 0.05,
+     "the entropy is {policy/entropy_avg:.3f} nats a token, the policy hardly tries anything any more: raise --kl_coef "
+     "or lower --lr"),
+)

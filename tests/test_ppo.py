@@ -1061,7 +1061,7 @@ def test_toy_reward_is_raised(base, tmp_path, monkeypatch, kl_coef):
         kl.append(figures["objective/kl"])
     assert min(kl) > -0.1 and kl[0] == 0 and figures["policy/approxkl_avg"] < 0.5
     if kl_coef == 0.1:
-        assert scores[-1] > scores[0] + 4 and 10 < kl[-1] < ppo.LARGE_KL
+        assert scores[-1] > scores[0] + 4 and 10 < kl[-1] < measure.LARGE_KL
     else:
         assert scores[-1] > scores[0] + 0.3 and kl[-1] < 6
 
