@@ -351,8 +351,7 @@ class ZeRO2:
         for bucket in self.buckets:
             for name, _, place, _ in pieces(bucket):
                 broken[names.index(name)] = not bucket.grad[place].isfinite().all()
-        if self.sharded:
-            dist.all_reduce(broken)
+        run.all_reduce(broken)
         return next((name for name, n in zip(names, broken) if n), "the sum over all parameters")
 
     def refuse_other_gradients(self) -> None:
@@ -374,9 +373,9 @@ class ZeRO2:
     # ---- state ----
 
     @contextmanager
-    def masters(self, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-        """Inside this context process 0's parameters hold the fp32 masters, rounded to dtype, to be saved: a bf16 copy
-        would lose the sum of many small updates. All processes take part; the parameters of others stay as they are."""
+    def masters(self) -> Iterator[None]:
+        """Inside this context process 0's parameters hold the fp32 masters, to be saved: a bf16 copy would lose the sum
+        of many small updates. All processes take part; the parameters of others stay as they are."""
         for bucket in self.buckets if self.buckets[0].flat.dtype != torch.float32 else ():
             whole = bucket.master.to(self.device)                                   # (n,)
             if self.sharded:
@@ -384,7 +383,7 @@ class ZeRO2:
                 dist.gather(whole, shards)
                 whole = torch.cat(shards or [whole])                                # (N * n,) on process 0
             if self.rank == 0:
-                bucket.show(whole.to("cpu", dtype))
+                bucket.show(whole.cpu())
         try:
             yield
         finally:
@@ -567,7 +566,7 @@ class Size(NamedTuple):
 class Part(NamedTuple):
     """What a process holds for one purpose."""
     what: str
-    alive: str             # "always"; "forward": until backward begins; "backward": when it ends; "rollout": in ppo.py
+    alive: str             # "always"; "forward": until backward begins; "backward": when it ends; "rollout": of ppo.py
     device: int            # bytes there
     cpu: int = 0           # bytes in CPU memory, beside a GPU
 
@@ -578,22 +577,20 @@ def size_of(config: LlamaConfig, lora_rank: int = 0, bits: int = 0, ppo: bool = 
     ppo: of the four models of ppo.py. With adapters they share one base, and the reward model has an adapter of that
     rank too, on which the critic's is put."""
     with torch.device("meta"):                                 # shapes without memory
-        model = Llama(config)
+        model, trunk = Llama(config), Llama(config, head=False)
+    base, judge = (sum(p.numel() for p in network.parameters()) for network in (model, trunk))
+    largest = lora_rank * config.ffn_dim or max(p.numel() for p in model.parameters())
     linears = [module for module in model.layers.modules() if isinstance(module, nn.Linear)]
     adapters = sum(lora_rank * (linear.in_features + linear.out_features) for linear in linears)
-    numel = [p.numel() for p in model.parameters()]
-    largest, base = lora_rank * config.ffn_dim or max(numel), sum(numel)
-    trained, kept, codes = adapters or base, 0, 0
+    trained, frozen, codes = (adapters, base, 0) if lora_rank else (base, 0, 0)
     if ppo:
-        head = 0 if config.tie_embeddings else config.vocab_size * config.dim
-        judge = (adapters or base - head) + config.dim         # critic or reward model, with a head of one number
-        kept = judge if lora_rank else trained + judge         # what is not trained, beside the base of adapters
+        judge = (adapters or judge) + config.dim               # critic or reward model, with a head of one number
+        frozen += judge if lora_rank else trained + judge      # adapters switched off are the reference
         trained += judge
     if bits:
         codes = sum(code_bytes(linear, bits) for linear in linears)
-        base -= sum(linear.weight.numel() for linear in linears)
-    total = trained + kept + (base if lora_rank else 0)
-    return Size(config, True, total, trained, largest, lora_rank, bits, codes)
+        frozen -= sum(linear.weight.numel() for linear in linears)
+    return Size(config, True, trained + frozen, trained, largest, lora_rank, bits, codes)
 
 
 def code_bytes(linear: nn.Linear, bits: int, group_size: int = 128) -> int:
@@ -609,7 +606,8 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
 
         peak = what is alive always + max(what is alive in forward, what is alive in backward, ... in a rollout)
 
-    since backward frees activations while it computes gradients: the peak is where it begins, or where it ends.
+    since backward frees activations while it computes gradients: the peak is where it begins, or where it ends. A CPU's
+    heap keeps what a rollout frees, in pieces too small for the tensors of an update: there it counts as alive always.
 
     tokens: of a micro-batch. element: bytes of a number that the model computes with. cached: tokens of a rollout in
     the KV cache, 0 where there are none.
@@ -623,7 +621,8 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
     c = size.config
     V, C, Q, K, F = c.vocab_size, c.dim, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.ffn_dim
     linears = element * C * (c.n_layers * (2 * Q + 2 * K + 3 * F) + V)              # their bytes, not quantized
-    scored = tokens if cached else min(tokens, 512)
+    rows_at_once = 3 * tokens if cached else 2 * min(tokens, 512)                   # of V numbers, see "logits"
+    rollout = "rollout" if gpu else "always"
     parts = [                                                  # of the state: ZeRO's section 3.1, gradient in fp32
         Part("weights", "always", element * P + size.codes),
         Part("dequantized", "always", DEQUANTIZED.get(size.bits, 0) * C * F),
@@ -636,11 +635,10 @@ def plan(size: Size, strategy: str, nproc: int, tokens: int, element: int = 2, g
         Part("activations", "forward", activation_bytes(size, tokens, element, grad_checkpoint, gpu)),
         # `sft.HeadLoss`: logits and probabilities of 512 rows, and the gradients of hidden states and head. ppo.py: log
         # probabilities of all rows, their gradient and that of the logits
-        Part("logits", "forward", 4 * size.head * ((3 if cached else 2) * scored * V + tokens * C
-                                                   + V * C * (size.rank == 0))),
+        Part("logits", "forward", 4 * size.head * (rows_at_once * V + tokens * C + V * C * (size.rank == 0))),
         # `quantize.packed` holds codes twice, and on a CPU plain weights too.
-        Part("packed", "rollout", (cached > 0) * (size.codes or linears * (not gpu))),
-        Part("cache", "rollout", 2 * element * c.n_layers * K * cached),
+        Part("packed", rollout, (cached > 0) * (size.codes or linears * (not gpu))),
+        Part("cache", rollout, 2 * element * c.n_layers * K * cached),
         Part("heap", "always", HEAP * (not gpu)),
     ]
     rows = {}

@@ -598,6 +598,9 @@ def test_parts_of_a_plan_by_hand():
         assert rows["cache"] == 2 * 2 * 3 * 16 * cached and max(held, key=held.get) == alive
         always = 2 * 10**5 + 4 * 10**4 + 8 * 10**4  # weights, master, moments
         assert rows["peak at once"] == always + held[alive]
+    on_cpu = zero.plan(size, "naive", 1, 10**4, gpu=False, cached=10**6)  # a rollout leaves holes behind
+    forward, *parts = (on_cpu[f"device: {part}"] for part in ("activations", "logits", "packed", "cache", "heap"))
+    assert on_cpu["device: peak at once"] == always + forward + sum(parts) and min(parts) > 0
 
 
 @pytest.mark.parametrize("tied", [False, True])
