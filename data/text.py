@@ -987,7 +987,7 @@ def is_named_text(value: object) -> bool:
 
 def read_config(directory: Path) -> dict[str, str]:
     """The texts that a directory's tokenizer_config.json gives, "" where it gives none. A token may stand there as
-    {"content": text}, and a chat_template as a list of named ones."""
+    {"content": text}, and a chat_template as a list of named ones, or in a file of its own, which counts more."""
     file = directory / CONFIG_FILE
     config = weights.read_json(file) if file.exists() else {}
     texts = {}
@@ -1001,6 +1001,8 @@ def read_config(directory: Path) -> dict[str, str]:
                 texts[key] = next((one["template"] for one in named if one["name"] == "default"), "")
             case value:
                 raise ValueError(f"{file}: {key} is {value!r}, it must be text")
+    if (directory / JINJA_FILE).exists():
+        texts["chat_template"] = (directory / JINJA_FILE).read_text("utf-8")
     return texts
 
 
@@ -1018,21 +1020,12 @@ KNOWN_BY = {
 }
 
 
-def read_jinja(directory: Path) -> tuple[str, Path]:
-    """A directory's chat_template, "" if it has none, and the file where it stands."""
-    file = directory / JINJA_FILE
-    if file.exists():
-        return file.read_text("utf-8"), file
-    return read_config(directory)["chat_template"], directory / CONFIG_FILE
-
-
 def read_template(directory: Path) -> str | None:
     """The name of a directory's prompt template: as tokenizer_config.json says, or else as the Jinja text shows."""
-    named = read_config(directory)["template"]
-    if named in TEMPLATES:
-        return named
-    text, _ = read_jinja(directory)
-    said = text.replace("\\n", "\n")
+    config = read_config(directory)
+    if config["template"] in TEMPLATES:
+        return config["template"]
+    said = config["chat_template"].replace("\\n", "\n")
     for name, (has, has_not) in KNOWN_BY.items():
         if all(words in said for words in has) and not any(words in said for words in has_not):
             return name
@@ -1047,10 +1040,9 @@ def choose_template(directory: Path, asked: str | None, usual: str, say: Callabl
         say(f"note: {directory} was trained with the template {own}, --template {asked} replaces it")
     if asked or own:
         return asked or own
-    text, file = read_jinja(directory)
-    if text:
-        raise ValueError(f"{file} has a chat_template that is none of ours: choose the one nearest to it by --template "
-                         + "|".join(TEMPLATES))
+    if read_config(directory)["chat_template"]:
+        raise ValueError(f"{directory} has a chat_template that is none of ours: choose the one nearest to it by "
+                         "--template " + "|".join(TEMPLATES))
     say(f"note: {directory} names no known prompt template, the {usual} one is used; --template chooses another")
     return usual
 
