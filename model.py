@@ -104,6 +104,7 @@ class Where(NamedTuple):
     is_causal: bool            # True: token t sees tokens 0 .. t. False and visible None: a token sees all slots
     position: Tensor           # (1 or B, T), also the slots of the cache that keys and values go into
     slots: int                 # S
+    even: bool                 # True: all rows stand at the same positions, the last T of the slots
 
 
 class Attention(nn.Module):
@@ -237,18 +238,19 @@ class Transformer(nn.Module):
             itself = torch.eye(T, dtype=torch.bool, device=tokens.device)        # softmax over no key would be NaN
             visible = visible & mask[:, None, None] | itself                                      # (B, 1, T, T)
             position = (mask.cumsum(1) - 1).clamp(min=0)                                          # (B, T)
-        dtype = self.norm.weight.dtype
-        cos, sin = self.cos[position][:, None].to(dtype), self.sin[position][:, None].to(dtype)   # (1 or B, 1, T, D)
-        return Where(cos, sin, visible, is_causal, position, slots)
+        return Where(*self.angles(position), visible, is_causal, position, slots, even)
 
     def locate_all(self, position: Tensor, cache: "KVCache") -> Where:
         """The same for one token a row at position (B, 1), by a mask over all slots of the cache: nothing here depends
         on the numbers, so that a graph can repeat it."""
         slots = cache.kv[0].shape[3]
         visible = torch.arange(slots, device=position.device) <= position[:, None, :, None]       # (B, 1, 1, S)
+        return Where(*self.angles(position), visible, False, position, slots, even=False)
+
+    def angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns cos and sin for position (1 or B, T), each (1 or B, 1, T, D), in the dtype of the computation."""
         dtype = self.norm.weight.dtype
-        cos, sin = self.cos[position][:, None].to(dtype), self.sin[position][:, None].to(dtype)   # (B, 1, 1, D)
-        return Where(cos, sin, visible, False, position, slots)
+        return self.cos[position][:, None].to(dtype), self.sin[position][:, None].to(dtype)
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ class KVCache:
     def write(self, layer: int, k: Tensor, v: Tensor, where: Where) -> tuple[Tensor, Tensor]:
         """Stores k and v (B, K, T, D) at their positions; returns those of all slots in use, (B, K, S, D) each."""
         kv, new = self.kv[layer], torch.stack((k, v))                                             # (2, B, K, T, D)
-        if len(where.position) == 1:            # all rows stand at the same positions: a plain copy is faster
+        if where.even:      # a plain copy is faster
             kv[:, :, :, where.slots - new.shape[3]:where.slots] = new
         else:
             row = torch.arange(len(k), device=k.device)[:, None]                                  # (B, 1)
@@ -292,20 +294,6 @@ class KVCache:
             self.kv[layer] = kv[:, rows]
 
 
-class WholeCache(KVCache):
-    """The memory of a KVCache, in calls with the same shapes and addresses at every step, as a graph needs them."""
-
-    def __init__(self, cache: KVCache):
-        self.kv = cache.kv
-
-    def write(self, layer: int, k: Tensor, v: Tensor, where: Where) -> tuple[Tensor, Tensor]:
-        """As KVCache.write, but for all rows by index, and the slots returned are all that there are."""
-        kv, new = self.kv[layer], torch.stack((k, v))                                             # (2, B, K, 1, D)
-        row = torch.arange(len(k), device=k.device)[:, None]                                      # (B, 1)
-        kv.transpose(2, 3)[:, row, where.position] = new.transpose(2, 3)                          # (2, B, 1, K, D)
-        return kv.unbind()
-
-
 class DecodingGraph:
     """The step of one token a row, recorded once as a CUDA graph: a replay is one launch in the place of hundreds.
 
@@ -318,11 +306,11 @@ class DecodingGraph:
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=model.device)                  # (B, 1)
         # The rehearsal writes to the last slot, which is overwritten before a token sees it.
         self.position = torch.full_like(self.token, slots - 1)                                    # (B, 1)
-        self.graph, whole = torch.cuda.CUDAGraph(), WholeCache(cache)
-        model.hidden(self.token, cache=whole, start=self.position)      # cuBLAS and others set themselves up
+        self.graph = torch.cuda.CUDAGraph()
+        model.hidden(self.token, cache=cache, start=self.position)      # cuBLAS and others set themselves up
         torch.cuda.synchronize()
         with torch.cuda.graph(self.graph):
-            self.h = model.hidden(self.token, cache=whole, start=self.position)[:, 0]             # (B, C)
+            self.h = model.hidden(self.token, cache=cache, start=self.position)[:, 0]             # (B, C)
 
     def __call__(self, token: Tensor, start: list[int]) -> Tensor:
         """Returns the hidden states (B, C) of the tokens (B,) at positions start, in memory that the next call uses."""
