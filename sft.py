@@ -373,19 +373,20 @@ def say_memory(trained: list[nn.Module], frozen: list[nn.Module], tokens: int, s
 
 def save_model(model: nn.Module, optimizer: zero.ZeRO2, stage: Stage) -> None:
     """Writes the model, or its adapter. Removes an adapter, or a model, that an earlier run left there."""
-    path, leftover = stage.args.save_path, ["adapter_*"]
+    args, path, extra = stage.args, stage.args.save_path, model.config.extra
     with optimizer.masters():
-        if stage.world.rank == 0 and not stage.args.lora_rank:
-            model.save_pretrained(path)
-        elif stage.world.rank == 0:
-            base = origin(stage.args)
-            named = base.name if base.parent == path else base.resolve()        # the directory may be moved as a whole
-            lora.save_adapter(model, path, named, model.config.extra)
-            leftover = ["config.json", "model*.safetensors*"]
-    if stage.world.rank == 0:
-        for file in [file for pattern in leftover for file in path.glob(pattern)]:
-            file.unlink()
-        stage.tokenizer.save(path, stage.args.template, model.config.extra.get("pad_token_id"))
+        if stage.world.rank == 0:
+            if args.lora_rank:
+                base = origin(args)
+                named = base.name if base.parent == path else base.resolve()    # the directory may be moved as a whole
+                lora.save_adapter(model, path, named, extra)
+                leftover = ["config.json", "model*.safetensors*"]
+            else:
+                model.save_pretrained(path)
+                leftover = ["adapter_*"]
+            for file in weights.glob(path, leftover):
+                file.unlink()
+            stage.tokenizer.save(path, args.template, extra.get("pad_token_id"))
     run.barrier()
 
 
