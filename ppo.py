@@ -123,23 +123,25 @@ class Prompt(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """Answers, and what is known of them. Step 1 fills the first four fields, steps 2 to 4 fill the others.
-
-    Without a critic, value and ret stay None. The answers to one prompt are rows that follow one another."""
+    """Answers, and what each step finds out of them. The answers to one prompt are rows that follow one another."""
+    # 1. rollout
     tokens: Tensor                      # (B, T) prompt | response | padding
     prompt_len: Tensor                  # (B,)
     mask: Tensor                        # (B, R) True at response tokens
     ended: Tensor                       # (B,) True where EOS came
+    asked: list[dict] | None = None     # B records
+    ids: list[list[int]] | None = None  # B answers
+    said: list[str] | None = None       # the same as text
+    # 2. scoring; without a critic, value and ret stay None
     logp: Tensor | None = None          # (B, R) of the policy that sampled
     ref_logp: Tensor | None = None      # (B, R)
     value: Tensor | None = None         # (B, R)
+    by_rule: Tensor | None = None       # (B, F) of each function of --reward_fn
     score: Tensor | None = None         # (B,) of models.reward, less --eos_penalty where the answer never ended
+    # 3. rewards, 4. advantages
     reward: Tensor | None = None        # (B, R)
     adv: Tensor | None = None           # (B, R)
     ret: Tensor | None = None           # (B, R)
-    asked: list[dict] | None = None     # B records
-    said: list[str] | None = None       # B answers as text
-    by_rule: Tensor | None = None       # (B, F) of each function of --reward_fn
     alike: Tensor | None = None         # (B,) True where all answers to the prompt have the same reward
 
 
@@ -189,7 +191,7 @@ def rollout(actor: Llama, prompts: list[Prompt], purpose: tuple, stage: Stage, g
     prompt_len = torch.tensor([len(prompt) for prompt in ids])                              # (B,)
     ended = torch.tensor([answer[-1] in stops for answer in answers])                       # (B,)
     said = [stage.tokenizer.decode(answer) for answer in answers]
-    return Experience(*(x.to(device) for x in (tokens, prompt_len, mask, ended)), asked=list(asked), said=said)
+    return Experience(*(x.to(device) for x in (tokens, prompt_len, mask, ended)), asked=list(asked), ids=answers, said=said)
 
 
 # ---- 2. scoring -----------------------------------------------------------------------------------------------------
@@ -609,15 +611,8 @@ def evaluate(models: Models, prompts: list[Prompt], when: str, stage: Stage) -> 
 
 # ---- what is printed and logged -------------------------------------------------------------------------------------
 
-def split(e: Experience) -> list[tuple[list[int], list[int]]]:
-    """The ids of prompt and response of every row."""
-    rows = zip(e.tokens.tolist(), e.prompt_len.tolist(), lengths(e).tolist())
-    return [(row[:start], row[start:end]) for row, start, end in rows]
-
-
 def objective(e: Experience, stage: Stage) -> dict[str, float]:
     """Means over the answers of all processes, by their names in metrics.jsonl."""
-    distinct = len({tuple(response) for _, response in split(e)})
     sums = {
         "answers": torch.ones_like(e.score),
         "objective/kl": kl_k1(e.logp, e.ref_logp),      # summed over the tokens of an answer
@@ -627,7 +622,7 @@ def objective(e: Experience, stage: Stage) -> dict[str, float]:
         "objective/rlhf_reward": e.reward,
         "eos_rate": e.ended,
         "response_length": e.mask,
-        "distinct_answers": e.score.new_tensor(distinct),
+        "distinct_answers": e.score.new_tensor(len(set(map(tuple, e.ids)))),
     }
     if e.alike is not None:
         sums["alike_groups"] = e.alike
@@ -653,14 +648,14 @@ def gold_scores(e: Experience) -> Tensor:
 
 def show_tokens(e: Experience, tokenizer: text.Tokenizer) -> str:
     """The first answer as a table, a token a line."""
-    prompt, response = split(e)[0]
     known = e._asdict() | {"kl": kl_k1(e.logp, e.ref_logp)}
     names = ("logp", "ref_logp", "kl", "value", "reward", "adv", "ret")
     columns = {name: known[name][0] for name in names if known[name] is not None}
     table = torch.stack([*columns.values()], 1).tolist()        # R rows of 7, or of 5 without a critic
     head = " ".join(f"{name:>7}" for name in columns)
-    lines = [f"prompt: {tokenizer.decode(prompt)}", f"{'token':>16} mask {head}"]
-    pieces = [*map(tokenizer.piece, response), "(padding)"]
+    prompt = tokenizer.decode(e.tokens[0, :e.prompt_len[0]].tolist())
+    lines = [f"prompt: {prompt}", f"{'token':>16} mask {head}"]
+    pieces = [*map(tokenizer.piece, e.ids[0]), "(padding)"]
     for piece, real, row in zip(pieces, e.mask[0].tolist(), table):
         figures = " ".join(f"{x:7.3f}" for x in row)
         lines.append(f"{piece:>16} {real:4d} {figures}")
@@ -879,12 +874,12 @@ def judged(models: Models, prompts: list[Prompt], size: int, stage: Stage) -> me
     figures = {"proxy": e.score, "kl": kl_k1(e.logp, e.ref_logp).sum(1), "eos_rate": e.ended, "length": e.mask.sum(1)}
     if stage.is_demo:
         figures["gold"] = gold_scores(e)
-    rows = zip(e.asked, e.said, split(e), *(x.tolist() for x in figures.values()))
+    rows = zip(e.asked, e.said, e.ids, *(x.tolist() for x in figures.values()))
     everyone = chain.from_iterable(run.gather([*rows]))
     # The rows that are left out are of processes that had no prompt of their own.
     asked, said, ids, *columns = zip(*islice(everyone, len(prompts) * size))
     figures = {name: torch.tensor(column).view(-1, size) for name, column in zip(figures, columns)}     # (P, N)
-    return measure.Answers(asked[::size], text.chunks(said, size), [answer for _, answer in ids[::size]], figures)
+    return measure.Answers(asked[::size], text.chunks(said, size), ids[::size], figures)
 
 
 def best_records(found: measure.Answers) -> list[dict]:

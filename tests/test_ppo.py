@@ -123,7 +123,14 @@ def rolled(prompts: list[list[int]] = PROMPTS, answers: list[list[int]] = ANSWER
     """What rollout gives when these are the answers."""
     tokens, _ = text.pad([prompt + answer for prompt, answer in zip(prompts, answers)])
     _, mask = text.pad(answers)
-    return Experience(tokens, T([len(prompt) for prompt in prompts]), mask, T([answer[-1] == 2 for answer in answers]))
+    ended = T([answer[-1] == 2 for answer in answers])
+    return Experience(tokens, T([len(prompt) for prompt in prompts]), mask, ended, ids=answers)
+
+
+def split(e: Experience) -> list[tuple[list[int], list[int]]]:
+    """The ids of prompt and answer of every row, from the tensors."""
+    rows = zip(e.tokens.tolist(), e.prompt_len.tolist(), ppo.lengths(e).tolist())
+    return [(row[:start], row[start:end]) for row, start, end in rows]
 
 
 # ---- formulas -------------------------------------------------------------------------------------------------------
@@ -445,7 +452,7 @@ def test_selected_rows_lose_only_padding():
     some = ppo.select(e, T([3, 1]))
     assert some.tokens.tolist() == [[1, 70, 71, 72, 2], [1, 50, 51, 90, 2]] and some.prompt_len.tolist() == [4, 3]
     assert torch.equal(some.mask, e.mask[[3, 1]]) and some.ended.tolist() == [True, True] and some.logp is None
-    assert ppo.split(some) == [([1, 70, 71, 72], [2]), ([1, 50, 51], [90, 2])]
+    assert split(some) == [([1, 70, 71, 72], [2]), ([1, 50, 51], [90, 2])]
 
 
 def test_scoring_does_what_the_five_steps_say(base, tmp_path):
@@ -484,8 +491,9 @@ def test_parts_of_a_batch_are_scored_as_the_whole(base, tmp_path):
     whole, parts = (ppo.scoring(models, rolled(), argparse.Namespace(**vars(args) | {"train_batch_size": size}))
                     for size in (4, 1))
     assert whole.adv is whole.ret is None       # step 4 is for whole groups
-    for a, b in zip(whole[:9], parts[:9]):
-        assert a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-5)
+    for name in ("tokens", "mask", "ended", "logp", "ref_logp", "value", "score", "reward"):
+        a, b = getattr(whole, name), getattr(parts, name)
+        assert a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-5), name
 
 
 def test_rows_of_similar_length_share_a_part():
@@ -686,8 +694,8 @@ def test_answers_to_a_prompt_are_drawn_together(base, tmp_path):
     for rank in (0, 1):
         stage = stage_of(args, run.World(rank, 2, WORLD.device))
         e = ppo.rollout(models.actor, asked(PROMPTS), ("rollout", 0, 1), stage, 3)
-        prompts, answers = zip(*ppo.split(e))
-        assert list(prompts) == [prompt for prompt in PROMPTS[rank::2] for _ in range(3)]
+        prompts, answers = zip(*split(e))
+        assert list(prompts) == [prompt for prompt in PROMPTS[rank::2] for _ in range(3)] and [*answers] == e.ids
         assert len(set(map(str, answers))) == 6
 
 
@@ -748,7 +756,7 @@ def test_processes_share_the_prompts(base, tmp_path, prompts, world, rows):
     stages = [stage_of(args, run.World(rank, world, WORLD.device)) for rank in range(world)]
     parts = [ppo.rollout(models.actor, asked(ids), ("evaluate", 0), stage) for stage in stages]
     assert [len(part.tokens) for part in parts] == rows
-    assert {tuple(prompt) for part in parts for prompt, _ in ppo.split(part)} == set(map(tuple, ids))
+    assert {tuple(prompt) for part in parts for prompt, _ in split(part)} == set(map(tuple, ids))
 
 
 def test_an_answer_ends_at_every_id_that_the_model_stops_at(base, tmp_path):
@@ -1016,7 +1024,7 @@ def test_show_tokens_is_a_table_of_the_first_answer(base, tmp_path, capsys):
 def test_show_tokens_of_an_answer_that_ended():
     """The place after EOS is shown too: all of it must be zero."""
     e = rolled([[1, 40]], [[80, 81, 2]])
-    e = Experience(*(F.pad(x, (0, 2)) if x.dim() == 2 else x for x in e[:4]))
+    e = Experience(*(F.pad(x, (0, 2)) if x.dim() == 2 else x for x in e[:4]), ids=e.ids)
     figures = torch.arange(1.0, 4.0).repeat(7, 1)
     logp, ref_logp, value, reward, adv, ret, _ = F.pad(figures, (0, 2))[:, None]
     e = e._replace(logp=logp, ref_logp=ref_logp, value=value, score=T([1.5]), reward=reward, adv=adv, ret=ret)
