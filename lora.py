@@ -290,8 +290,8 @@ def save_adapter(model: nn.Module, path: str | Path, base: str, extra: dict | No
     # "r" and "lora_alpha" are the first layer's. A layer with others (read from a file) is listed in a pattern.
     first = next(iter(layers.values()))
     # q_proj means every q_proj of the model. If one of them has no adapter, all adapted layers are listed by full name.
-    bare = {last(name) for name, module in linears(model).items() if not isinstance(module, LoRALinear)}
-    partly = bare & {last(name) for name in adapters(model)}
+    adapted = {last(name) for name in layers}
+    bare = {last(peft_name(name)) for name, module in linears(model).items() if not isinstance(module, LoRALinear)}
     reward = hasattr(model, "score")
     config = {
         "peft_type": "LORA",
@@ -301,7 +301,7 @@ def save_adapter(model: nn.Module, path: str | Path, base: str, extra: dict | No
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout.p,
         "bias": "none",
-        "target_modules": sorted(layers if partly else {last(name) for name in layers}),
+        "target_modules": sorted(layers if bare & adapted else adapted),
         "modules_to_save": ["score"] if reward else None,
         "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != first.rank},
         "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
@@ -489,7 +489,7 @@ def main(argv: list[str] | None = None) -> dict:
     tensors = weights.read_tensors(base, fields)
     with torch.device("meta"):  # a model without memory: it checks that base and adapter fit, and gives the names
         model = Llama(LlamaConfig(**fields), head=not reward)
-    weights.check_tensors(model, tensors, base, ignore=("output.weight", "score.weight") if reward else ())
+    weights.check_tensors(model, tensors, base)
     written = {name: tensors[name] for name, _ in model.named_parameters()}
     load_adapter(model, args.adapter)
     adapter = read_adapter(args.adapter)

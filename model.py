@@ -501,7 +501,7 @@ class Llama(Transformer):
             model = cls(config, head)
         if install is not None:
             install(model, tensors)
-        weights.fill(model, tensors, dtype, device, directory, () if head else ("output.weight", "score.weight"))
+        weights.fill(model, tensors, dtype, device, directory)
         model.make_rope()
         return model
 

@@ -255,19 +255,19 @@ def join(name: str, parts: list[Tensor], head_dim: int) -> Tensor:
 
 # ---- from files into a model ----------------------------------------------------------------------------------------
 
-def check_tensors(model: nn.Module, tensors: dict[str, Stored], source: str | Path,
-                  ignore: Collection[str] = ()) -> None:
-    """Raises ValueError unless tensors hold each parameter of model in its shape, and no others but those in `ignore`.
+def check_tensors(model: nn.Module, tensors: dict[str, Stored], source: str | Path) -> None:
+    """Raises ValueError unless tensors hold each parameter of model in its shape, and no others. Of a trunk, a head may
+    be there too.
 
     The model may lie on the meta device. Messages name `source`, and tensors as its files do.
     """
     names = hf_name if (Path(source) / "config.json").exists() else str
-    tied = model.config.tie_embeddings  # head and embedding are one parameter, but may be two tensors in the file
     wanted = {name: f"{names(name)} {tuple(p.shape)}" for name, p in model.named_parameters()}
-    others = {*ignore, *(["output.weight"] if tied else [])} - {*wanted}
+    heads = ["output.weight", "score.weight"] if model.output is None else ["output.weight"]
+    unread = {*heads} - wanted.keys()  # a tied head and the embedding are one parameter, but may be two tensors
     found = []
     for name, stored in tensors.items():
-        if name not in others and not DERIVED.search(name):
+        if name not in unread and not DERIVED.search(name):
             dtype = stored.dtype
             # Integers and 8-bit floats are quantized weights without their scales.
             kind = "" if dtype.is_floating_point and dtype.itemsize > 1 else f" in {dtype}"
@@ -275,23 +275,23 @@ def check_tensors(model: nn.Module, tensors: dict[str, Stored], source: str | Pa
             found.append(f"{shown} {stored.shape}{kind}")
     compare(found, wanted.values(), f"{source} does not fit its config",
             "get the config and all weights of one model that is not quantized")
-    if tied and "output.weight" in tensors:
+    if model.config.tie_embeddings and "output.weight" in tensors:
         if not torch.equal(tensors["output.weight"].read(), tensors["tok_embeddings.weight"].read()):
             raise ValueError(f"{source}: config.json ties the head to the embedding, but the files have a head that "
                              "differs: set tie_word_embeddings to false")
 
 
 def fill(model: nn.Module, tensors: dict[str, Stored], dtype: torch.dtype | None, device: torch.device | str,
-         source: str | Path, ignore: Collection[str] = ()) -> None:
+         source: str | Path) -> None:
     """Gives a model on the meta device its parameters. They are read one by one, so that two copies never exist.
 
     dtype None keeps the config's. check_tensors sees the tensors first.
     """
-    check_tensors(model, tensors, source, ignore)
+    check_tensors(model, tensors, source)
     dtype = dtype or DTYPES[model.config.dtype]
     filled = {name: nn.Parameter(tensors[name].read().to(device, dtype)) for name, _ in model.named_parameters()}
     model.load_state_dict(filled, strict=False, assign=True)
-    if model.config.tie_embeddings and getattr(model, "output", None) is not None:
+    if model.config.tie_embeddings and model.output is not None:
         model.output.weight = model.tok_embeddings.weight
 
 
@@ -637,9 +637,9 @@ def write_model(directory: str | Path, fields: dict, tensors: dict[str, Tensor |
     index = directory / "model.safetensors.index.json"
     # Files of an earlier saving with another number of shards would be read instead of these, or beside them.
     index.unlink(missing_ok=True)
-    for file in [directory / "model.safetensors", *directory.glob("model-*-of-*.safetensors")]:
+    for file in glob(directory, ["model.safetensors", "model-*-of-*.safetensors"]):
         if file.name not in weight_map.values():
-            file.unlink(missing_ok=True)
+            file.unlink()
     if len(shards) > 1:
         write_json(index, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     config = hf_config(fields, architecture) | more
