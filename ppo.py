@@ -191,7 +191,7 @@ def rollout(actor: Llama, prompts: list[Prompt], purpose: tuple, stage: Stage, g
     prompt_len = torch.tensor([len(prompt) for prompt in ids])                              # (B,)
     ended = torch.tensor([answer[-1] in stops for answer in answers])                       # (B,)
     said = [stage.tokenizer.decode(answer) for answer in answers]
-    return Experience(*(x.to(device) for x in (tokens, prompt_len, mask, ended)), asked=list(asked), ids=answers, said=said)
+    return Experience(*(x.to(device) for x in (tokens, prompt_len, mask, ended)), list(asked), answers, said)
 
 
 # ---- 2. scoring -----------------------------------------------------------------------------------------------------
@@ -258,11 +258,11 @@ def next_kl_coef(kl_coef: float, kl: float, target: float) -> float:
 @torch.no_grad()
 def scoring(models: Models, answers: Experience, args: Namespace) -> Experience:
     """Steps 2 and 3, all by the training forward and nothing from the cache."""
-    parts = []
-    if isinstance(models.reward, rules.Rules):
-        found = models.reward.rewards(answers.asked, answers.said, answers.ended.tolist())
+    parts, judge = [], models.reward
+    if isinstance(judge, rules.Rules):
+        found = judge.rewards(answers.asked, answers.said, answers.ended.tolist())
         by_rule = torch.tensor(found, device=answers.tokens.device)                             # (B, F)
-        weight = by_rule.new_tensor([rule.weight for rule in models.reward.rules])              # (F,)
+        weight = by_rule.new_tensor([rule.weight for rule in judge.rules])                      # (F,)
         answers = answers._replace(by_rule=by_rule, score=by_rule @ weight)                     # (B,)
     order = by_length(answers, torch.arange(len(answers.tokens)), args.train_batch_size)
     for rows in order:                                                                          # 2. scoring
@@ -273,7 +273,7 @@ def scoring(models: Models, answers: Experience, args: Namespace) -> Experience:
         # With LoRA, ref is the actor with its adapter off.
         with lora.disabled(models.ref) if models.ref is models.actor else nullcontext():
             found["ref_logp"] = logprobs(models.ref, e, args.temperature)                       # (b, R)
-        score = reward_scores(models.reward, e) if e.score is None else e.score                 # (b,)
+        score = reward_scores(judge, e) if e.score is None else e.score                         # (b,)
         found["score"] = score - args.eos_penalty * ~e.ended                                    # (b,)
         parts.append(found)
     back = torch.cat(order).argsort()                                                           # (B,)
@@ -903,7 +903,7 @@ def measured(args: Namespace) -> dict:
     With --write the prompts are those to train on: held-out ones must not get into a training file."""
     stage = begin(args)
     check_same_tokenizer(args.eval, stage)
-    device, dtype, size = stage.world.device, stage.dtype, max(args.best_of)
+    device, dtype = stage.world.device, stage.dtype
     actor = quantize.open_model(args.eval, dtype, device)
     ref = quantize.open_model(args.pretrain, dtype, device, adapter="merge")
     for model in (actor, ref):
@@ -915,7 +915,7 @@ def measured(args: Namespace) -> dict:
     prompts, held = read_prompts(stage)
     asked = (prompts if args.write else held)[:args.eval_size]
     run.say_flags(stage.world, args)
-    found = judged(models, asked, size, stage)
+    found = judged(models, asked, max(args.best_of), stage)
     plain = judged(models._replace(actor=ref, ref=actor), asked, 1, stage)     # its KL is not used
     figures = measure.compare(found, plain, args.best_of)
     if stage.world.rank == 0:

@@ -231,9 +231,9 @@ def encode_responses(record: dict, tokenizer: text.Tokenizer, template: text.Tem
                      max_len: int) -> text.Encoded:
     """Returns a ranking of the rows that text.encode_preference returns."""
     encoded = text.encode_preference(record, tokenizer, template, max_len)
-    prompt = text.encode_prompt(record["messages"], tokenizer, template)
+    start = len(text.encode_prompt(record["messages"], tokenizer, template))
     return encoded._replace(examples=[
-        [Response(row, [i >= len(prompt) for i in range(len(row))]) for row in rows] for rows in encoded.examples])
+        [Response(row, [False] * start + [True] * (len(row) - start)) for row in rows] for rows in encoded.examples])
 
 
 def logprobs(policy: Llama, responses: list[Response]) -> Tensor:
@@ -308,15 +308,16 @@ def parse(argv: list[str] | None) -> Namespace:
     """Returns the flags of stage 2. Those that depend on the input are None until sft.start fills them in."""
     parser = run.training_parser("Stage 2: the reward model. Without flags, the demo: reads out/sft, writes out/rm. "
                                  "With --loss_fn dpo, a policy instead: writes out/dpo.")
-    parser.add_argument("--dataset", type=Path, nargs="+",
-                        help="preferences: prompt/chosen/rejected, HH-RLHF transcripts or rankings (data/records.py)")
-    parser.add_argument("--loss_fn", choices=sorted(LOSSES), default="log_sig",
-                        help="of a pair: log_sig and log_exp are -log sigmoid of the difference; dpo and ipo train a "
-                             "policy, with defaults of their own, see the docstring")
-    parser.add_argument("--beta", type=run.number(0, above=True),
-                        help="dpo, ipo: what a nat of KL to the reference costs (0.1)")
-    parser.add_argument("--sft_coef", type=run.number(),
-                        help="dpo, ipo: weight of the mean -log p of the best response's tokens (0; the demo: 1)")
+    flag = parser.add_argument
+    flag("--dataset", type=Path, nargs="+",
+         help="preferences: prompt/chosen/rejected, HH-RLHF transcripts or rankings (data/records.py)")
+    flag("--loss_fn", choices=sorted(LOSSES), default="log_sig",
+         help="of a pair: log_sig and log_exp are -log sigmoid of the difference; dpo and ipo train a "
+              "policy, with defaults of their own, see the docstring")
+    flag("--beta", type=run.number(0, above=True),
+         help="dpo, ipo: what a nat of KL to the reference costs (0.1)")
+    flag("--sft_coef", type=run.number(),
+         help="dpo, ipo: weight of the mean -log p of the best response's tokens (0; the demo: 1)")
     sft.add_loop_flags(parser, "rankings", 64)
     parser.tell(FINETUNE, DEMO)
     args = parser.parse_args(argv)
