@@ -271,13 +271,13 @@ def policy_sums(policy: Llama, rankings: list[list[Response]], args: Namespace) 
 
 # ---- the mean reward ------------------------------------------------------------------------------------------------
 
-def sample_answers(model: Llama, prompts: list[dict], stage: Stage, n: int = 64) -> list[list[int]]:
-    """Returns prompt and answer for the first n prompts that leave room for one; the SFT model answers.
+def sample_answers(model: Llama, prompts: list[dict], stage: Stage) -> list[list[int]]:
+    """Returns prompt and answer for the first 64 prompts that leave room for one; the SFT model answers.
 
     Every process samples the same."""
     longest = stage.args.max_len
     encoded = (text.encode_prompt(record["messages"], stage.tokenizer, stage.template) for record in prompts)
-    rows = list(islice((row for row in encoded if len(row) < longest), n))
+    rows = list(islice((row for row in encoded if len(row) < longest), 64))
     generator = torch.Generator(model.device).manual_seed(stage.args.seed)
     room = [longest - len(row) for row in rows]             # tokens of each answer at most
     answers = model.generate(rows, room, generator=generator)

@@ -287,7 +287,7 @@ def test_answers_have_the_room_of_their_own_prompt(base):
     longer = [{"messages": [{"role": "user", "content": "fox " * n + end}]}
               for n in range(30, 60) for end in ("", "a", "a b")]
     brim = next(r for r in longer if len(text.encode_prompt(r["messages"], tokenizer, plain)) == 48)
-    rows = rm.sample_answers(model, [full, brim, long, short, short], stage, 2)
+    rows = rm.sample_answers(model, [full, brim, long, short], stage)
     assert lengths[0] < 20 and 40 < lengths[1] < 48 and [len(row) for row in rows] == [48, 48]
     assert rows[0][:lengths[1]] == text.encode_prompt(long["messages"], tokenizer, plain)
     assert len(rm.sample_answers(model, 66 * [long], stage)) == 64
