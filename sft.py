@@ -104,16 +104,16 @@ class HeadLoss(torch.autograd.Function):
         return dh.mul_(d_loss), dw if dw is None else dw.mul_(d_loss), None
 
 
-def cosine_lr(update: int, total: int, peak: float, warmup: float, floor: float = 0.1) -> float:
+def cosine_lr(update: int, total: int, peak: float, warmup: float) -> float:
     """Returns the learning rate of an update (1 .. total).
 
-    It rises linearly to peak over the first `warmup` share of the updates, then falls along half a cosine to
-    floor * peak."""
+    It rises linearly to peak over the first `warmup` share of the updates, then falls along half a cosine to a tenth
+    of it."""
     rising = max(1, math.ceil(warmup * total))
     if update <= rising:
         return peak * update / rising
     share = (update - rising) / (total - rising)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 # ---- the training loop of stages 1 and 2 ----------------------------------------------------------------------------

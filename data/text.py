@@ -363,7 +363,7 @@ class SentencePiece:
         self.eos_id = self.sp.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{file} defines no BOS or no EOS piece: it is not a LLaMA tokenizer")
-        self.pad_id = max(self.sp.unk_id(), 0)  # characters without a piece become bytes, so no text produces it
+        self.pad_id = self.sp.unk_id()  # characters without a piece become bytes, so no text produces it
         self.special = set(filter(self.sp.is_control, self.pieces))
         self.added: dict[str, int] = {}  # it lists none
         self.config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
@@ -467,8 +467,10 @@ class BytePairs:
 
 def steps(said: dict | None) -> list[dict]:
     """The steps of a normalizer, a pre-tokenizer or a post-processor: none, one, or those of a Sequence."""
-    if said is None or said["type"] != "Sequence":
-        return [said] if said else []
+    if said is None:
+        return []
+    if said["type"] != "Sequence":
+        return [said]
     return next(value for value in said.values() if isinstance(value, list))
 
 
