@@ -1004,7 +1004,7 @@ def read_config(directory: Path) -> dict[str, str]:
             case value:
                 raise ValueError(f"{file}: {key} is {value!r}, it must be text")
     if (directory / JINJA_FILE).exists():
-        texts["chat_template"] = (directory / JINJA_FILE).read_text("utf-8")
+        texts["chat_template"] = (directory / JINJA_FILE).read_text("utf-8", "replace")
     return texts
 
 

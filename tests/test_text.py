@@ -1179,6 +1179,15 @@ def test_a_template_is_known_by_its_jinja(tmp_path, name, jinja):
     assert written({}, beside="") is None
 
 
+def test_a_broken_jinja_text_is_none_of_ours(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(CHATML.encode().replace(b"SmolLM", b"Smol\xa0LM"))
+    assert read_template(tmp_path) is None
+    with pytest.raises(ValueError, match=f"{tmp_path} has a chat_template that is none of ours"):
+        choose_template(tmp_path, None, "alpaca", say=pytest.fail)
+    (tmp_path / "tokenizer_config.json").write_text('{"template": "chatml"}')
+    assert choose_template(tmp_path, None, "alpaca", say=pytest.fail) == "chatml"
+
+
 def test_a_template_is_chosen(tmp_path):
     notes = []
     assert choose_template(tmp_path, None, "alpaca", notes.append) == "alpaca"
