@@ -817,7 +817,7 @@ def int4_product(layer: Linear4) -> Product | None:
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1)
 
-    in_order, padded = bool((order[1:] > order[:-1]).all()), len(group) > I
+    in_order, padded = torch.equal(order, order.sort().values), len(group) > I
 
     def product(x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)                                                        # (N, I)

@@ -218,9 +218,9 @@ class Engine:
         while left and (self.reading or self.seat()):
             answer, before = self.reading[0], self.reading[0].done
             logits = self.forward([answer], left)                                      # (1, V)
-            read = answer.done - before
-            left -= read
-            self.counters["prompt_tokens"] += read
+            new = answer.done - before
+            left -= new
+            self.counters["prompt_tokens"] += new
             if answer.done == len(answer.prompt):
                 self.swap(self.rows.index(answer), self.count)
                 self.count += 1
@@ -491,7 +491,7 @@ CHAT = SHARED | {
 MESSAGE = {"role": ROLE, "content": CONTENT, "name": ANYTHING}
 OPTIONS = {"include_usage": YES_OR_NO, "include_obfuscation": YES_OR_NO}
 REQUIRED = {"prompt", "messages", "role", "content"}
-shown = reprlib.Repr().repr  # quotes a value in an error message, short and not too deep
+quoted = reprlib.Repr().repr  # quotes a value in an error message, short and not too deep
 # Fields of OpenAI's that mean something we do not do, and the values with which they ask for nothing.
 NEUTRAL = {
     "best_of": [1],
@@ -515,7 +515,7 @@ NEUTRAL = {
 def need(value: object, param: str, check: Check):
     """Returns the value if it fits, raises Refusal otherwise. `param` is empty for the whole body."""
     if not check.fits(value):
-        what = "missing" if value is None else shown(value)
+        what = "missing" if value is None else quoted(value)
         raise Refusal(400, f"{param or 'the body'} is {what}, it must be {check.words}", param or None)
     return value
 
@@ -525,7 +525,7 @@ def read(value: object, fields: dict[str, Check], at: str = "") -> dict:
     for name, x in need(value, at, OBJECT).items():
         if name not in fields and x is not None and x not in NEUTRAL.get(name, []):
             does = "asks for what this server does not do" if name in NEUTRAL else "is no field that this server knows"
-            raise Refusal(400, f"{at}{shown(name)} {does}: leave it out", at or name[:60])
+            raise Refusal(400, f"{at}{quoted(name)} {does}: leave it out", at or name[:60])
     return {name: need(value.get(name), f"{at}.{name}" if at else name, check) for name, check in fields.items()
             if name in REQUIRED or value.get(name) is not None}
 
@@ -553,11 +553,11 @@ def read_prompts(prompt: object, served: Served) -> list[list[int]]:
     several = [prompt] if is_prompt(prompt) else each(prompt)
     if not 0 < len(several) <= MAX_CHOICES or not all(map(is_prompt, several)):
         words = f"text, ids from 0 to {last}, or a list of at most {MAX_CHOICES} of either"
-        raise Refusal(400, f"prompt is {shown(prompt)}, it must be {words}", "prompt")
+        raise Refusal(400, f"prompt is {quoted(prompt)}, it must be {words}", "prompt")
     # Markers such as <|im_end|> in the text of a completion become their ids: its client words the chat.
     prompts = [served.tokenizer.encode(one) if isinstance(one, str) else one for one in several]
     if not all(prompts):
-        raise Refusal(400, f"prompt is {shown(prompt)}, it must be text of at least one token", "prompt")
+        raise Refusal(400, f"prompt is {quoted(prompt)}, it must be text of at least one token", "prompt")
     return prompts
 
 
@@ -565,7 +565,7 @@ def read_request(body: object, chat: bool, served: Served) -> Request:
     """Returns the Request of a JSON body. Raises Refusal with the name of a parameter that is not right."""
     asked = read(body, CHAT if chat else COMPLETION)
     if asked.get("model", served.name) != served.name:
-        why = f"model is {shown(asked['model'])}, this server has {served.name!r} alone"
+        why = f"model is {quoted(asked['model'])}, this server has {served.name!r} alone"
         raise Refusal(404, why, "model", "model_not_found")
     prompts = [read_messages(asked["messages"], served)] if chat else read_prompts(asked["prompt"], served)
 
@@ -783,10 +783,10 @@ class Handler(BaseHTTPRequestHandler):
         page = server.pages.get(path)
         if not page and path not in FORMS:
             paths = ", ".join(server.pages | FORMS)
-            raise Refusal(404, f"{shown(path)} is not here: there are {paths}")
+            raise Refusal(404, f"{quoted(path)} is not here: there are {paths}")
         methods = "GET, HEAD" if page else "POST"
         if self.command not in methods:
-            raise Refusal(405, f"{path} answers {methods}, not {shown(self.command)}", Allow=methods)
+            raise Refusal(405, f"{path} answers {methods}, not {quoted(self.command)}", Allow=methods)
         if path not in ("/", "/health"):
             self.check_key()
         if page:
@@ -817,9 +817,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.request_version == "HTTP/1.0" and not hosts:
             return  # no browser
         if len(hosts) != 1 or not host_allowed(hosts[0], self.server.names):
-            raise Refusal(403, f"Host {shown(hosts)} is not a name of this server: --allow_host NAME adds one")
+            raise Refusal(403, f"Host {quoted(hosts)} is not a name of this server: --allow_host NAME adds one")
         if origin not in (None, self.server.args.cors, f"http://{hosts[0]}", f"https://{hosts[0]}"):
-            raise Refusal(403, f"a page of {shown(origin)} may not use this server: --cors ORIGIN would allow one")
+            raise Refusal(403, f"a page of {quoted(origin)} may not use this server: --cors ORIGIN would allow one")
 
     def check_key(self) -> None:
         wanted = self.server.args.api_key

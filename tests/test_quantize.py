@@ -1103,6 +1103,23 @@ def test_quantized_input_is_refused_and_plain_gptq_wants_text(tmp_path):
         Q.resolve(Q.parse(["DIR"]), dataclasses.replace(source, is_demo=False))
 
 
+def test_eval_wants_text(tmp_path):
+    """The demo's models alone have a generator that writes some."""
+    args, source = Q.parse(["DIR", "--eval"]), Q.open_source(write_demo(tmp_path))
+    source = dataclasses.replace(source, is_demo=False)
+    with pytest.raises(ValueError, match="--eval needs --text: name a text file"):
+        Q.evaluate(args, source, *Q.read_texts(args, source, 64), torch.float32, "cpu")
+
+
+def test_hessians_that_are_refused():
+    with pytest.raises(ValueError, match="no inverse even with 100 times the damping"):
+        gptq(matrix(4, 8), -torch.eye(8), 4, 8, False)
+    attention = tiny().layers[0].attention
+    with pytest.raises(ValueError, match="the inputs of a.wq are not finite: they overflow"):
+        Q.quantize_linears(attention, ("wq", "wk"), "a", Scheme(), torch.full((64, 64), math.inf))
+    assert isinstance(attention.wq, nn.Linear)
+
+
 def test_gptq_without_rows_does_not_round_in_silence():
     model = tiny()
     with pytest.raises(ValueError, match="gptq needs texts to calibrate on"):
