@@ -41,10 +41,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,8 +59,8 @@ class LoRALinear(nn.Module):
     """y = base(x) + alpha / r * B A dropout(x), for x (..., in) and y (..., out).
 
     base is a linear: plain, quantized, or one with a frozen adapter. Only merging reads its weight. A (r, in) and
-    B (out, r) are masters in fp32 unless `dtype` says otherwise; the product is computed in x's dtype. A is drawn in
-    fp32 from `generator`, so it is the same on every process and in every dtype.
+    B (out, r) are masters in fp32, or have the dtype of the file that they come from; the product is computed in x's
+    dtype. A is drawn in fp32 from `generator`, so it is the same on every process and in every dtype.
     """
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0,
@@ -111,8 +109,7 @@ def add_product(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 # ---- attaching, switching off, merging ------------------------------------------------------------------------------
 
 def attach(model: nn.Module, rank: int, alpha: float | None = None, dropout: float = 0.0,
-           targets: tuple[str, ...] = LINEARS, dtype: torch.dtype = torch.float32,
-           generator: torch.Generator | None = None) -> list[str]:
+           targets: tuple[str, ...] = LINEARS, generator: torch.Generator | None = None) -> list[str]:
     """Freezes model and puts an adapter on each linear whose last name part is in targets; returns their names.
 
     alpha None is 2 * rank. A reward head is frozen too, until rm.py unfreezes it. Raises ValueError, with the model
@@ -129,7 +126,7 @@ def attach(model: nn.Module, rank: int, alpha: float | None = None, dropout: flo
             raise ValueError(f"LoRA rank {rank} does not fit {name}, which is {sides[0]} x {sides[1]}: "
                              f"choose between 1 and {min(sides)}")
     usual = 2 * rank if alpha is None else alpha
-    install(model, {name: (rank, usual) for name in chosen}, dropout, dtype, generator)
+    install(model, {name: (rank, usual) for name in chosen}, dropout, torch.float32, generator)
     return list(chosen)
 
 
@@ -311,9 +308,7 @@ def save_adapter(model: nn.Module, path: str | Path, base: str, extra: dict | No
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
-    write = partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"})
-    weights.write_file(Path(path) / WEIGHTS, write)
+    weights.write_tensors(Path(path) / WEIGHTS, adapter_state(model))
     # The config is written last, since a folder that has one counts as an adapter.
     weights.write_json(Path(path) / CONFIG, config | (extra or {}))
 

@@ -341,7 +341,7 @@ def set_up(model: nn.Module, args: Namespace) -> None:
     """Puts adapters on a model, the same on every process, and freezes the rest; --grad_checkpoint and --compile."""
     if args.lora_rank:
         generator = torch.Generator().manual_seed(args.seed)       # of the CPU: A is the same on every device
-        lora.attach(model, args.lora_rank, args.lora_alpha, args.lora_dropout, dtype=torch.float32, generator=generator)
+        lora.attach(model, args.lora_rank, args.lora_alpha, args.lora_dropout, generator=generator)
         if hasattr(model, "score"):
             model.score.requires_grad_(True)        # a reward model's head is new: it is trained in full
     trunk = getattr(model, "trunk", model)

@@ -632,8 +632,7 @@ def write_model(directory: str | Path, fields: dict, tensors: dict[str, Tensor |
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         weight_map |= {hf_name(name): file for name in shard}
-        held = {hf_name(name): in_memory(tensors[name], dtypes[name]) for name in shard}
-        write_file(directory / file, partial(safetensors.torch.save_file, held, metadata={"format": "pt"}))
+        write_tensors(directory / file, {hf_name(name): in_memory(tensors[name], dtypes[name]) for name in shard})
     index = directory / "model.safetensors.index.json"
     # Files of an earlier saving with another number of shards would be read instead of these, or beside them.
     index.unlink(missing_ok=True)
@@ -651,6 +650,11 @@ def in_memory(tensor: Tensor | Stored, dtype: torch.dtype) -> Tensor:
     """Returns the tensor as it will be written."""
     tensor = tensor.read() if isinstance(tensor, Stored) else tensor.detach()
     return tensor.to("cpu", dtype).contiguous()
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file, as transformers and PEFT read it."""
+    write_file(file, partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"}))
 
 
 # ---- JSON, and files that are written whole --------------------------------------------------------------------------

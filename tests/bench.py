@@ -195,7 +195,7 @@ def update(task: dict) -> None:
     if task["kind"] == "lora":
         for p in model.parameters():
             p.data = p.data.to(dtype)
-        lora.attach(model, RANK, dtype=torch.float32)
+        lora.attach(model, RANK)
     optimizer = zero.ZeRO2(model.named_parameters(), dtype, strategy=task.get("strategy", "ddp"))
     rows = max(1, ROWS[task["shape"]] // world.world)
     tokens = random_rows(rows, LENGTH, model.config.vocab_size, seed=world.rank)

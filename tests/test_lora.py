@@ -89,8 +89,9 @@ def test_layer_is_the_formula_and_A_is_drawn_as_published():
     layer.lora_B.data.normal_()
     x, (W, A, B) = torch.randn(3, 8), (t.detach().double() for t in (base.weight, layer.lora_A, layer.lora_B))
     assert differ(layer(x).double(), x.double() @ (W + 5.0 / 2 * B @ A).T) < 1e-5
-    fp32, bf16 = (trained(dtype=dtype).layers[0].attention.wk for dtype in (torch.float32, torch.bfloat16))
-    assert fp32.scaling == 2.0 and torch.equal(fp32.lora_A.bfloat16(), bf16.lora_A)  # alpha is 2 r; drawn in fp32
+    bf16 = lora.LoRALinear(base, 2, 5.0, dtype=torch.bfloat16, generator=seeded(3))
+    assert torch.equal(layer.lora_A.bfloat16(), bf16.lora_A)  # drawn in fp32
+    assert trained().layers[0].attention.wk.scaling == 2.0  # alpha is 2 r
 
 
 # ---- invariants ------------------------------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def steps(model: nn.Module, n: int) -> list[float]:
 def test_training_goes_on_from_the_file_alone(tmp_path, dtype):
     """"Resume" began from nothing, since only a full checkpoint was looked for [tloen/alpaca-lora#585]."""
     model = small(dtype=dtype)
-    attach(model, 4, dtype=torch.float32, generator=seeded(1))
+    attach(model, 4, generator=seeded(1))
     before = steps(model, 5)
     save_adapter(model, tmp_path, base="base")
     again = small(dtype=dtype)
@@ -357,7 +358,7 @@ def test_merged_is_the_adapter_within_one_rounding(base, dtype, tmp_path, monkey
     config = json.loads(Path("base/config.json").read_text())
     assert config["dtype"] == "float32"  # small's config says so
     Path("base/config.json").write_text(json.dumps(config | {"dtype": str(weights.DTYPES[base])[6:]}))
-    model = trained(Llama.from_pretrained("base"), dtype=torch.float32)
+    model = trained(Llama.from_pretrained("base"))
     save_adapter(model, "adapter", base="../base")
     summary = lora.main(["merge", "adapter", "out", "--dtype", dtype])
     assert summary == {"matrices": 14, "dtype": str(weights.DTYPES[dtype])[6:]}

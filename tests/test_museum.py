@@ -233,7 +233,7 @@ def test_unmerging_by_subtraction():
     PPO changes between the two at every step, so the frozen base drifts. Keep the original and put it back.
     """
     model = tiny().to(torch.bfloat16)
-    lora.attach(model, rank=4, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    lora.attach(model, rank=4, generator=torch.Generator().manual_seed(0))
     layer = model.layers[0].attention.wq
     layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(1))
     original = layer.base.weight.detach().clone()

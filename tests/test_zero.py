@@ -824,7 +824,7 @@ def check_bf16_gradients_are_added_up_in_fp32(rank: int, world: int, folder: Pat
 
 def check_adapters_on_a_frozen_base(rank: int, world: int, folder: Path) -> None:
     model = llama()
-    lora.attach(model, 2, dtype=torch.float32, generator=torch.Generator().manual_seed(1))
+    lora.attach(model, 2, generator=torch.Generator().manual_seed(1))
     frozen = model.tok_embeddings.weight.detach().clone()
     optimizer = zero.ZeRO2(model.named_parameters(), strategy="zero2")
     train(optimizer, model, 2)
