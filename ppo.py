@@ -300,15 +300,14 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -
     return adv, adv + value
 
 
-def whiten(x: Tensor, mask: Tensor, all_reduce: Callable[[Tensor], Tensor] = lambda total: total) -> Tensor:
-    """(x - mean) / std over the True places of mask (B, R), zero elsewhere.
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / std over the True places of mask (B, R) of all processes, zero elsewhere.
 
-    With all_reduce (a sum over processes) mean and std are those of all processes. std divides by n, so one token or
-    equal tokens give zeros, not NaN."""
+    std divides by n, so one token or equal tokens give zeros, not NaN."""
     x = torch.where(mask, x, 0.0)                                               # (B, R)
-    n, total = all_reduce(torch.stack((mask.sum().to(x.dtype), x.sum())))
+    n, total = run.all_reduce(torch.stack((mask.sum().to(x.dtype), x.sum())))
     centred = torch.where(mask, x - total / n.clamp(min=1), 0.0)
-    variance = all_reduce(centred.square().sum()) / n.clamp(min=1)
+    variance = run.all_reduce(centred.square().sum()) / n.clamp(min=1)
     return centred / (variance.sqrt() + 1e-8)
 
 
@@ -390,7 +389,7 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
     algorithm = ALGORITHMS[args.algorithm]
     unit = "tokens" if args.no_length else algorithm.unit
     if models.critic is not None and not args.no_whiten:
-        e = e._replace(adv=whiten(e.adv, e.mask, run.all_reduce))                   # 4. advantages
+        e = e._replace(adv=whiten(e.adv, e.mask))                   # 4. advantages
     for epoch in range(args.max_epochs):                                            # 5. update
         generator = seeded("minibatches", args.seed, step, epoch)
         order = torch.randperm(len(e.tokens), generator=generator)
