@@ -499,12 +499,11 @@ def step_of(said: dict) -> Callable[[str, bool], list[str]]:
             return lambda text, first: [text.replace(old, new)]
         case {"type": "Metaspace", "replacement": "▁"}:
             pattern = "▁?[^▁]+|▁" if said.get("split", True) else WHOLE
-            scheme = said.get("prepend_scheme", "always")
-            cut = cutter(pattern, front="▁" if scheme != "never" else "", everywhere=scheme == "always")
+            cut = cutter(pattern, front="▁", scheme=said.get("prepend_scheme", "always"))
             return lambda text, first: cut(text.replace(" ", "▁"), first)
         case {"type": "ByteLevel"}:
             pattern = GPT2 if said.get("use_regex", True) else WHOLE
-            return cutter(pattern, front=" " if said["add_prefix_space"] else "")
+            return cutter(pattern, front=" ", scheme="always" if said["add_prefix_space"] else "never")
         case {"type": "Digits", "individual_digits": bool(each)}:
             return cutter(r"\p{N}" if each else r"\p{N}+")
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
@@ -512,13 +511,13 @@ def step_of(said: dict) -> Callable[[str, bool], list[str]]:
     raise unknown(said)
 
 
-def cutter(pattern: str, front: str = "", everywhere: bool = True) -> Callable[[str, bool], list[str]]:
+def cutter(pattern: str, front: str = "", scheme: str = "never") -> Callable[[str, bool], list[str]]:
     """Cuts a text into what the pattern matches and what lies between. `front` is put before it, if it is not there:
-    before every text, or only where all text begins."""
+    "always", only where all text begins ("first"), or "never"."""
     words = regular(f"({pattern})")
 
     def cut(text: str, first: bool) -> list[str]:
-        if first or everywhere:
+        if scheme == "always" or scheme == "first" and first:
             text = front + text.removeprefix(front)
         return [word for word in words.split(text) if word]
 
