@@ -28,6 +28,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,11 +94,12 @@ def unread(record: dict, kind: str) -> list[str]:
     """The keys with a value that normalise does not read, of a record and of its messages. ValueError if the rest
     means something else without one of them."""
     form = find_form(record, kind)
-    read = {form.question, *form.answers, *form.beside}
-    values = [record[key] for key in (form.question, *form.answers)]
+    own = {form.question, *form.answers}
+    read = own.union(form.beside)
     if kind == "prompt":  # PPO samples an answer of its own
         read |= {key for other in KINDS.values() for form in other.forms for key in form.answers}
-    turns = [turn for value in values if isinstance(value, list) for turn in value if isinstance(turn, dict)]
+    lists = [record[key] for key in own if isinstance(record[key], list)]
+    turns = [turn for turn in chain(*lists) if isinstance(turn, dict)]
     parts = [(record, read), *((turn, MARKS | {*who_and_what(turn)}) for turn in turns)]
     found = {key for part, read in parts for key in part.keys() - read if part[key] not in (None, "", [], {})}
     if wrong := sorted(found & REFUSED):
@@ -152,9 +154,10 @@ def read_ranking(record: dict, form: Form, system: list[dict]) -> dict:
         if not isinstance(record["responses"], list) or len(record["responses"]) < 2:
             raise ValueError('"responses" must be a list of at least two texts, the best first')
         answers = [("responses", answer) for answer in record["responses"]]
-    prompt, read = system, read_turns  # HH-RLHF: every answer is a whole conversation
     if form.question == "prompt":
         prompt, read = system + read_question(record, form), read_answer
+    else:  # HH-RLHF: every answer is a whole conversation
+        prompt, read = system, read_turns
     conversations = []
     for key, answer in answers:
         turns = read(answer, key)
