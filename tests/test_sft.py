@@ -705,7 +705,7 @@ def test_help_gives_what_will_be_filled_in(script, capsys):
     assert "None" not in said and "False" not in said
     for flag in ("lr", "max_epochs", "accumulation_steps"):
         defaults = rf"\({script.FINETUNE[flag]}; the demo: {script.DEMO[flag]}\)"
-        assert re.search(rf"--{flag} [^()]*(\([^()]*second spelling\) )?{defaults}", said), flag
+        assert re.search(rf"--{flag},? [^()]*(\([^()]*second spelling\) )?{defaults}", said), flag
     assert re.search(r"--dataset .*\(the demo: \w+\.jsonl\.gz\)|--prompt_dataset .*\(the demo: prompts\.jsonl\)", said)
 
 
