@@ -935,9 +935,10 @@ def kernel_works(kernel: Callable, kind: type, dtype: torch.dtype, device: str) 
 
 @dataclass
 class Source:
-    """What is known of a directory to quantize before its weights are read."""
+    """What is known of a directory before its weights are read."""
     path: Path
     base: Path                  # of an adapter; else the same
+    home: Path                  # where tokenizer and template lie
     config: LlamaConfig
     tokenizer: text.Tokenizer
     asked: str | None           # --template
@@ -947,7 +948,7 @@ class Source:
     @functools.cached_property
     def template(self) -> str:
         """The template's name. A directory whose Jinja text is unknown is refused here, where records are read."""
-        return text.choose_template(lora.home(self.path), self.asked, "alpaca", print)
+        return text.choose_template(self.home, self.asked, "alpaca", print)
 
 
 def open_source(path: Path | None, template: str | None = None) -> Source:
@@ -957,7 +958,7 @@ def open_source(path: Path | None, template: str | None = None) -> Source:
     config = LlamaConfig(**weights.read_config(base))
     tokenizer = text.Tokenizer(home)
     text.check_tokenizer(tokenizer, config.vocab_size)
-    return Source(path, base, config, tokenizer, template, demo.is_demo(home), is_chain)
+    return Source(path, base, home, config, tokenizer, template, demo.is_demo(home), is_chain)
 
 
 def encode_rows(examples: list[dict], source: Source, length: int) -> list[Row]:
@@ -1187,7 +1188,7 @@ def main(argv: list[str] | None = None) -> dict:
     quantizing = time.perf_counter() - began
     if args.save_path:
         save(model, args.save_path)
-        source.tokenizer.save(args.save_path, text.read_template(lora.home(source.path)))
+        source.tokenizer.save(args.save_path, text.read_template(source.home))
     after = measure(model, f"{scheme.method} {scheme}", source, texts, device)
     # 4. What rounding alone would have given.
     table = [before, after]

@@ -59,7 +59,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import lora
 import quantize
 from data import demo, run, text, weights
 from model import SHAPES, KVCache, Llama, keep_top_p, random_model
@@ -1190,13 +1189,10 @@ def open_served(args: argparse.Namespace) -> Served:
     else:
         if args.directory == "out/ppo":
             run.finished(directory, "ppo", "DIRECTORY")
-        if not directory.is_dir():
-            raise FileNotFoundError(f"{directory} does not exist: name a weights directory")
-        home = lora.home(directory)
-        tokenizer = text.Tokenizer(home)
-        template = text.TEMPLATES[text.choose_template(home, args.template, "plain", print)]
+        source = quantize.open_source(directory)
+        tokenizer = source.tokenizer
+        template = text.TEMPLATES[text.choose_template(source.home, args.template, "plain", print)]
         model = quantize.open_model(directory, dtype, device, quant=args.quant)
-        text.check_tokenizer(tokenizer, model.config.vocab_size)
         model.stop_at([tokenizer.eos_id, text.answer_end(tokenizer, template)], tokenizer.bos_id)
     context = args.max_len or model.config.max_seq_len
     if context > model.config.max_seq_len:

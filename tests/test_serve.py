@@ -1669,8 +1669,8 @@ def test_what_a_request_says_is_logged_escaped(capfd):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["nowhere"], "nowhere does not exist"),
-    (["{empty}"], "does not exist"),
+    (["nowhere"], "nowhere is not a directory: name a weights directory"),
+    (["{empty}"], "has neither config.json nor params.json"),
     (["--max_batch", "0"], "max_batch"),
     (["--max_waiting", "-1"], "max_waiting"),
     (["--concurrency", "a"], "concurrency"),
