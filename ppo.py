@@ -389,7 +389,7 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
     algorithm = ALGORITHMS[args.algorithm]
     unit = "tokens" if args.no_length else algorithm.unit
     if models.critic is not None and not args.no_whiten:
-        e = e._replace(adv=whiten(e.adv, e.mask))                   # 4. advantages
+        e = e._replace(adv=whiten(e.adv, e.mask))                                   # 4. advantages
     for epoch in range(args.max_epochs):                                            # 5. update
         generator = seeded("minibatches", args.seed, step, epoch)
         order = torch.randperm(len(e.tokens), generator=generator)
@@ -400,7 +400,17 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
                 logp = logprobs(models.actor, old, args.temperature)                # (b, R)
                 pg_loss, clipfrac = algorithm.loss(logp, old.logp, old.adv, old.mask, args.clip, args.clip_high,
                                                    MEANS[unit])
-                figures = {"loss/policy_avg": share * pg_loss, "policy/clipfrac_avg": share * clipfrac}
+                new = logp.detach()
+                change = new - old.logp                                             # (b, R)
+                if step == 1 and not logged:
+                    check_ratio(change[old.mask].abs(), stage)
+                figures = {
+                    "loss/policy_avg": share * pg_loss,
+                    "policy/clipfrac_avg": share * clipfrac,
+                    "policy/approxkl_avg": tokens * masked_mean(kl_k3(old.logp, new), old.mask),
+                    "val/ratio": tokens * masked_mean(change.exp(), old.mask),
+                    "policy/entropy_avg": tokens * masked_mean(-new, old.mask),
+                }
                 if algorithm.kl_in_loss:
                     kl_loss = MEANS[unit](kl_k3(logp, old.ref_logp), old.mask)
                     pg_loss = pg_loss + args.kl_coef * kl_loss
@@ -411,14 +421,6 @@ def update(models: Models, optimizers: Optimizers, e: Experience, ptx: Iterator[
                     vf_loss = value_loss(value, old.value, old.ret, old.mask, args.value_clip)
                     optimizers["critic"].backward(args.vf_coef * tokens * vf_loss, last=last)
                     figures["loss/value_avg"] = tokens * vf_loss
-                logp = logp.detach()
-                if step == 1 and not logged:
-                    check_ratio((logp - old.logp)[old.mask].abs(), stage)
-                figures |= {
-                    "policy/approxkl_avg": tokens * masked_mean(kl_k3(old.logp, logp), old.mask),
-                    "val/ratio": tokens * masked_mean((logp - old.logp).exp(), old.mask),
-                    "policy/entropy_avg": tokens * masked_mean(-logp, old.mask),
-                }
                 sums |= {name: sums.get(name, 0.0) + x.detach() for name, x in figures.items()}
             if args.ptx_coef:
                 sums["loss/ptx_avg"] = ptx_backward(models.actor, optimizers["actor"], next(ptx), stage)
