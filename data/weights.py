@@ -175,15 +175,18 @@ def weight_files(directory: Path) -> list[Path]:
         if index.exists() and not read:
             stem, _, suffix = name.rpartition(".")
             read = indexed_files(index, f"{stem}-*-of-*.{suffix}")
-    others = [file.name for file in glob(directory, ANY) if file not in read]
+    others = [file.name for file in model_files(directory) if file not in read]
     if not read:
         raise FileNotFoundError(f"{directory} has config.json but no weights under their usual names{listed(others)}: "
                                 f"looked for {LAYOUTS}")
-    if (directory / ADAPTER_CONFIG).exists():
-        others = [name for name in others if name not in ADAPTER_WEIGHTS]
     if others:
         note(f"{directory} has other files of weights than those that are read{listed(others)}")
     return read
+
+
+def model_files(directory: Path) -> list[Path]:
+    """Returns the files of weights of any layout, but for an adapter's."""
+    return [file for file in glob(directory, ANY) if file.name not in ADAPTER_WEIGHTS]
 
 
 def glob(directory: Path, patterns: Iterable[str]) -> list[Path]:
@@ -410,7 +413,7 @@ def is_adapter(directory: str | Path) -> bool:
     one beside another model."""
     directory = Path(directory)
     file = directory / ADAPTER_CONFIG
-    if not file.is_file() or not {path.name for path in glob(directory, ANY)} - {*ADAPTER_WEIGHTS}:
+    if not file.is_file() or not model_files(directory):
         return file.is_file()
     if not glob(directory, ADAPTER_WEIGHTS):
         note(f"{directory} holds a model, and an {ADAPTER_CONFIG} without weights, which changes nothing")
