@@ -161,20 +161,17 @@ def load(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-# The files of weights that are looked for, in the order of transformers. The second name is AutoGPTQ's.
-WHOLE = ("model.safetensors", "gptq_model-*.safetensors", "pytorch_model.bin")
+# What is looked for, in the order of transformers: a file of weights, or the index of several. One name is AutoGPTQ's.
+FIRST = ("model.safetensors", "model.safetensors.index.json", "gptq_model-*.safetensors", "pytorch_model.bin",
+         "pytorch_model.bin.index.json")
 ANY = ("*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
 
 
 def weight_files(directory: Path) -> list[Path]:
     """Returns the files of weights of a Hugging Face directory. A note names the files of weights beside them."""
-    read = []
-    for name in WHOLE:
-        index = directory / f"{name}.index.json"
-        read = read or glob(directory, [name])[:1]
-        if index.exists() and not read:
-            stem, _, suffix = name.rpartition(".")
-            read = indexed_files(index, f"{stem}-*-of-*.{suffix}")
+    read = [file for name in FIRST for file in glob(directory, [name])][:1]
+    if read and read[0].suffix == ".json":
+        read = indexed_files(read[0])
     others = [file.name for file in model_files(directory) if file not in read]
     if not read:
         raise FileNotFoundError(f"{directory} has config.json but no weights under their usual names{listed(others)}: "
@@ -193,13 +190,15 @@ def glob(directory: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted(file for pattern in patterns for file in directory.glob(pattern))
 
 
-def indexed_files(index: Path, pattern: str) -> list[Path]:
+def indexed_files(index: Path) -> list[Path]:
     """Returns the files that an index names. Raises ValueError if one is missing, or if there are other shards."""
     weight_map = read_json(index).get("weight_map")
     named = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
     if not named or any(name != Path(name).name for name in named):  # a path would open a file of another model
         raise ValueError(f"{index} does not map names of tensors to names of files beside it: copy it again")
-    present = [file.name for file in index.parent.iterdir() if file.name in named or file.match(pattern)]
+    stem, suffix, *_ = index.name.split(".")
+    shard = f"{stem}-*-of-*.{suffix}"
+    present = [file.name for file in index.parent.iterdir() if file.name in named or file.match(shard)]
     compare(present, named, f"{index} does not fit the files beside it",
             "copy the missing files, or index and files of one saving")
     return [index.with_name(name) for name in sorted(named)]
