@@ -383,8 +383,7 @@ def embed(model: Llama, rows: list[Row], device) -> list[Batch]:
     step = max(1, TOKENS // max((len(ids) for ids, _ in rows), default=1))
     batches = []
     for start in range(0, len(rows), step):
-        batch = text.collate(rows[start:start + step])
-        tokens, mask, target = (t.to(model.device) for t in batch)
+        tokens, mask, target = (t.to(model.device) for t in text.collate(rows[start:start + step]))
         x = model.tok_embeddings(tokens)                                               # (B, T, C)
         where = model.locate(tokens[:1])
         where = where._replace(cos=where.cos.to(device), sin=where.sin.to(device))
@@ -520,10 +519,10 @@ def head_nll(head: nn.Module, h: Tensor, answer: Tensor) -> Tensor:
 def perplexity(model: Llama, rows: list[Row], device="cpu") -> float:
     """Returns exp of the mean -log p over all target ids of all rows."""
     batches = embed(model, rows, device)
-    nll, n = 0.0, 0
     for block in blocks_on(model, device):
         for b in batches:
             b.x = block(b.x, b.where)
+    nll, n = 0.0, 0
     for b in batches:
         target = b.target[:, 1:]                                                       # (B, T - 1)
         x = b.x.to(model.device)[:, :-1]                                               # (B, T - 1, C)
@@ -773,15 +772,16 @@ def shared(product: Product, layers: list[nn.Module]) -> list[Product]:
     if len(layers) == 1:
         return [product]
     sizes = [layer.out_features for layer in layers]
-    inputs, outputs = [], {}
+    read, outputs = None, {}  # the last input, and what was not taken yet of its outputs
 
     def part(layer: nn.Module, x: Tensor) -> Tensor:
-        if layer not in outputs or inputs[0] is not x:
+        nonlocal read
+        if layer not in outputs or read is not x:
             outputs.update(zip(layers, torch.split_with_sizes_copy(product(x), sizes, -1)))  # (..., O of one layer)
-            inputs[:] = [x]
+            read = x
         y = outputs.pop(layer)
         if not outputs:
-            inputs.clear()  # the input of a long text is large
+            read = None  # the input of a long text is large
         return y
     return [functools.partial(part, layer) for layer in layers]
 

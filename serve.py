@@ -705,7 +705,7 @@ def numbers(line: str) -> dict[str, float]:
     with suppress(ValueError):
         row = json.loads(line)
         if isinstance(row, dict):
-            return {name: x for name, x in row.items() if type(x) in (int, float) and math.isfinite(x)}
+            return {name: x for name, x in row.items() if weights.is_number(x)}
     return {}
 
 
