@@ -561,8 +561,8 @@ def open_model(directory: str | Path, dtype: torch.dtype | None = None, device="
     if head and adapted and lora.read_adapter_config(path).get("task_type") == "SEQ_CLS":
         raise ValueError(f"{path} is a reward model, it has no words: open it with "
                          "RewardModel.from_pretrained of rm.py")
-    layers = functools.partial(install, scheme=scheme, directory=home, device=device) if scheme else None
-    model = Llama.read(home, dtype, "cpu" if quant else device, head, layers)
+    install_layers = functools.partial(install, scheme=scheme, directory=home, device=device) if scheme else None
+    model = Llama.read(home, dtype, "cpu" if quant else device, head, install_layers)
     merge = adapter == "merge" or (adapter == "auto" and not scheme and not quant)
     if adapted and merge:
         lora.load_adapter(model, path)

@@ -263,7 +263,8 @@ class Engine:
                 kv[:, row, :, :answer.done] = kv[:, source, :, :answer.done]
         self.rows[row] = answer
         self.reading = [answer]
-        answer.request.reused += answer.done if answer.choice == 0 else 0  # usage counts a prompt once, not n times
+        if answer.choice == 0:  # usage counts a prompt once, not n times
+            answer.request.reused += answer.done
         self.counters["prefix_tokens_reused"] += answer.done
         return True
 
@@ -862,7 +863,8 @@ class Handler(BaseHTTPRequestHandler):
                 event = request.events.get(timeout=0.1)
                 if isinstance(event, Refusal):
                     raise event
-                unfinished -= event.finish is not None
+                if event.finish:
+                    unfinished -= 1
                 yield event
 
     def gone(self) -> bool:
