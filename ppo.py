@@ -123,7 +123,7 @@ class Prompt(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """Answers, and what each step finds out of them. The answers to one prompt are rows that follow one another."""
+    """Answers, and what each step adds to them. The answers to one prompt are rows that follow one another."""
     # 1. rollout
     tokens: Tensor                      # (B, T) prompt | response | padding
     prompt_len: Tensor                  # (B,)
@@ -753,7 +753,7 @@ def open_reward(stage: Stage, dtype: torch.dtype | None, actor: Llama | None = N
     if args.reward_fn:
         return rules.Rules(args.reward_fn)
     check_same_tokenizer(args.rm_path, stage)
-    trunk = None if actor is None else reward_base(actor, stage)
+    trunk = reward_base(actor, stage) if args.lora_rank and actor is not None else None
     reward = RewardModel.from_pretrained(args.rm_path, dtype, stage.world.device, args.rm_pretrain, trunk)
     text.check_tokenizer(stage.tokenizer, reward.config.vocab_size)
     return reward
@@ -767,12 +767,10 @@ def trunk_of(actor: Llama) -> Llama:
 
 
 def reward_base(actor: Llama, stage: Stage) -> Llama | None:
-    """With --lora_rank, the base of a reward model that is an adapter: the actor's weights, if it was trained on them.
+    """The base of a reward model that is an adapter: the actor's weights, if it was trained on them.
 
     Says so if they are not."""
     args, start = stage.args, sft.origin(stage.args)
-    if not args.lora_rank:
-        return None
     base, reason = None, "is no adapter"
     if weights.is_adapter(args.rm_path):
         base = args.rm_pretrain or lora.base_path(args.rm_path)
@@ -1024,11 +1022,6 @@ DEMO = FINETUNE | {name: value for name, _, _, value, _ in FLAGS} | {
 }
 
 
-def numbers_of_answers(given: str) -> list[int]:
-    """The type of --best_of."""
-    return [*map(whole(1), given.split(","))]
-
-
 def parse(argv: list[str] | None) -> Namespace:
     """Returns the flags of stage 3. Those that depend on the input are None until run.resolve fills them in."""
     parser = run.training_parser("Stage 3: PPO and PPO-ptx. Without flags, the demo: reads out/sft and out/rm, writes "
@@ -1053,7 +1046,7 @@ def parse(argv: list[str] | None) -> Namespace:
     flag("--eval", type=Path, metavar="DIR",
          help="train nothing: measure the model in this directory, against that of --pretrain, and write eval.json "
               "into --save_path (DIR/eval)")
-    flag("--best_of", type=numbers_of_answers, default=[1], metavar="1,2,4",
+    flag("--best_of", type=lambda given: [*map(whole(1), given.split(","))], default=[1], metavar="1,2,4",
          help="with --eval: what the best of so many answers a prompt would get, chosen by the reward; with --sweep up "
               "to 64")
     flag("--write", type=Path, metavar="FILE",
