@@ -401,11 +401,10 @@ def train_tokenizer() -> bytes:
     return model.getvalue()
 
 
-def is_demo(directory: Path | None) -> bool:
+def is_demo(directory: Path) -> bool:
     """Does this directory hold a model of the demo world? Only such a model has the demo's tokenizer."""
-    if directory is None or not (directory / "tokenizer.model").exists():
-        return False
-    return (directory / "tokenizer.model").read_bytes() == (FOLDER / "tokenizer.model").read_bytes()
+    file = directory / "tokenizer.model"
+    return file.exists() and file.read_bytes() == (FOLDER / "tokenizer.model").read_bytes()
 
 
 def main() -> None:

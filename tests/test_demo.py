@@ -199,7 +199,7 @@ def test_a_thing_is_the_same_piece_in_question_and_answer():
 
 
 def test_a_model_of_the_demo_world_is_known_by_its_tokenizer(tmp_path):
-    assert not demo.is_demo(None) and not demo.is_demo(tmp_path) and demo.is_demo(demo.FOLDER)
+    assert not demo.is_demo(tmp_path) and demo.is_demo(demo.FOLDER)
     shutil.copy(demo.FOLDER / "tokenizer.model", tmp_path)
     assert demo.is_demo(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"another")
