@@ -402,8 +402,10 @@ def finish(figures: dict, measured: dict[str, str], stage: Stage) -> dict:
     Returns the summary."""
     summary = run.write_summary(stage.args, stage.world, figures)
     told = [wording.format(summary[name]) for name, wording in measured.items() if summary.get(name) is not None]
-    seconds, memory = summary["seconds"], run.peak_text(summary, stage.world)
-    stage.say(f"wrote {stage.args.save_path}: " + ", ".join([*told, f"{seconds:.0f} s", memory]))
+    peak, planned = summary["peak_memory_bytes"] / 1e9, summary["planned_memory_bytes"] / 1e9
+    above = peak - stage.world.idle / 1e9
+    told += [f"{summary['seconds']:.0f} s", f"peak memory {peak:.2f} GB", f"{above:.2f} above start-up"]
+    stage.say(f"wrote {stage.args.save_path}: " + ", ".join([*told, f"{planned:.2f} planned"]))
     return summary
 
 

@@ -387,12 +387,6 @@ def say_flags(world: World, args: argparse.Namespace) -> None:
     say(world, "flags: " + " ".join(f"{flag}={value}" for flag, value in typed(args).items()))
 
 
-def peak_text(summary: dict, world: World) -> str:
-    peak, planned = summary["peak_memory_bytes"] / 1e9, summary["planned_memory_bytes"] / 1e9
-    above = peak - world.idle / 1e9
-    return f"peak memory {peak:.2f} GB, {above:.2f} above start-up, {planned:.2f} planned"
-
-
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 def generators(world: World) -> list[torch.Generator]:
