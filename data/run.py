@@ -546,7 +546,7 @@ class Log:
 
     def progress(self, step: int, text: str, log: bool) -> None:
         """Prints the progress line: on a terminal over the one before, elsewhere as a line of its own if `log`."""
-        seconds = (time.perf_counter() - self.started) / max(step - self.first, 1) * (self.total - step)
+        seconds = (time.perf_counter() - self.started) / (step - self.first) * (self.total - step)
         minutes = seconds / 60
         left = f"{minutes:.1f} min left" if minutes > 1.5 else f"{seconds:.0f} s left"
         line = f"step {step}/{self.total} | {text} | {left}"
