@@ -115,9 +115,9 @@ def read_tensors(directory: str | Path, fields: dict | None = None) -> dict[str,
     """Returns the tensors of a model directory by our names. Meta's need fields["head_dim"] to reorder wq and wk."""
     directory = Path(directory)
     if not (directory / "config.json").exists():
-        tensors = join_parts(meta_parts(directory), fields["head_dim"])
+        tensors = join_parts(directory, fields["head_dim"])
     else:
-        tensors = join_files(weight_files(directory))
+        tensors = join_files(directory)
     room = sum(file.stat().st_size for file in glob(directory, ANY))
     if any(math.prod(stored.shape) * stored.dtype.itemsize > room for stored in tensors.values()):
         raise ValueError(f"{directory} has a tensor that is larger than its files, a pickle that repeats one number: "
@@ -125,10 +125,10 @@ def read_tensors(directory: str | Path, fields: dict | None = None) -> dict[str,
     return tensors
 
 
-def join_files(files: list[Path]) -> dict[str, Stored]:
-    """Returns the tensors of all files by our names."""
+def join_files(directory: Path) -> dict[str, Stored]:
+    """Returns the tensors of all of Hugging Face's files by our names."""
     tensors = {}
-    for file in files:
+    for file in weight_files(directory):
         for name, stored in open_tensors(file).items():
             if our_name(name) in tensors:
                 raise ValueError(f"{file} has {name}, which stands there twice or in another file too: copy the files "
@@ -232,9 +232,9 @@ def meta_parts(directory: Path) -> list[dict[str, Tensor]]:
     return parts
 
 
-def join_parts(parts: list[dict[str, Tensor]], head_dim: int) -> dict[str, Stored]:
+def join_parts(directory: Path, head_dim: int) -> dict[str, Stored]:
     """Returns the whole tensors of Meta's parts. Each is joined when it is read."""
-    tensors = {}
+    tensors, parts = {}, meta_parts(directory)
     for name, first in parts[0].items():
         pieces = [part[name] for part in parts]
         shape = join(name, [piece.to("meta") for piece in pieces], head_dim).shape
@@ -561,7 +561,7 @@ def fields_from_meta(params: dict, file: Path) -> dict:
         scaling = (params["rope_scaling_factor"], 1, 4, 8192)
     head_dim = params.get("head_dim") or params["dim"] // params["n_heads"]
     check({"head_dim": head_dim}, RANGES, file)
-    tensors = join_parts(meta_parts(file.parent), head_dim)
+    tensors = join_parts(file.parent, head_dim)
     tied = "output.weight" not in tensors
     wq, wk = (tensors[f"layers.0.attention.{name}.weight"] for name in ("wq", "wk"))
     theta = params.get("rope_theta", 10000.0)
@@ -635,14 +635,13 @@ def write_model(directory: str | Path, fields: dict, tensors: dict[str, Tensor |
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         weight_map |= {hf_name(name): file for name in shard}
         write_tensors(directory / file, {hf_name(name): in_memory(tensors[name], dtypes[name]) for name in shard})
-    index = directory / "model.safetensors.index.json"
+    index = "model.safetensors.index.json"
     # Files of an earlier saving with another number of shards would be read instead of these, or beside them.
-    index.unlink(missing_ok=True)
-    for file in glob(directory, ["model.safetensors", "model-*-of-*.safetensors"]):
+    for file in glob(directory, [index, "model.safetensors", "model-*-of-*.safetensors"]):
         if file.name not in weight_map.values():
             file.unlink()
     if len(shards) > 1:
-        write_json(index, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        write_json(directory / index, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     config = hf_config(fields, architecture) | more
     write_json(directory / "config.json", config)
     write_json(directory / "generation_config.json", {key: config[key] for key in ("bos_token_id", "eos_token_id")})
