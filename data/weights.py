@@ -182,8 +182,9 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def model_files(directory: Path) -> list[Path]:
-    """Returns the files of weights of any layout, but for an adapter's."""
-    return [file for file in glob(directory, ANY) if file.name not in ADAPTER_WEIGHTS]
+    """Returns the files of weights of any layout, but for an adapter's. A file of one without its config is in them."""
+    adapter = ADAPTER_WEIGHTS if (directory / ADAPTER_CONFIG).exists() else ()
+    return [file for file in glob(directory, ANY) if file.name not in adapter]
 
 
 def glob(directory: Path, patterns: Iterable[str]) -> list[Path]:
@@ -442,7 +443,9 @@ def quantization(directory: str | Path) -> dict | None:
     it in quantize_config.json."""
     file, older = (Path(directory) / name for name in ("config.json", "quantize_config.json"))
     settings = read_json(file).get("quantization_config") if file.exists() else None
-    return settings or older.exists() and {"quant_method": "gptq"} | read_json(older) or None
+    if not settings and older.exists():
+        return {"quant_method": "gptq"} | read_json(older)
+    return settings or None
 
 
 # Field of LlamaConfig: its key in config.json.
