@@ -980,13 +980,13 @@ def rung(args: Namespace, folder: Path, changed: dict) -> dict:
 whole, number = run.whole, run.number
 FLAGS = (
     # flag                     range                   usual  demo   meaning
-    ("num_episodes",           whole(1),               10,    24,    "episodes"),
+    ("num_episodes",           whole(1),               10,    30,    "episodes"),
     ("max_timesteps",          whole(1),               10,    1,     "rollouts an episode"),
     ("update_timesteps",       whole(1),               10,    1,     "rollouts an update learns from"),
-    ("max_epochs",             whole(1),               5,     2,     "passes over the rollouts of an update"),
+    ("max_epochs",             whole(1),               5,     1,     "passes over the rollouts of an update"),
     ("experience_batch_size",  whole(1),               8,     64,    "answers a process and rollout"),
     ("train_batch_size",       whole(1),               8,     8,     "answers a process and micro-batch"),
-    ("ptx_batch_size",         whole(1),               1,     4,     "ptx examples a process and minibatch"),
+    ("ptx_batch_size",         whole(1),               1,     2,     "ptx examples a process and minibatch"),
     ("max_input_len",          whole(1),               96,    64,    "longest prompt in tokens; longer are left out"),
     ("max_seq_len",            whole(2),               128,   160,   "longest prompt with answer in tokens"),
     ("eval_size",              whole(1),               64,    64,    "prompts to measure reward and KL on"),
@@ -1016,7 +1016,6 @@ CORRECTIONS = {"no_std": ("grpo", "gspo", "cispo"), "no_length": ("grpo",), "no_
                "critic_warmup": ("ppo",)}
 DEMO = FINETUNE | {name: value for name, _, _, value, _ in FLAGS} | {
     "lr": 3e-4,
-    "accumulation_steps": 2,
     "prompt_dataset": [demo.FOLDER / "prompts.jsonl"],
     "pretrain_dataset": [demo.FOLDER / "sft.jsonl.gz"],
 }
