@@ -983,7 +983,9 @@ def open_kind(file: Path) -> tuple[SentencePiece | BytePairs, bytes]:
 
 
 def is_named_text(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("name", "template"))
+    if not isinstance(value, dict) or not value.keys() >= {"name", "template"}:
+        return False
+    return all(isinstance(text, str) for text in value.values())
 
 
 def read_config(directory: Path) -> dict[str, str]:
@@ -996,7 +998,9 @@ def read_config(directory: Path) -> dict[str, str]:
         match config.get(key):
             case None:
                 texts[key] = ""
-            case str(text) | {"content": str(text)}:
+            case str(text):
+                texts[key] = text
+            case {"content": str(text)} if key.endswith("_token"):
                 texts[key] = text
             case list(named) if key == "chat_template" and all(map(is_named_text, named)):
                 texts[key] = next((one["template"] for one in named if one["name"] == "default"), "")

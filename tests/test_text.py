@@ -514,7 +514,8 @@ def test_every_piece_has_an_id_of_its_own(i, tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("template", ["zephyr"]), ("chat_template", 3), ("chat_template", [{"name": "default"}]), ("chat_template", ["a"]),
+    ("template", ["zephyr"]), ("template", {"content": "zephyr"}), ("chat_template", 3), ("chat_template", ["a"]),
+    ("chat_template", [{"name": "default"}]), ("chat_template", [{"name": "default", "template": "", "x": 1}]),
     ("eos_token", 2), ("pad_token", {"content": None}), ("unk_token", []),
 ])
 def test_a_damaged_tokenizer_config_is_one_sentence(key, value, tmp_path):
