@@ -497,7 +497,7 @@ def step_of(said: dict) -> Callable[[str, bool], list[str]]:
             return lambda text, first: [front + text]
         case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
             return lambda text, first: [text.replace(old, new)]
-        case {"type": "Metaspace", "replacement": "▁"}:
+        case {"type": "Metaspace", "replacement": "▁"} if said.get("prepend_scheme", "always") in SCHEMES:
             pattern = "▁?[^▁]+|▁" if said.get("split", True) else WHOLE
             cut = cutter(pattern, front="▁", scheme=said.get("prepend_scheme", "always"))
             return lambda text, first: cut(text.replace(" ", "▁"), first)
@@ -511,9 +511,12 @@ def step_of(said: dict) -> Callable[[str, bool], list[str]]:
     raise unknown(said)
 
 
+SCHEMES = ("always", "first", "never")
+
+
 def cutter(pattern: str, front: str = "", scheme: str = "never") -> Callable[[str, bool], list[str]]:
     """Cuts a text into what the pattern matches and what lies between. `front` is put before it, if it is not there:
-    "always", only where all text begins ("first"), or "never"."""
+    "always", only where all text begins ("first"), or "never", see SCHEMES."""
     words = regular(f"({pattern})")
 
     def cut(text: str, first: bool) -> list[str]:

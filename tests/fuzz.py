@@ -210,8 +210,9 @@ def check_model(folder: Path, file: str) -> None:
     if (folder / "config.json").is_file():
         asked = json.loads((folder / "config.json").read_text("utf-8"))
         for field, key in weights.KEYS.items():
-            if asked.get(key) is not None and field not in ("dtype", "eos_id", "rope_theta", "max_seq_len"):
+            if asked.get(key) is not None and field not in ("dtype", "bos_id", "eos_id", "rope_theta", "max_seq_len"):
                 assert getattr(config, field) == asked[key], (key, asked[key])
+    assert config.bos_id == served.tokenizer.bos_id     # the tokenizer knows best
     tokens = torch.tensor([[1, 5, 9][:config.max_seq_len]])
     assert served.model(tokens).shape == (*tokens.shape, config.vocab_size)
     check_text(served.tokenizer)

@@ -474,6 +474,7 @@ def test_what_opens_closes_and_fills_a_text(config, tokens, post, ends, tmp_path
     ({"model": {"vocab": {"a": 0}, "merges": [], "unk_token": "a"}}, "unk_token"),
     ({"pre_tokenizer": None}, "byte_fallback"),
     ({"pre_tokenizer": METASPACE, "model": {"byte_fallback": True}}, "byte_fallback"),
+    ({"pre_tokenizer": sequence("pretokenizers", METASPACE | {"prepend_scheme": "last"}, BYTE_LEVEL)}, "last"),
     ({"normalizer": {"type": "NFKC"}}, "NFKC"),
     ({"normalizer": sequence("normalizers", {"type": "NFC"}, {"type": "Lowercase"})}, "Lowercase"),
     ({"pre_tokenizer": sequence("pretokenizers", {"type": "Whitespace"}, BYTE_LEVEL)}, "Whitespace"),
