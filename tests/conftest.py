@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -19,6 +20,12 @@ REFERENCES = Path(__file__).parents[2] / "shared" / "real" / "smollm2"
 def one_thread():
     """Matrices as small as the tests' only wait for one another on several threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c():
+    """A shell has Ctrl-C ignored by what it runs in the background, and tests raise it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -333,7 +333,6 @@ def run_tests(tree: Path, files: Iterable[str], plugin: object, *flags: str) -> 
         for number in (1, 2):       # standard output and standard error
             os.dup2(os.open(tree.parent / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.path = [place for place in sys.path if place != str(ROOT / "tests")]
-        signal.signal(signal.SIGINT, signal.default_int_handler)    # nohup has it ignored
         code = pytest.main(["-p", "no:cacheprovider", "--rootdir", str(tree), "--basetemp", str(tree.parent / "tests"),
                             *flags, *files], plugins=[plugin])
         os._exit(code)
