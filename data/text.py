@@ -762,7 +762,7 @@ def marker_ids(marker: str, tokenizer: Tokenizer) -> list[int]:
     """The id of a marker, in a list. The list is empty for the BOS of a tokenizer that opens texts with none."""
     found = tokenizer.special(marker)
     if found is None and marker != "<s>":
-        raise ValueError(f"the tokenizer has no {marker}: template and tokenizer do not fit, choose by --template")
+        raise ValueError(f"{tokenizer.file} has no {marker}: template and tokenizer do not fit, choose by --template")
     return [] if found is None else [found]
 
 

@@ -604,7 +604,7 @@ BAD = {
     "no tokenizer": (["--pretrain", "{}/notokenizer"], None, "tokenizer.model does not exist"),
     "tokenizer too big": (["--pretrain", "{}/small"], None, "1280 pieces, the model's embedding 640 rows"),
     "missing weights": (["--pretrain", "{}/nowhere"], None, "nowhere does not exist"),
-    "template of another tokenizer": (["--template", "chatml"], None, "the tokenizer has no <|im_.*do not fit"),
+    "template of another tokenizer": (["--template", "chatml"], None, "has no <|im_.*do not fit"),
     "rank too large": (["--lora_rank", "17"], None, "LoRA rank 17 does not fit .*between 1 and 16"),
     "dropout 1": (["--lora_rank", "2", "--lora_dropout", "1"], None, "dropout"),
     "batch 0": (["--batch_size", "0"], None, "--batch_size: must be at least 1, not 0"),
