@@ -1061,10 +1061,11 @@ def parse(argv: list[str] | None) -> Namespace:
     for name, algorithms in CORRECTIONS.items():
         if getattr(args, name) and args.algorithm not in algorithms:
             parser.error(f"--{name} changes {', '.join(algorithms)}: --algorithm {args.algorithm} has no such step")
-    if args.write and not args.eval:
-        parser.error("--write keeps answers of --eval: name the model that gives them")
-    if args.eval and args.sweep is not None:
-        parser.error("--eval measures one model and --sweep trains several: name one of them")
+    measures = args.eval or args.sweep is not None
+    if args.write and not args.eval or max(args.best_of) > 1 and not measures:
+        parser.error("--write and --best_of are of answers of --eval: name the model that gives them")
+    if args.eval and (args.resume or args.sweep is not None):
+        parser.error("--eval measures a model that is there: leave --sweep and --resume out")
     usual = Path("out", args.algorithm if args.sweep is None else "sweep")
     args.save_path = args.save_path or (args.eval / "eval" if args.eval else usual)
     args.pretrain = args.pretrain or run.finished(Path("out/sft"), "sft", "--pretrain")

@@ -1336,8 +1336,9 @@ def test_a_sweep_compares_with_the_best_of_up_to_64(base, tmp_path, monkeypatch)
 
 def test_a_sweep_is_a_run_a_rung(base, tmp_path, monkeypatch):
     """Its rungs are those of ppo.py --kl_coef; resumed, no finished rung is run again."""
-    short = ("--num_episodes", 2, "--best_of", "1,2", "--save_interval", 0)
-    found = main(base, tmp_path / "sweep", *short, "--sweep", 3, 0)
+    short = ("--num_episodes", 2, "--save_interval", 0)
+    sweep = (*short, "--best_of", "1,2", "--sweep", 3)
+    found = main(base, tmp_path / "sweep", *sweep, 0)
     assert [rung["kl_coef"] for rung in found["rungs"]] == [3, 0]
     main(base, tmp_path / "alone", *short, "--kl_coef", 3)
     assert same(weights(tmp_path / "sweep" / "kl-3"), weights(tmp_path / "alone"))
@@ -1346,9 +1347,9 @@ def test_a_sweep_is_a_run_a_rung(base, tmp_path, monkeypatch):
     assert written == found and [row["n"] for row in found["best_of"]] == [1, 2]
     assert found["rungs"][0] == {"kl_coef": 3} | main(base, tmp_path / "again", "--eval", tmp_path / "alone")["model"]
     monkeypatch.delattr(ppo, "learn")
-    assert main(base, tmp_path / "sweep", *short, "--sweep", 3, 0, "--resume") == found
+    assert main(base, tmp_path / "sweep", *sweep, 0, "--resume") == found
     with pytest.raises(NameError, match="learn"):
-        main(base, tmp_path / "sweep", *short, "--sweep", 3)
+        main(base, tmp_path / "sweep", *sweep)
 
 
 @pytest.mark.parametrize("figures, rungs", [
@@ -1482,8 +1483,10 @@ def test_two_processes(base, tmp_path, start):
     (["--reward_fn", f"{RULE}=much"], "--reward_fn: must be a finite number, not much"),
     (["--reward_fn", RULE], "--reward_fn gives the reward instead of --rm_path: name one of them"),
     (["--eval", "{}/foreign"], "foreign has another tokenizer than .*train it from this model"),
-    (["--write", "best.json"], "--write keeps answers of --eval: name the model that gives them"),
-    (["--eval", "{}/model", "--sweep"], "--eval measures one model and --sweep trains several: name one of them"),
+    (["--write", "best.json"], "--write and --best_of are of answers of --eval: name the model that gives them"),
+    (["--best_of", "1,4"], "--write and --best_of are of answers of --eval: name the model that gives them"),
+    (["--eval", "{}/model", "--sweep"], "--eval measures a model that is there: leave --sweep and --resume out"),
+    (["--eval", "{}/model", "--resume"], "--eval measures a model that is there: leave --sweep and --resume out"),
     (["--best_of", "1,0"], "--best_of: must be at least 1, not 0"),
     (["--critic_warmup", "2", "--algorithm", "rloo"], "--critic_warmup changes ppo: --algorithm rloo has no such step"),
     (["--no_whiten", "--algorithm", "rloo"], "--no_whiten changes ppo: --algorithm rloo has no such step"),
