@@ -585,8 +585,10 @@ def test_a_policy_of_two_processes_is_that_of_one(base, tmp_path, start, strateg
     for key in ("loss", "margin", "chosen", "grad_norm"):
         two = losses(tmp_path / "two", key)
         assert losses(tmp_path / "one", key) == pytest.approx(two, rel=1e-3, abs=2e-5), key
-    one, two = (weights(tmp_path / name) for name in ("one", "two"))
-    assert len(losses(tmp_path / "one")) == 4 and all((one[name] - two[name]).abs().max() < 1e-4 for name in one)
+    # Adam makes whole steps of gradients that are nothing but rounding: a few weights differ, on each processor others.
+    one, two, begun = (weights(folder) for folder in (tmp_path / "one", tmp_path / "two", base / "model"))
+    apart = {name: (one[name] - two[name]).norm() / (one[name] - begun[name]).norm() for name in one}
+    assert len(losses(tmp_path / "one")) == 4 and max(apart.values()) < 0.02, apart
 
 
 def test_a_bf16_policy_starts_at_ln_2(base, tmp_path):
