@@ -842,7 +842,7 @@ def test_directory_by_an_independent_reader(tmp_path, sym, act_order):
     Q.save(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     expected = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": sym, "desc_act": act_order,
-                "checkpoint_format": "gptq" if sym else "gptq_v2"}
+                "checkpoint_format": "gptq" if sym else "gptq_v2", "static_groups": True, "true_sequential": True}
     assert {key: config[key] for key in expected} == expected
     stored = {name: t.numpy() for name, t in safetensors.torch.load_file(tmp_path / "model.safetensors").items()}
     for name, layer in Q.quantized_layers(model).items():
@@ -974,8 +974,8 @@ def test_table_and_summary(tmp_path, capsys):
     summary = run_main(tmp_path / "in", "--bits", 4, "--group_size", 32, "--calibration", DEMO / "sft.jsonl.gz",
                        "--max_datasets_size", 16, "--max_len", 64, "--save_path", tmp_path / "out")
     out = capsys.readouterr().out
-    assert re.search(r"method +bits a weight +MB in all +perplexity +tokens/s\nfloat32 .*\n"
-                     r"rtn 4 bits, groups of 32, no clipping .*\ngptq 4 bits, groups of 32 ", out)
+    assert re.search(r"method +bits a weight +MB in all +perplexity +tokens/s\nfloat32 +32\.00 .*\n"
+                     r"rtn 4 bits, groups of 32, no clipping +[45]\.\d\d .*\ngptq 4 bits, groups of 32 +[45]\.\d\d ", out)
     assert "block 2/2 | error in % of the output, RTN > GPTQ: wq " in out and "16 records in template alpaca" in out
     saved = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {"perplexity_before", "perplexity_after", "perplexity_rtn", "bytes_before", "bytes_after", "seconds",

@@ -165,10 +165,12 @@ def test_a_folded_tokenizer_has_text_for_every_id():
 
 
 @pytest.mark.lesson
-def test_penalties_are_openais_formula():
+@pytest.mark.parametrize("presence, frequency, expected", [
+    (0.5, 0.25, [0, 0, -1.25, 0, -0.75]), (0.5, 0, [0, 0, -0.5, 0, -0.5]), (0, 0.25, [0, 0, -0.75, 0, -0.25])])
+def test_penalties_are_openais_formula(presence, frequency, expected):
     logits = torch.zeros(5)
-    serve.penalize(logits, [2, 4, 2, 2], 0.5, 0.25)
-    assert logits.tolist() == [0, 0, -1.25, 0, -0.75]
+    serve.penalize(logits, [2, 4, 2, 2], presence, frequency)
+    assert logits.tolist() == expected
 
 
 @pytest.mark.lesson
@@ -213,6 +215,7 @@ def test_alone_is_in_a_full_batch_is_generate(monkeypatch):
     finish(engine)
     assert 60 + 12 <= engine.cache.kv[0].shape[3] < 256
     assert [answer.made for one in jobs for answer in one.answers] == expected
+    assert engine.counters["requests"] == len(prompts)
     assert [finish(engine_of(), job(prompt))[0] for prompt in prompts] == expected
     assert engine.counters["prompt_tokens"] + engine.counters["prefix_tokens_reused"] == sum(map(len, prompts))
 
