@@ -975,7 +975,8 @@ def test_table_and_summary(tmp_path, capsys):
                        "--max_datasets_size", 16, "--max_len", 64, "--save_path", tmp_path / "out")
     out = capsys.readouterr().out
     assert re.search(r"method +bits a weight +MB in all +perplexity +tokens/s\nfloat32 +32\.00 .*\n"
-                     r"rtn 4 bits, groups of 32, no clipping +[45]\.\d\d .*\ngptq 4 bits, groups of 32 +[45]\.\d\d ", out)
+                     r"rtn 4 bits, groups of 32, no clipping +[45]\.\d\d .*\n"
+                     r"gptq 4 bits, groups of 32 +[45]\.\d\d ", out)
     assert "block 2/2 | error in % of the output, RTN > GPTQ: wq " in out and "16 records in template alpaca" in out
     saved = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {"perplexity_before", "perplexity_after", "perplexity_rtn", "bytes_before", "bytes_after", "seconds",
